@@ -1,0 +1,56 @@
+"""``python -I -S <this folder> root|zygote CONTROL_FD HOST_PIDFD``: first builds the root, then becomes the zygote in it.
+
+Two stages with an exec between them, so that the interpreter which forks children was started inside the private
+root: its paths are right, and its memory holds nothing of the host.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    package = os.path.dirname(os.path.abspath(__file__))
+    # -I <folder> puts the folder itself on the path, where our modules would shadow the standard library's.
+    sys.path[0] = os.path.dirname(package)
+    stage, control, host = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    if stage == "root":
+        enter_root(control, host)
+    else:
+        from pihost import zygote
+
+        zygote.main(control, host)
+
+
+def enter_root(control: int, host: int) -> None:
+    """Read the template plan, build its root, and exec the interpreter that is inside it."""
+    from pihost import root
+    from pihost.plan import PlanError, TemplatePlan
+
+    try:
+        plan = TemplatePlan.load(os.read(control, 1 << 20))
+        root.build(plan)
+    except PlanError as error:
+        report(control, root.StepFailed("plan", error))
+    except root.StepFailed as failure:
+        report(control, failure)
+    try:
+        arguments = [plan.interpreter, "-I", "-S", plan.package, "zygote", str(control), str(host)]
+        os.set_inheritable(control, True)
+        os.set_inheritable(host, True)
+        os.execve(plan.interpreter, arguments, plan.environment)  # noqa: S606
+    except OSError as error:
+        report(control, root.StepFailed("interpreter", error))
+
+
+def report(control: int, failure) -> None:  # type: ignore[no-untyped-def]
+    """Tell the host which step failed and end."""
+    import json
+
+    os.write(control, json.dumps({"failed": failure.step, "errno": failure.errno, "detail": failure.detail}).encode())
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

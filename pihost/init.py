@@ -1,0 +1,59 @@
+"""PID 1 of a sandbox: reaps, holds the lifeline, dies with the host. Its end is the end of everything in its namespace."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+
+from pihost import syscalls
+from pihost.confine import Fds
+
+
+def run(fds: Fds, payload: int, program: bytes) -> None:
+    """Never returns. Same walls as the payload, which cannot touch it: not dumpable, and immune to its signals."""
+    os.close(fds.link)
+    wake, woken = _wake_on_children()
+    syscalls.set_dumpable(False)
+    if program:
+        syscalls.load_seccomp(program)
+    poll = select.poll()
+    poll.register(wake, select.POLLIN)
+    poll.register(fds.host, select.POLLIN)
+    while True:
+        # Reap before the first wait: the payload may have died before the handler was there.
+        ended = _reap(payload)
+        if ended is not None:
+            os.write(fds.status, json.dumps(ended).encode())
+            os._exit(0)
+        ready = {fd for fd, _events in poll.poll()}
+        if fds.host in ready:  # the lifeline: a pidfd, because a fork of the host would hold a pipe open
+            os._exit(0)
+        os.read(wake, 4096)
+
+
+def _wake_on_children() -> tuple[int, int]:
+    wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    signal.signal(signal.SIGCHLD, _nothing)
+    return wake, woken
+
+
+def _nothing(_number: int, _frame: object) -> None:
+    """A handler must exist for the wake-up byte to be written."""
+
+
+def _reap(payload: int) -> dict[str, object] | None:
+    """Reap every zombie; what is to be reported once the payload is among them."""
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            return {"exited": [None, None], "cpu": 0.0}
+        if pid == 0:
+            return None
+        if pid == payload:
+            code = os.waitstatus_to_exitcode(status)
+            how = [code, None] if code >= 0 else [None, -code]
+            return {"exited": how, "cpu": usage.ru_utime + usage.ru_stime}

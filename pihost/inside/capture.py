@@ -1,0 +1,41 @@
+"""Standard output and error of one call, at the level of file descriptors: also what C code and subprocesses write.
+
+The host makes a pipe for each call and reads it; here it is only put in place of fds 1 and 2. Bounds are the host's.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pihost import syscalls
+
+
+class Capture:
+    """``with Capture(out, err):`` sends fds 1 and 2 to the given pipes, which it owns, and back to nowhere."""
+
+    def __init__(self, out: int, err: int) -> None:
+        self.pipes = (out, err)
+
+    def __enter__(self) -> None:
+        flush()
+        for target, pipe in zip((1, 2), self.pipes):
+            os.dup2(pipe, target)
+            os.close(pipe)
+
+    def __exit__(self, *_error: object) -> None:
+        flush()
+        null = os.open("/dev/null", os.O_WRONLY)
+        os.dup2(null, 1)
+        os.dup2(null, 2)
+        os.close(null)
+
+
+def flush() -> None:
+    """Python's buffers and C's. User code may have put anything in sys.stdout's place."""
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
+        try:
+            stream.flush()
+        except Exception:  # noqa: S112  a closed or foreign stream has nothing left for us
+            continue
+    syscalls.flush_c_stdio()

@@ -1,0 +1,169 @@
+"""The call loop: receive, resolve, run, reply. One call at a time, in the main thread, without a thread switch."""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import pickle
+import signal
+import socket
+
+from pihost import wire
+from pihost.inside import encode, raised, resolve, run
+from pihost.inside.capture import Capture
+
+_BUFFER = 1 << 16
+_FD_SPACE = socket.CMSG_SPACE(2 * 4)
+_HIDDEN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen importlib")
+
+
+def serve(fd: int, limits: dict[str, int], debug: bool) -> int:
+    """Answer calls until the host closes the link; the exit code of the payload."""
+    link = Link(fd)
+    link.send(wire.READY, 0, [b"1"])
+    if debug:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    worker = Worker(limits)
+    own_pid = os.getpid()
+    while True:
+        frame = link.receive()
+        if frame is None:
+            return 0
+        kind, ident, body = frame
+        if kind == wire.CALL:
+            answer = worker.answer(pickle.loads(body), link.take_fds)  # noqa: S301  from the host, which is trusted
+            if os.getpid() != own_pid:
+                os._exit(0)  # user code forked and let the copy return: only the original may answer
+            link.send(answer[0], ident, answer[1])
+        elif kind == wire.CODE:
+            worker.library.add(pickle.loads(body))  # noqa: S301
+
+
+class Link:
+    """The socket to the host: whole frames in, whole frames out, large ones in pieces."""
+
+    def __init__(self, fd: int) -> None:
+        self.sock = socket.socket(fileno=fd)
+        self.pending = bytearray()
+        self.fds = array.array("i")
+
+    def receive(self) -> tuple[int, int, bytes] | None:
+        """The next frame, None at the end. The host's frames may be as long as their header says."""
+        pending = self.pending
+        need = wire.HEADER.size
+        while len(pending) < need:
+            if not self._read(_BUFFER):
+                return None
+        kind, ident, length = wire.unpack_header(pending, 0, 1 << 32)
+        need += length
+        while len(pending) < need:
+            if not self._read(max(_BUFFER, min(need - len(pending), 1 << 24))):
+                return None
+        body = bytes(memoryview(pending)[wire.HEADER.size : need])
+        del pending[:need]
+        return kind, ident, body
+
+    def _read(self, size: int) -> bool:
+        # Always recvmsg: a plain recv would drop descriptors that ride on the bytes it takes.
+        data, ancillary, _flags, _address = self.sock.recvmsg(size, _FD_SPACE)
+        for _level, _kind, content in ancillary:
+            self.fds.frombytes(content)
+        self.pending += data
+        return bool(data)
+
+    def take_fds(self) -> list[int]:
+        fds, self.fds = list(self.fds), array.array("i")
+        return fds
+
+    def send(self, kind: int, ident: int, parts: list[bytes]) -> None:
+        total = sum(memoryview(part).nbytes for part in parts)
+        if total <= wire.PIECE_SIZE:
+            self.sock.sendall(b"".join((wire.pack_header(kind, ident, total), *parts)))
+            return
+        for index, (piece, last) in enumerate(_pieces(parts)):  # noqa: B007
+            self.sock.sendall(wire.pack_header(kind if last else wire.PIECE, ident, len(piece)))
+            self.sock.sendall(piece)
+
+
+def _pieces(parts):  # type: ignore[no-untyped-def]
+    """(piece, is it the last) over the concatenation of ``parts``, without building it."""
+    views = [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
+    for number, view in enumerate(views):
+        for start in range(0, view.nbytes, wire.PIECE_SIZE):
+            piece = view[start : start + wire.PIECE_SIZE]
+            yield piece, number == len(views) - 1 and start + piece.nbytes == view.nbytes
+
+
+class Worker:
+    """Runs calls. What they leave behind (modules, the namespace of source snippets) stays for the next ones."""
+
+    def __init__(self, limits: dict[str, int]) -> None:
+        self.limits = limits
+        self.library = resolve.Library()
+        self.namespace: dict[str, object] = {"__name__": "__main__", "__builtins__": __builtins__}
+
+    def answer(self, call, take_fds) -> tuple[int, list[bytes]]:  # type: ignore[no-untyped-def]
+        """(kind, parts) of the reply to one call. Whatever user code does is an answer too."""
+        verb, capture, arguments = call[0], call[1], call[2:]
+        try:
+            if capture:
+                with Capture(*take_fds()):
+                    value = VERBS[verb](self, *arguments)
+            else:
+                value = VERBS[verb](self, *arguments)
+            return self.pack(value)
+        except resolve.NotFound as error:
+            return refused("not_found", str(error), stage=error.stage)
+        except resolve.CompileFailed as error:
+            return refused("compile", str(error), file=error.file, line=error.line)
+        except encode.NotData as error:
+            return refused("not_data", str(error))
+        except Unloadable as error:
+            return refused("unloadable", str(error))
+        except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the call, not the child
+            return wire.RAISED, [json.dumps(raised.describe_exception(error, _HIDDEN)).encode()]
+
+    def pack(self, value: object) -> tuple[int, list[bytes]]:
+        if self.limits["pickle"]:
+            return wire.PICKLED, [pickle.dumps(value, 5)]
+        text, buffers = encode.encode(value, self.limits["result"])
+        return wire.RESULT, wire.pack_value(text, buffers)
+
+    def call_method(self, key: str, target: str, arguments: bytes) -> object:
+        function = self.library.callable_for(key, target)
+        args, kwargs = load(arguments)
+        return function(*args, **kwargs)
+
+    def call_function(self, arguments: bytes) -> object:
+        function, args, kwargs = load(arguments)
+        return function(*args, **kwargs)
+
+    def run_source(self, source: str, filename: str) -> object:
+        return run.run_source(self.namespace, source, filename)
+
+    def run_script(self, key: str, argv: list[str]) -> int:
+        return run.run_script(self.library, key, argv)
+
+
+VERBS = {
+    "method": Worker.call_method,
+    "function": Worker.call_function,
+    "source": Worker.run_source,
+    "script": Worker.run_script,
+}
+
+
+class Unloadable(Exception):
+    """Arguments or a closure that cannot be rebuilt here, most often for a module this child may not import."""
+
+
+def load(data: bytes):  # type: ignore[no-untyped-def]
+    try:
+        return pickle.loads(data)  # noqa: S301  from the host
+    except Exception as error:
+        raise Unloadable(f"{type(error).__name__}: {error}") from error
+
+
+def refused(kind: str, message: str, **more: object) -> tuple[int, list[bytes]]:
+    return wire.REFUSED, [json.dumps({"kind": kind, "message": message[:8192], **more}).encode()]

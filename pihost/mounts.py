@@ -1,0 +1,117 @@
+"""What a root is made of: Bind, Tmpfs, Proc, Folder, File, Symlink, each with ``describe()`` and ``execute()``.
+
+Bind sources are opened before anything is mounted (O_PATH) and bound from /proc/self/fd: no path of the host is walked
+twice, and a source below the folder that the new root is built on stays reachable.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pihost import syscalls
+
+READ_ONLY = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV
+WRITABLE = syscalls.MS_NOSUID | syscalls.MS_NODEV
+DEVICE = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
+
+
+class Bind:
+    """A file or folder of the host, with everything mounted below it; ``flags`` hold for all of it."""
+
+    def __init__(self, source: str, target: str, flags: int) -> None:
+        self.source, self.target, self.flags = source, target, flags
+        self.fd = -1
+
+    def describe(self) -> str:
+        return f"bind {self.source} at {self.target}"
+
+    def open(self) -> None:
+        self.fd = os.open(self.source, os.O_PATH | os.O_CLOEXEC)
+
+    def execute(self, base: str, kernel=syscalls) -> None:  # type: ignore[no-untyped-def]
+        target = base + self.target
+        if os.path.isdir(f"/proc/self/fd/{self.fd}"):
+            os.makedirs(target, exist_ok=True)
+        else:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444))
+        kernel.mount(f"/proc/self/fd/{self.fd}", target, "", syscalls.MS_BIND | syscalls.MS_REC)
+        os.close(self.fd)
+        if self.flags:
+            kernel.set_mount_flags(target, self.flags)
+
+
+class Tmpfs:
+    """Memory-backed scratch of at most ``size`` bytes and ``inodes`` files, owned by the child."""
+
+    def __init__(self, target: str, size: int, inodes: int, uid: int, gid: int) -> None:
+        self.target = target
+        self.data = f"size={size},nr_inodes={inodes},mode=1777,uid={uid},gid={gid}"
+
+    def describe(self) -> str:
+        return f"tmpfs at {self.target} ({self.data})"
+
+    def execute(self, base: str, kernel=syscalls) -> None:  # type: ignore[no-untyped-def]
+        kernel.mount("tmpfs", base + self.target, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, self.data)
+
+
+class Proc:
+    """A /proc of the new pid namespace: its own processes, nothing of the kernel."""
+
+    def __init__(self, target: str, options: str) -> None:
+        self.target, self.options = target, options
+
+    def describe(self) -> str:
+        return f"proc at {self.target} ({self.options})"
+
+    def execute(self, base: str, kernel=syscalls) -> None:  # type: ignore[no-untyped-def]
+        flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
+        kernel.mount("proc", base + self.target, "proc", flags, self.options)
+
+
+class Folder:
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def describe(self) -> str:
+        return f"folder {self.target}"
+
+    def execute(self, base: str, kernel=syscalls) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG002
+        os.makedirs(base + self.target, exist_ok=True)
+
+
+class File:
+    """A small file of our own, such as /etc/passwd."""
+
+    def __init__(self, target: str, text: str) -> None:
+        self.target, self.text = target, text
+
+    def describe(self) -> str:
+        return f"file {self.target}"
+
+    def execute(self, base: str, kernel=syscalls) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG002
+        target = base + self.target
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        fd = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o444)
+        os.write(fd, self.text.encode())
+        os.close(fd)
+
+
+class Symlink:
+    def __init__(self, target: str, to: str) -> None:
+        self.target, self.to = target, to
+
+    def describe(self) -> str:
+        return f"symlink {self.target} -> {self.to}"
+
+    def execute(self, base: str, kernel=syscalls) -> None:  # type: ignore[no-untyped-def]  # noqa: ARG002
+        os.makedirs(os.path.dirname(base + self.target), exist_ok=True)
+        os.symlink(self.to, base + self.target)
+
+
+KINDS = {"bind": Bind, "tmpfs": Tmpfs, "proc": Proc, "folder": Folder, "file": File, "symlink": Symlink}
+
+
+def read(entries):  # type: ignore[no-untyped-def]
+    """The objects for ``[kind, *arguments]`` entries of a plan."""
+    return [KINDS[kind](*arguments) for kind, *arguments in entries]

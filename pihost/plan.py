@@ -1,0 +1,122 @@
+"""The launch plan: plain data from the host, checked on arrival. Policy is decided on the host; nothing is decided here.
+
+Two parts: a ``TemplatePlan`` for one zygote (its root, interpreter, preloaded modules, filter) and a ``ChildPlan`` for
+each child. They travel as marshal, version 2: built into every interpreter (no import before the walls are up), the
+same bytes since Python 2.4, and only ever read by the zygote, which trusts its host.
+"""
+
+from __future__ import annotations
+
+import marshal
+
+_TEXTS = (list, str)  # a list whose items are text
+
+
+class PlanError(ValueError):
+    """The plan is not what this version of pihost understands."""
+
+
+class Plan:
+    """Base of both plans: keyword fields, each with its type; ``(list, kind)`` means a list of that kind."""
+
+    FIELDS: dict[str, object] = {}
+
+    def __init__(self, **values: object) -> None:
+        if values.keys() != self.FIELDS.keys():
+            odd = sorted(values.keys() ^ self.FIELDS.keys())
+            raise PlanError(f"{type(self).__name__}: missing or unknown fields: {', '.join(odd)}")
+        for name, kind in self.FIELDS.items():
+            if not _fits(values[name], kind):
+                raise PlanError(f"{type(self).__name__}.{name}: {values[name]!r}")
+            setattr(self, name, values[name])
+
+    def dump(self) -> bytes:
+        return marshal.dumps({name: getattr(self, name) for name in self.FIELDS}, 2)
+
+    @classmethod
+    def load(cls, data: bytes) -> Plan:
+        values = marshal.loads(data)  # noqa: S302  from our own host only
+        if not isinstance(values, dict):
+            raise PlanError(f"{cls.__name__}: not a mapping")
+        return cls(**values)
+
+
+def _fits(value: object, kind: object) -> bool:
+    if isinstance(kind, tuple) and kind and kind[0] is list:
+        return isinstance(value, list) and all(isinstance(item, kind[1]) for item in value)
+    return isinstance(value, kind)  # type: ignore[arg-type]
+
+
+class TemplatePlan(Plan):
+    """What one zygote is: everything that its children share.
+
+    root         mounts in order, each ``[kind, *arguments]`` (see ``mounts.py``)
+    own_ids      ``[uid, gid]`` of an ordinary user, who needs a user namespace to mount at all; empty for root
+    interpreter  path inside the new root
+    package      folder of pihost inside the new root
+    sys_path     import path inside
+    preload      modules imported before the first child
+    environment  the whole environment
+    seccomp      filter program, empty for none
+    log_level    10, 20, 30, 40 as in logging
+    """
+
+    FIELDS = {
+        "root": (list, list), "own_ids": (list, int), "interpreter": str, "package": str, "sys_path": _TEXTS,
+        "preload": _TEXTS, "environment": dict, "seccomp": bytes, "log_level": int,
+    }  # fmt: skip
+    root: list[list[object]]
+    own_ids: list[int]
+    interpreter: str
+    package: str
+    sys_path: list[str]
+    preload: list[str]
+    environment: dict[str, str]
+    seccomp: bytes
+    log_level: int
+
+
+class ChildPlan(Plan):
+    """What one child is.
+
+    namespaces   flags for clone3; NEWCGROUP and NEWTIME are entered later, see ``confine``
+    uid_map      lines for /proc/PID/uid_map, as the zygote's user namespace sees it; gid_map likewise
+    uid, gid     ids inside
+    hostname     what uname says inside
+    mounts       mounts of this child alone: scratch, proc
+    rlimits      ``[resource, soft, hard]``
+    nice         0..19
+    loopback     bring ``lo`` up
+    landlock     ``[path, access]`` rules; with ``landlock_abi`` 0 there is no Landlock
+    landlock_fs, landlock_net, landlock_scopes   what the ruleset handles
+    cgroups      how many ``tasks`` fds follow, to be joined by writing ``0``
+    limits       what the inside must know: ``result`` bytes, ``pickle`` allowed
+    debug        stop before user code
+    without      names of steps left out: only the ablation tests say any
+    """
+
+    FIELDS = {
+        "namespaces": int, "uid_map": str, "gid_map": str, "uid": int, "gid": int, "hostname": str,
+        "mounts": (list, list), "rlimits": (list, list), "nice": int, "loopback": bool,
+        "landlock": (list, list), "landlock_abi": int, "landlock_fs": int, "landlock_net": int, "landlock_scopes": int,
+        "cgroups": int, "limits": dict, "debug": bool, "without": _TEXTS,
+    }  # fmt: skip
+    namespaces: int
+    uid_map: str
+    gid_map: str
+    uid: int
+    gid: int
+    hostname: str
+    mounts: list[list[object]]
+    rlimits: list[list[int]]
+    nice: int
+    loopback: bool
+    landlock: list[list[object]]
+    landlock_abi: int
+    landlock_fs: int
+    landlock_net: int
+    landlock_scopes: int
+    cgroups: int
+    limits: dict[str, int]
+    debug: bool
+    without: list[str]

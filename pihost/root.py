@@ -1,0 +1,81 @@
+"""The private root of a template: built once, in a mount namespace of its own, inherited read-only by every child."""
+
+from __future__ import annotations
+
+import os
+
+from pihost import mounts, syscalls
+from pihost.plan import TemplatePlan
+
+# Any folder that exists serves: the new root is mounted over it in our own namespace, and then becomes "/".
+_PLACES = ("/tmp", "/mnt", "/run", "/home", "/usr")  # noqa: S108
+
+
+class StepFailed(Exception):
+    """One step could not be done; ``step`` names it. The first cause wins: nothing is tried after it."""
+
+    def __init__(self, step: str, error: BaseException) -> None:
+        self.step = step
+        self.errno = getattr(error, "errno", None) or 0
+        where = getattr(error, "filename", None)
+        text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        self.detail = f"{where}: {text}" if where else text
+        super().__init__(f"{step}: {self.detail}")
+
+
+def enter_namespaces(own_ids: list[int]) -> None:
+    """A mount namespace of our own; for an ordinary user inside a user namespace in which they are root."""
+    if not own_ids:
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        return
+    uid, gid = own_ids
+    syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)
+    write_proc("self", "setgroups", "deny")
+    write_proc("self", "uid_map", f"0 {uid} 1")
+    write_proc("self", "gid_map", f"0 {gid} 1")
+
+
+def write_proc(pid: object, name: str, text: str) -> None:
+    """One write to /proc/PID/name: the kernel takes id maps only whole."""
+    fd = os.open(f"/proc/{pid}/{name}", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+def build(plan: TemplatePlan) -> None:
+    """Build the root of ``plan`` and make it ours. Raises StepFailed naming the mount that failed."""
+    step = "namespaces"
+    try:
+        enter_namespaces(plan.own_ids)
+        step = "private mounts"
+        syscalls.mount("", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
+        entries = mounts.read(plan.root)
+        for entry in entries:
+            if isinstance(entry, mounts.Bind):
+                step = entry.describe()
+                entry.open()
+        step = "root"
+        base = next(place for place in _PLACES if os.path.isdir(place))
+        flags = syscalls.MS_NOSUID | syscalls.MS_NODEV
+        syscalls.mount("tmpfs", base, "tmpfs", flags, "size=4m,nr_inodes=4096,mode=755")
+        for entry in entries:
+            step = entry.describe()
+            entry.execute(base)
+        step = "pivot"
+        _make_root(base)
+    except (OSError, ValueError, StopIteration) as error:
+        raise StepFailed(step, error) from error
+
+
+def _make_root(base: str) -> None:
+    """pivot_root, not chroot: the old root is gone, not merely out of sight."""
+    os.chdir(base)
+    syscalls.pivot_root(".", ".")
+    syscalls.umount_detach(".")
+    os.chdir("/")
+    if os.getcwd() != "/":
+        raise OSError(2, "the new root is not where it should be", "getcwd")
+    flags = syscalls.MS_REMOUNT | syscalls.MS_BIND | syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV
+    syscalls.mount("", "/", "", flags)

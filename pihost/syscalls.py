@@ -1,0 +1,208 @@
+"""Thin functions over the kernel, for what the standard library has no name for. The only place that uses ctypes.
+
+Every function raises OSError whose ``filename`` is the call's name. ``tests/fake_kernel.py`` has the same names and
+records instead of acting.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+# PyDLL keeps the GIL: nothing here blocks, and clone() must not run beside another thread.
+_libc = ctypes.PyDLL(None, use_errno=True)
+_MACHINE = os.uname().machine
+_X86 = _MACHINE == "x86_64"
+
+CLONE_NEWTIME = 0x00000080
+CLONE_PIDFD = 0x00001000
+CLONE_NEWNS = 0x00020000
+CLONE_NEWCGROUP = 0x02000000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
+_MOUNT_ATTR = {MS_RDONLY: 1, MS_NOSUID: 2, MS_NODEV: 4, MS_NOEXEC: 8}
+
+# Numbers from 424 on are the same on every architecture.
+_SYS_PIVOT_ROOT = 155 if _X86 else 41
+_SYS_SECCOMP = 317 if _X86 else 277
+_SYS_CLONE3 = 435
+_SYS_MOUNT_SETATTR = 442
+_SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
+
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 1, 4, 24, 28
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
+_LAST_POSSIBLE_CAPABILITY = 63
+# noroot, no_setuid_fixup, keep_caps off, no_ambient_raise: each set and locked.
+_SECUREBITS_LOCKED = 0b1110_1111
+
+
+def _check(result: int, name: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), name)
+    return result
+
+
+def _syscall(name: str, number: int, *arguments: object) -> int:
+    return _check(_libc.syscall(ctypes.c_long(number), *arguments), name)
+
+
+def _prctl(name: str, option: int, *values: int) -> int:
+    padded = (values + (0, 0, 0, 0))[:4]  # unused arguments must be zero for the newer options
+    return _check(_libc.prctl(option, *(ctypes.c_ulong(value) for value in padded)), name)
+
+
+class _CloneArgs(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint64) for name in (
+        "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls",
+        "set_tid", "set_tid_size", "cgroup")]  # fmt: skip
+
+
+def clone(flags: int) -> tuple[int, int]:
+    """Fork this single-threaded process into new namespaces: (pid, pidfd) in the parent, (0, -1) in the child.
+
+    CPython is told as os.fork() would tell it. glibc is not, so its cached thread id is stale in the child until
+    the next real fork; nothing but our own launch code runs before that one.
+    """
+    pidfd = ctypes.c_int(-1)
+    arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=17)
+    ctypes.pythonapi.PyOS_BeforeFork()
+    pid = _libc.syscall(ctypes.c_long(_SYS_CLONE3), ctypes.byref(arguments), ctypes.sizeof(arguments))
+    number = ctypes.get_errno()
+    if pid == 0:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+        return 0, -1
+    ctypes.pythonapi.PyOS_AfterFork_Parent()
+    if pid < 0:
+        raise OSError(number, os.strerror(number), "clone3")
+    return pid, pidfd.value
+
+
+def unshare(flags: int) -> None:
+    _check(_libc.unshare(flags), "unshare")
+
+
+def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
+    encoded = [text.encode() or None for text in (source, target, kind)]
+    _check(_libc.mount(*encoded, ctypes.c_ulong(flags), data.encode() or None), f"mount {target}")
+
+
+def umount_detach(target: str) -> None:
+    _check(_libc.umount2(target.encode(), 2), f"umount {target}")
+
+
+def pivot_root(new: str, old: str) -> None:
+    _syscall("pivot_root", _SYS_PIVOT_ROOT, new.encode(), old.encode())
+
+
+def set_mount_flags(target: str, flags: int) -> None:
+    """Add MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC to a mount and everything mounted below it (Linux 5.12)."""
+    attributes = sum(bit for flag, bit in _MOUNT_ATTR.items() if flags & flag)
+    args = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+    _syscall(f"mount_setattr {target}", _SYS_MOUNT_SETATTR, _AT_FDCWD, target.encode(), _AT_RECURSIVE,
+             ctypes.byref(args), ctypes.c_size_t(32))  # fmt: skip
+
+
+def sethostname(name: str) -> None:
+    raw = name.encode()
+    _check(_libc.sethostname(raw, len(raw)), "sethostname")
+
+
+def set_ids(uid: int, gid: int) -> None:
+    """Real, effective and saved ids at once; the group first, while there is still the right to."""
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
+def set_death_signal(number: int) -> None:
+    _prctl("prctl PR_SET_PDEATHSIG", _PR_SET_PDEATHSIG, number)
+
+
+def set_dumpable(dumpable: bool) -> None:
+    _prctl("prctl PR_SET_DUMPABLE", _PR_SET_DUMPABLE, int(dumpable))
+
+
+def set_subreaper() -> None:
+    _prctl("prctl PR_SET_CHILD_SUBREAPER", _PR_SET_CHILD_SUBREAPER, 1)
+
+
+def set_no_new_privs() -> None:
+    _prctl("prctl PR_SET_NO_NEW_PRIVS", _PR_SET_NO_NEW_PRIVS, 1)
+
+
+def drop_bounding_set() -> None:
+    """Take every capability out of the bounding set. Needs CAP_SETPCAP: before the ids change hands for good."""
+    for capability in range(_LAST_POSSIBLE_CAPABILITY + 1):
+        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
+            number = ctypes.get_errno()
+            if number == 22 and capability > 0:  # EINVAL: past the kernel's last capability
+                return
+            raise OSError(number, os.strerror(number), "prctl PR_CAPBSET_DROP")
+
+
+def lock_securebits() -> None:
+    _prctl("prctl PR_SET_SECUREBITS", _PR_SET_SECUREBITS, _SECUREBITS_LOCKED)
+
+
+def drop_capabilities() -> None:
+    """Empty the ambient, effective, permitted and inheritable sets."""
+    _prctl("prctl PR_CAP_AMBIENT", _PR_CAP_AMBIENT, 4)
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    nothing = (ctypes.c_uint32 * 6)()
+    _check(_libc.capset(ctypes.byref(header), ctypes.byref(nothing)), "capset")
+
+
+def landlock_abi() -> int:
+    """The Landlock version of this kernel, 0 where it is missing or switched off at boot."""
+    return max(0, _libc.syscall(ctypes.c_long(_SYS_LANDLOCK_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
+
+
+def landlock_ruleset(abi: int, file_access: int, network_access: int, scopes: int) -> int:
+    """A new ruleset's fd; what the ABI does not know is left out by the size handed over."""
+    values = (ctypes.c_uint64 * 3)(file_access, network_access, scopes)
+    size = 24 if abi >= 6 else 16 if abi >= 4 else 8
+    return _syscall("landlock_create_ruleset", _SYS_LANDLOCK_CREATE, ctypes.byref(values), ctypes.c_size_t(size),
+                    ctypes.c_uint32(0))  # fmt: skip
+
+
+class _PathBeneath(ctypes.Structure):
+    _pack_ = 1
+    _fields_ = [("access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32)]
+
+
+def landlock_allow(ruleset: int, path: str, access: int) -> None:
+    """Allow ``access`` to everything at and below ``path``."""
+    parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = _PathBeneath(access, parent)
+        _syscall(f"landlock_add_rule {path}", _SYS_LANDLOCK_ADD, ruleset, 1, ctypes.byref(rule), ctypes.c_uint32(0))
+    finally:
+        os.close(parent)
+
+
+def landlock_restrict(ruleset: int) -> None:
+    _syscall("landlock_restrict_self", _SYS_LANDLOCK_RESTRICT, ruleset, ctypes.c_uint32(0))
+
+
+class _SockFprog(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+
+def load_seccomp(program: bytes) -> None:
+    """Install a compiled filter (8 bytes an instruction) for this thread and all it will start."""
+    if not program or len(program) % 8 or len(program) // 8 > 4096:
+        raise OSError(22, "not a filter program", "seccomp")
+    fprog = _SockFprog(len(program) // 8, program)
+    _syscall("seccomp", _SYS_SECCOMP, ctypes.c_uint(1), ctypes.c_uint(0), ctypes.byref(fprog))
+
+
+def flush_c_stdio() -> None:
+    """Write out what C code left in stdio's buffers, so that a call's output is whole when the call ends."""
+    _libc.fflush(None)

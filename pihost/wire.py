@@ -1,0 +1,78 @@
+"""Frames to bytes and back, no I/O. The same file on both sides.
+
+    host                                      child
+      | <------------------------- READY  id 0, walls are up, before any user code
+      | CODE    id n, a module's source ---->|   (no answer; kept by its key)
+      | OUTPUT  id n, two pipe ends -------->|   (no answer; stdout and stderr of the next call)
+      | CALL    id n, what to run ---------->|
+      | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
+      | <------------------------- one of RESULT, PICKLED, RAISED, REFUSED  id n, the (last part of the) answer
+
+A frame is a 16-byte header (magic, version, kind, id, length; little endian) and ``length`` bytes, 1 at the least.
+Host to child the body is a pickle: the host is trusted. Child to host it is never one, unless the caller asked for
+``results="pickle"`` (PICKLED): RESULT is a packed value (see ``pack_value``), RAISED and REFUSED are JSON.
+"""
+
+from __future__ import annotations
+
+import struct
+
+MAGIC = 0x5149
+VERSION = 1
+HEADER = struct.Struct("<HBBQI")
+MAX_FRAME = 4 << 20  #: largest body a child may send in one frame; the host's own frames are not bounded by it
+PIECE_SIZE = 1 << 20
+
+CODE, CALL, OUTPUT = 1, 2, 3
+READY, RESULT, PICKLED, RAISED, REFUSED, PIECE = 64, 65, 66, 67, 68, 69
+FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE))
+
+_COUNTS = struct.Struct("<II")
+
+
+class BadFrame(ValueError):
+    """Bytes that are no frame, or a frame that may not come from this side."""
+
+
+def pack_header(kind: int, ident: int, length: int) -> bytes:
+    return HEADER.pack(MAGIC, VERSION, kind, ident, length)
+
+
+def unpack_header(data: bytes, offset: int = 0, limit: int = MAX_FRAME) -> tuple[int, int, int]:
+    """(kind, id, length) of the header at ``offset``. Raises BadFrame before anyone allocates ``length`` bytes."""
+    magic, version, kind, ident, length = HEADER.unpack_from(data, offset)
+    if magic != MAGIC or version != VERSION:
+        raise BadFrame(f"magic {magic:#x} version {version}: not a frame of ours")
+    if not 0 < length <= limit:
+        raise BadFrame(f"a frame of {length} bytes (1 to {limit} are allowed)")
+    return kind, ident, length
+
+
+def pack_value(text: bytes, buffers: list[bytes]) -> list[bytes]:
+    """The parts of an encoded value: counts, buffer lengths, JSON text, buffers. To be joined or sent as they are."""
+    head = _COUNTS.pack(len(text), len(buffers))
+    if not buffers:
+        return [head, text]
+    lengths = struct.pack(f"<{len(buffers)}Q", *(memoryview(buffer).nbytes for buffer in buffers))
+    return [head, lengths, text, *buffers]
+
+
+def unpack_value(body: bytes) -> tuple[bytes, list[memoryview]]:
+    """(text, buffers) of a packed value. Raises BadFrame where the lengths do not add up to the body exactly."""
+    if len(body) < _COUNTS.size:
+        raise BadFrame("a value without its counts")
+    text_length, count = _COUNTS.unpack_from(body)
+    start = _COUNTS.size + 8 * count
+    if start + text_length > len(body):
+        raise BadFrame("a value shorter than it says")
+    lengths = struct.unpack_from(f"<{count}Q", body, _COUNTS.size)
+    if start + text_length + sum(lengths) != len(body):
+        raise BadFrame("a value whose parts do not fill it")
+    text = bytes(body[start : start + text_length])
+    position = start + text_length
+    view = memoryview(body)
+    buffers = []
+    for length in lengths:
+        buffers.append(view[position : position + length])
+        position += length
+    return text, buffers

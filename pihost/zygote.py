@@ -1,0 +1,207 @@
+"""The fork server: a warm, single-threaded interpreter that forks children, owns their exit status, and is the subreaper.
+
+    host                               zygote
+      | TemplatePlan ------------------> |  (twice: once for each stage)
+      | <-------------- {"ready": ...}   |  or {"failed": step, "errno": n, "detail": text}
+      | ChildPlan + fds ---------------> |  fds: link, status, then the groups to join
+      | bytes that begin with IMPORT --> |  modules to keep warm for the next children
+    on the child's status socket, host <-- zygote or PID 1:
+      {"launched": pid} + pidfd   {"failed": ...}   {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
+
+The end of the host (its pidfd) or of the control socket ends the zygote, and its end ends every child.
+"""
+
+from __future__ import annotations
+
+import array
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import sys
+
+from pihost import confine, init, syscalls
+from pihost.plan import ChildPlan, PlanError, TemplatePlan
+from pihost.root import StepFailed, write_proc
+
+IMPORT = b"import "
+_MAX_FDS = 16
+_MAX_MESSAGE = 1 << 20
+_DEBUG = 10
+#: imported while nobody waits, so that a child finds them there: rendering tracebacks, source snippets, closures
+_WHEN_IDLE = ("traceback", "ast", "linecache", "cloudpickle.cloudpickle")
+_IDLE_AFTER = 20  # ms without a request
+
+
+def main(control: int, host: int) -> None:
+    """Become a zygote: read the template plan, preload, say ready, serve until the host is gone."""
+    os.closerange(max(control, host) + 1, 1 << 30)
+    sock = socket.socket(fileno=control)
+    plan = TemplatePlan.load(sock.recv(_MAX_MESSAGE))
+    try:
+        prepare(plan)
+    except StepFailed as failure:
+        sock.send(json.dumps({"failed": failure.step, "errno": failure.errno, "detail": failure.detail}).encode())
+        return
+    sock.send(json.dumps({"ready": list(sys.version_info[:3]), "pid": os.getpid()}).encode())
+    Zygote(sock, host, plan).serve()
+
+
+def prepare(plan: TemplatePlan) -> None:
+    """Imports once, for all children; then as few reasons as possible for a child to copy a page."""
+    if not plan.own_ids:
+        os.setgroups([])  # a child cannot: its user namespace denies setgroups
+    syscalls.set_subreaper()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Python's handler would let a payload interrupt PID 1
+    sys.path[:] = plan.sys_path
+    sys.argv[:] = [""]
+    from pihost.inside import serve  # noqa: F401
+
+    for name in plan.preload:
+        try:
+            __import__(name)
+        except Exception as error:
+            raise StepFailed(f"preload {name}", error) from error
+    threads = len(os.listdir("/proc/self/task"))
+    if threads != 1:
+        raise StepFailed("preload", OSError(0, f"a preloaded module started {threads - 1} threads: a zygote must have one"))
+    settle()
+
+
+def settle() -> None:
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+class Zygote:
+    def __init__(self, control: socket.socket, host: int, plan: TemplatePlan) -> None:
+        self.control, self.host, self.plan = control, host, plan
+        self.own_pidfd = os.pidfd_open(os.getpid())
+        self.children: dict[int, socket.socket] = {}  # PID 1's pidfd -> the child's status socket
+        self.idle_imports = list(_WHEN_IDLE)
+        self.poll = select.poll()
+        for fd in (control.fileno(), host):
+            self.poll.register(fd, select.POLLIN)
+
+    def serve(self) -> None:
+        while True:
+            ready = self.poll.poll(_IDLE_AFTER if self.idle_imports else None)
+            if not ready:
+                self.keep_warm([self.idle_imports.pop(0)])
+            for fd, _events in ready:
+                if fd == self.host:
+                    os._exit(0)
+                elif fd == self.control.fileno():
+                    self.handle_request()
+                else:
+                    self.report_end(fd)
+
+    def handle_request(self) -> None:
+        data, ancillary, _flags, _address = self.control.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(4 * _MAX_FDS))
+        if not data:
+            os._exit(0)  # the host closed us; our end is the death signal of every child
+        fds = array.array("i")
+        for _level, _kind, content in ancillary:
+            fds.frombytes(content[: len(content) - len(content) % 4])
+        if data.startswith(IMPORT):
+            self.keep_warm(data[len(IMPORT) :].decode().split())
+        else:
+            self.launch(data, list(fds))
+
+    def keep_warm(self, names: list[str]) -> None:
+        for name in names:
+            try:
+                __import__(name)
+            except ImportError:
+                continue
+        settle()
+
+    def log(self, text: str) -> None:
+        os.write(2, f"pihost[{os.getpid()}] DEBUG {text}\n".encode())
+
+    def launch(self, data: bytes, fds: list[int]) -> None:
+        link, status_fd, *cgroups = fds
+        status = socket.socket(fileno=status_fd)
+        go, say_go = os.pipe()
+        pid = pidfd = -1
+        try:
+            plan = ChildPlan.load(data)
+            if plan.cgroups != len(cgroups):
+                raise PlanError("not the fds that the plan speaks of")
+            pid, pidfd = syscalls.clone(plan.namespaces)
+            if pid == 0:
+                self.become_child(plan, confine.Fds(link, status_fd, go, self.host, self.own_pidfd, cgroups))
+            map_ids(pid, plan)
+            os.write(say_go, b"1")
+        except (OSError, PlanError, BrokenPipeError) as error:
+            tell(status, {"failed": "id maps" if pid > 0 else "clone", "errno": getattr(error, "errno", 0) or 0, "detail": str(error)})
+        for fd in (link, go, say_go, *cgroups):
+            os.close(fd)
+        if pid > 0:
+            socket.send_fds(status, [json.dumps({"launched": pid}).encode()], [pidfd])
+            self.children[pidfd] = status
+            self.poll.register(pidfd, select.POLLIN)
+        else:
+            status.close()
+
+    def become_child(self, plan: ChildPlan, fds: confine.Fds) -> None:
+        """PID 1 of the new sandbox, and from the fork on the payload. Never returns."""
+        code = 1
+        try:
+            log = self.log if self.plan.log_level <= _DEBUG else None
+            confine.run(confine.BEFORE_FORK, plan, fds, log=log)
+            payload = os.fork()
+            if payload == 0:
+                code = self.become_payload(plan, fds)
+            else:
+                init.run(fds, payload, b"" if "seccomp" in plan.without else self.plan.seccomp)
+        except BaseException as error:
+            report_failure(fds.status, error)
+        finally:
+            os._exit(code)
+
+    def become_payload(self, plan: ChildPlan, fds: confine.Fds) -> int:
+        confine.run(confine.PAYLOAD, plan, fds)
+        if "seccomp" not in plan.without and self.plan.seccomp:
+            try:
+                syscalls.load_seccomp(self.plan.seccomp)
+            except OSError as error:
+                raise StepFailed("seccomp", error) from error
+        os.close(fds.status)  # the last thing that is ours; kept so long to be able to report the step before
+        gc.enable()
+        from pihost.inside import serve
+
+        return serve.serve(confine.LINK, plan.limits, plan.debug)
+
+    def report_end(self, pidfd: int) -> None:
+        status = self.children.pop(pidfd)
+        self.poll.unregister(pidfd)
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        tell(status, {"gone": [result.si_code, result.si_status] if result else [0, 0]})
+        status.close()
+
+
+def map_ids(pid: int, plan: ChildPlan) -> None:
+    write_proc(pid, "setgroups", "deny")  # before gid_map: CVE-2014-8989
+    write_proc(pid, "uid_map", plan.uid_map)
+    write_proc(pid, "gid_map", plan.gid_map)
+
+
+def report_failure(status_fd: int, error: BaseException) -> None:
+    failure = error if isinstance(error, StepFailed) else StepFailed("confine", error)
+    message = {"failed": failure.step, "errno": failure.errno, "detail": failure.detail}
+    try:
+        os.write(status_fd, json.dumps(message).encode())
+    except OSError:
+        pass  # the host no longer listens; our end says the rest
+
+
+def tell(status: socket.socket, message: dict[str, object]) -> None:
+    try:
+        status.send(json.dumps(message).encode())
+    except OSError:
+        pass  # the host closed its end: it no longer wants to know

@@ -1,0 +1,164 @@
+"""Finds out, by doing, where on this machine we can make groups and why not elsewhere."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from typing import Literal, NamedTuple
+
+from pisupervisor.limits import directories
+
+CONTROLLERS = ("pids", "memory", "cpu", "cpuacct", "cpuset", "devices", "blkio", "freezer")
+
+Mode = Literal["v1", "hybrid", "v2", "none"]
+
+
+class Place(NamedTuple):
+    """Where groups of one controller would go. ``errno`` and ``why`` say what is in the way; both empty: nothing.
+
+    ``directory`` is the supervisor's own group, None where the controller is not there at all.
+    """
+
+    directory: str | None
+    errno: int | None = None
+    why: str = ""
+
+    @property
+    def usable(self) -> bool:
+        """Whether groups can be made here."""
+        return not self.why
+
+
+class CgroupHost(NamedTuple):
+    """What this machine offers to this process: one Place per controller, and facts about swap.
+
+    ``memsw``: memory groups can limit swap; ``swap_on``: the host has swap; ``uid``: who asked.
+    """
+
+    mode: Mode
+    places: Mapping[str, Place]
+    memsw: bool
+    swap_on: bool
+    uid: int
+
+    def directories(self) -> list[str]:
+        """The distinct directories in which groups can be made (co-mounted controllers share one)."""
+        return list(dict.fromkeys(place.directory for place in self.places.values() if place.directory and place.usable))
+
+
+class Probe(NamedTuple):
+    """What came of trying to make a group: the error, if any, and the files that it had."""
+
+    error: OSError | None
+    files: frozenset[str] = frozenset()
+
+
+def detect() -> CgroupHost:
+    """Look at this machine, making and removing one empty group per hierarchy (about 1 ms)."""
+    with open("/proc/self/cgroup") as cgroup, open("/proc/self/mountinfo") as mountinfo:
+        mode, found = find_groups(cgroup.read(), mountinfo.read())
+    return describe_host(mode, found, _has_swap(), probe_group, os.geteuid())
+
+
+def describe_host(
+    mode: Mode, found: Mapping[str, str], swap_on: bool, probe: Callable[[str], Probe], uid: int
+) -> CgroupHost:
+    """Turn the directories of ``find_groups`` into a CgroupHost by probing each distinct one once."""
+    probes = {directory: probe(directory) for directory in dict.fromkeys(found.values())}
+    places = {controller: _describe_place(controller, mode, found, probes) for controller in CONTROLLERS}
+    memsw = "memory" in found and "memory.memsw.limit_in_bytes" in probes[found["memory"]].files
+    return CgroupHost(mode=mode, places=places, memsw=memsw, swap_on=swap_on, uid=uid)
+
+
+def _describe_place(controller: str, mode: Mode, found: Mapping[str, str], probes: Mapping[str, Probe]) -> Place:
+    if controller not in found:
+        only_v2 = "this host has cgroup v2 only, and this version makes its groups on v1 hierarchies"
+        return Place(None, None, only_v2 if mode == "v2" else f"there is no cgroup v1 {controller} hierarchy")
+    directory = found[controller]
+    error = probes[directory].error
+    if error is not None:
+        return Place(directory, error.errno, f"cannot make a group in {directory}: {error.strerror}")
+    if controller == "devices" and "devices.deny" not in probes[directory].files:
+        return Place(directory, None, "denying devices takes CAP_SYS_ADMIN")
+    return Place(directory)
+
+
+def find_groups(cgroup: str, mountinfo: str, is_dir: Callable[[str], bool] = os.path.isdir) -> tuple[Mode, dict[str, str]]:
+    """The hierarchy mode, and the directory of the own v1 group per controller, from the text of the two /proc files.
+
+    Where the own group lies outside what a container's mount shows, the mount's top is used instead.
+    """
+    own = _own_paths(cgroup)
+    found: dict[str, str] = {}
+    unified = False
+    for root, mount, kind, options in _cgroup_mounts(mountinfo):
+        unified |= kind == "cgroup2"
+        for controller in set(options) & set(CONTROLLERS) & set(own) if kind == "cgroup" else ():
+            found.setdefault(controller, _own_directory(mount, root, own[controller], is_dir))
+    if found:
+        return ("hybrid" if unified else "v1"), found
+    return ("v2" if unified else "none"), found
+
+
+def _own_paths(cgroup: str) -> dict[str, str]:
+    """``"4:cpu,cpuacct:/user.slice"`` -> {"cpu": "/user.slice", "cpuacct": "/user.slice"}."""
+    lines = (line.split(":", 2) for line in cgroup.splitlines())
+    return {name: line[2] for line in lines if len(line) == 3 for name in line[1].split(",")}
+
+
+def _cgroup_mounts(mountinfo: str) -> list[tuple[str, str, str, list[str]]]:
+    """(root, mount point, "cgroup" or "cgroup2", super options) of each cgroup mount; proc(5) describes the lines."""
+    mounts = []
+    for line in mountinfo.splitlines():
+        fields, _, tail = line.partition(" - ")
+        kind, _, rest = tail.partition(" ")
+        if kind in ("cgroup", "cgroup2"):
+            root, mount = fields.split(" ")[3:5]
+            mounts.append((_unescape(root), _unescape(mount), kind, rest.split(" ")[-1].split(",")))
+    return mounts
+
+
+def _unescape(text: str) -> str:
+    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
+        text = text.replace(code, char)
+    return text
+
+
+def _own_directory(mount: str, root: str, own: str, is_dir: Callable[[str], bool]) -> str:
+    top = root.rstrip("/")
+    if own == root or own.startswith(top + "/"):
+        directory = (mount + own[len(top) :]).rstrip("/")
+        if ".." not in own.split("/") and is_dir(directory):
+            return directory
+    return mount
+
+
+def probe_group(base: str) -> Probe:
+    """Make a group below ``base``, look at its files, try the one write that needs more than file rights, remove it."""
+    try:
+        path = directories.make(base, directories.group_name(time.monotonic_ns()))
+    except OSError as error:
+        return Probe(error)
+    try:
+        files = set(os.listdir(path))
+        if "devices.deny" in files and not _can_deny(path):
+            files.remove("devices.deny")
+        return Probe(None, frozenset(files))
+    finally:
+        directories.remove(path)
+
+
+def _can_deny(path: str) -> bool:
+    try:
+        directories.write(f"{path}/devices.deny", b"a")
+    except OSError:
+        return False
+    return True
+
+
+def _has_swap() -> bool:
+    try:
+        return directories.read("/proc/swaps").count(b"\n") > 1  # the first line is the heading
+    except OSError:
+        return True  # unknown: do not promise that there is none

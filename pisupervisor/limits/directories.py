@@ -1,0 +1,130 @@
+"""Our directories in a cgroup hierarchy: their names, making them, removing them, sweeping up after dead owners.
+
+A group is ``<base>/pisupervisor/<owner pid>-<owner start time>-<n>``, where base is the host application's own group.
+The parent exists only while there are groups in it, and other processes make and remove it as well.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from errno import EBUSY, ENODEV, ENOENT
+
+PARENT = "pisupervisor"
+
+_MAX_LOST_RACES = 64  # each needs another process to remove the parent in the same microseconds
+_RETRY_DELAY = 0.0005  # an exiting task keeps its group busy for a fraction of a millisecond
+
+
+def group_name(counter: int) -> str:
+    """``"<own pid>-<own start time>-<counter>"``: unique, and tells anyone whether its owner still lives."""
+    pid = os.getpid()
+    return f"{pid}-{start_time(pid)}-{counter}"
+
+
+def start_time(pid: int) -> int | None:
+    """Start of the process in clock ticks since boot; None when there is no such process."""
+    try:
+        stat = read(f"/proc/{pid}/stat")
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return int(stat.rpartition(b")")[2].split()[19])  # the name in parentheses may contain anything
+
+
+def read(path: str) -> bytes:
+    """The start of a small kernel file (at most 64 KiB). Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return os.read(fd, 1 << 16)
+    finally:
+        os.close(fd)
+
+
+def write(path: str, value: bytes) -> None:
+    """One write(2), as kernel files want it: a buffered file object may lose the error. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, value)
+    finally:
+        os.close(fd)
+
+
+def make(base: str, name: str, inherited: tuple[str, ...] = ()) -> str:
+    """Make the group ``name`` below ``base`` and return its path. Raises OSError.
+
+    ``inherited`` names files (of cpuset) that the parent must have filled before a group in it can be used.
+    """
+    path = f"{base}/{PARENT}/{name}"
+    lost_races = 0
+    while True:
+        try:
+            for file in inherited:
+                _inherit(base, f"{base}/{PARENT}", file)
+            os.mkdir(path)
+            return path
+        except OSError as error:
+            # The parent is not there yet, or its last user has just removed it.
+            if error.errno not in (ENOENT, ENODEV) or lost_races >= _MAX_LOST_RACES:
+                raise
+        lost_races += 1
+        _make_parent(base)
+
+
+def _make_parent(base: str) -> None:
+    try:
+        os.mkdir(f"{base}/{PARENT}")
+    except FileExistsError:
+        pass
+
+
+def _inherit(source: str, target: str, file: str) -> None:
+    if not read(f"{target}/{file}").strip():
+        write(f"{target}/{file}", read(f"{source}/{file}"))
+
+
+def remove(path: str, patience: float = 0.5) -> bool:
+    """Remove one group, and the parent with the last one. True when it is gone (also when it was gone already).
+
+    Waits up to ``patience`` seconds for tasks that are just exiting.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            os.rmdir(path)
+            break
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if error.errno != EBUSY or time.monotonic() >= deadline:
+                return False
+        time.sleep(_RETRY_DELAY)
+    _remove_parent(os.path.dirname(path))
+    return True
+
+
+def _remove_parent(parent: str) -> None:
+    try:
+        # A parent that root has delegated to a user (chown) is that user's permission: root leaves it in place.
+        if os.stat(parent).st_uid == os.geteuid():
+            os.rmdir(parent)
+    except OSError:
+        pass  # not empty: others use it; or delegated: not ours to remove
+
+
+def sweep(base: str) -> set[str]:
+    """Remove the empty groups below ``base`` whose owner is dead; return their names.
+
+    A group that still has tasks stays (rmdir refuses it), and so does anything whose name is not of our form.
+    """
+    try:
+        names = os.listdir(f"{base}/{PARENT}")
+    except OSError:
+        return set()
+    return {name for name in names if _is_orphan(name) and remove(f"{base}/{PARENT}/{name}", patience=0.0)}
+
+
+def _is_orphan(name: str) -> bool:
+    parts = name.split("-")
+    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
+        return False
+    return start_time(int(parts[0])) != int(parts[1])  # a reused pid has another start time

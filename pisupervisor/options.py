@@ -1,0 +1,306 @@
+"""What a host application asks for: frozen, keyword-only data that checks itself when it is built."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pisupervisor.errors import OptionsError
+from pisupervisor.limits.cpuset import CpuSet
+from pisupervisor.limits.sizes import parse_size
+
+if TYPE_CHECKING:
+    from pisupervisor.launch.seccomp import SeccompProfile
+
+#: The protections that ``ProcessIsolator.applied`` reports, and the names that ``degrade`` takes.
+PROTECTIONS = (
+    "memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "devices",
+    "user", "mount", "pid", "network", "ipc", "uts", "cgroup", "time",
+    "landlock", "seccomp", "capabilities",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class IoLimit:
+    """Throttle for one block device: ``device`` is a device node or any path on its file system; rates are per second."""
+
+    device: str
+    read_bps: int | str | None = None
+    write_bps: int | str | None = None
+    read_iops: int | None = None
+    write_iops: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("read_bps", "write_bps", "read_iops", "write_iops"):
+            _store(self, name, _size_or_none(getattr(self, name), f"io.{name}"))
+        if all(getattr(self, f.name) is None for f in fields(self) if f.name != "device"):
+            raise OptionsError(f"io: the limit for {self.device!r} limits nothing; give a read or write rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one child and everything it starts may use up. None means: no limit of ours.
+
+    memory      512M (536870912 bytes); resident and cached memory, socket and pipe buffers, tmpfs pages
+    memory_high None; bytes above which the kernel throttles and reclaims (cgroup v2 only)
+    swap        0 bytes
+    cpus        1.0 cores
+    cpu_weight  None; share against siblings, 1..10000, the kernel's default is 100
+    cpu_time    None; seconds of CPU time in all
+    cpuset      None; a CpuSet or what CpuSet.parse takes
+    pids        64 processes and threads
+    io          (); IoLimit entries
+    nice        None; 0..19
+    open_files  256 file descriptors in one process
+    file_size   None; largest file that can be written, bytes
+    scratch     64M (67108864 bytes) each for /tmp and /dev/shm, counted in ``memory`` too
+    output      1M (1048576 bytes) each of stdout and stderr of one call
+    result      64M (67108864 bytes) for one encoded result
+    """
+
+    memory: int | str | None = "512M"
+    memory_high: int | str | None = None
+    swap: int | str | None = 0
+    cpus: float | None = 1.0
+    cpu_weight: int | None = None
+    cpu_time: float | None = None
+    cpuset: CpuSet | str | None = None
+    pids: int | None = 64
+    io: Sequence[IoLimit] = ()
+    nice: int | None = None
+    open_files: int | None = 256
+    file_size: int | str | None = None
+    scratch: int | str = "64M"
+    output: int | str = "1M"
+    result: int | str = "64M"
+
+    def __post_init__(self) -> None:
+        for name in ("memory", "memory_high", "swap", "file_size", "scratch", "output", "result"):
+            _store(self, name, _size_or_none(getattr(self, name), name))
+        if self.memory is not None and int(self.memory) < 8 << 20:
+            raise OptionsError(f"memory: {self.memory} bytes is too little for a Python child; give at least 8M")
+        for name in ("scratch", "output", "result"):
+            if not getattr(self, name):
+                raise OptionsError(f"{name}: give a size above zero")
+        _store(self, "cpus", _number(self.cpus, "cpus", 0.01, 4096.0))
+        _store(self, "cpu_time", _number(self.cpu_time, "cpu_time", 0.01, 1e9))
+        _integer(self.cpu_weight, "cpu_weight", 1, 10000)
+        _integer(self.pids, "pids", 4, 1 << 22)  # PID 1, the payload, and room to report
+        _integer(self.nice, "nice", 0, 19)
+        _integer(self.open_files, "open_files", 32, 1 << 20)
+        if self.cpuset is not None and not isinstance(self.cpuset, CpuSet):
+            _store(self, "cpuset", CpuSet.parse(self.cpuset))
+        _store(self, "io", tuple(self.io))
+        if not all(isinstance(entry, IoLimit) for entry in self.io):
+            raise OptionsError("io: expected IoLimit entries, such as io=[IoLimit(device='/dev/sda', write_bps='10M')]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Filesystem:
+    """What the child sees beside the interpreter and its libraries.
+
+    ``read_only`` and ``writable`` are host paths, shown at the same place, or ``(host path, path in the child)``.
+    """
+
+    read_only: Sequence[str | os.PathLike[str] | tuple[str, str]] = ()
+    writable: Sequence[str | os.PathLike[str] | tuple[str, str]] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("read_only", "writable"):
+            _store(self, name, tuple(_bind(entry, name) for entry in _sequence(getattr(self, name), name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Security:
+    """The walls. ``seccomp`` is ``"default"``, ``"strict"``, ``"permissive"``, a profile's path, a SeccompProfile or
+    None (no filter). ``user`` is the numeric id inside the child, never 0. ``hostname`` is what the child is told.
+    """
+
+    seccomp: str | os.PathLike[str] | SeccompProfile | None = "default"
+    landlock: bool = True
+    user: int = 1000
+    hostname: str = "pihost"
+
+    def __post_init__(self) -> None:
+        _integer(self.user, "user", 1, 65533)
+        if not isinstance(self.landlock, bool):
+            raise OptionsError(f"landlock: expected True or False, not {self.landlock!r}")
+        if not (isinstance(self.hostname, str) and 0 < len(self.hostname) <= 63 and self.hostname.isascii()):
+            raise OptionsError(f"hostname: {self.hostname!r} is no host name (1 to 63 ASCII characters)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RestartPolicy:
+    """What happens after a child died: at most ``max_restarts`` crashes ``within`` seconds, each waited for with a
+    delay that starts at ``backoff`` seconds and doubles up to ``max_backoff``. Kills that the supervisor ordered
+    (a timeout, a cancelled call) never count.
+    """
+
+    mode: Literal["on-failure", "always", "never"] = "on-failure"
+    max_restarts: int = 10
+    within: float = 60.0
+    backoff: float = 0.1
+    max_backoff: float = 5.0
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("on-failure", "always", "never"):
+            raise OptionsError(f"restart mode: {self.mode!r} is none of 'on-failure', 'always', 'never'")
+        _integer(self.max_restarts, "max_restarts", 0, 1 << 31)
+        for name in ("within", "backoff", "max_backoff"):
+            _store(self, name, _number(getattr(self, name), name, 0.0, 1e9))
+
+
+Results = Literal["data", "pickle"]
+NetworkMode = Literal["none", "loopback", "host"]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IsolationOptions:
+    """Everything about one isolator. The defaults are safe for code nobody has read.
+
+    network              "none": no interface but a dead ``lo``; "loopback": ``lo`` up, its own; "host": the host's
+    environment          variables for the child; it starts from nothing but PATH, HOME, LANG, TMPDIR
+    inherit_environment  names that are copied from the host's environment
+    python               another interpreter, or the folder of a venv (its packages can then be imported)
+    preload              modules imported once in the template, so that a fresh child has them at no cost
+    import_paths         folders, zips or wheels that the child may import from, read-only
+    results              "data": what comes back can never run code in the host; "pickle": the caller trusts the child
+    degrade              names of protections that may be missing (see PROTECTIONS); ``applied`` then says so
+    start_timeout        seconds for create(), None waits without end
+    call_timeout         default for calls that give no ``timeout``
+    debug                the child stops itself (SIGSTOP) before user code, and says so on the host's stderr
+    log_level            of the child's side, on the host's stderr; default: PISUPERVISOR_LOG_LEVEL, else WARNING
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    network: NetworkMode = "none"
+    filesystem: Filesystem = field(default_factory=Filesystem)
+    security: Security = field(default_factory=Security)
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    inherit_environment: Sequence[str] = ()
+    python: str | os.PathLike[str] | None = None
+    preload: Sequence[str] = ()
+    import_paths: Sequence[str | os.PathLike[str]] = ()
+    results: Results = "data"
+    degrade: Sequence[str] = ()
+    start_timeout: float | None = 30.0
+    call_timeout: float | None = None
+    debug: bool = False
+    log_level: LogLevel | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in _PARTS:
+            if not isinstance(getattr(self, name), kind):
+                raise OptionsError(f"{name}: expected {kind.__name__}(...), not {getattr(self, name)!r}")
+        _choice(self.network, "network", ("none", "loopback", "host"))
+        _choice(self.results, "results", ("data", "pickle"))
+        _store(self, "environment", MappingProxyType(_environment(self.environment)))
+        for name in ("inherit_environment", "preload", "degrade"):
+            _store(self, name, _strings(getattr(self, name), name))
+        for module in self.preload:
+            if not all(part.isidentifier() for part in module.split(".")):
+                raise OptionsError(f"preload: {module!r} is no module name")
+        unknown = sorted(set(self.degrade) - set(PROTECTIONS))
+        if unknown:
+            raise OptionsError(f"degrade: {', '.join(unknown)} is no protection; known: {', '.join(PROTECTIONS)}")
+        if self.python is not None:
+            _store(self, "python", os.path.abspath(os.fspath(self.python)))
+        _store(self, "import_paths", _existing(self.import_paths, "import_paths"))
+        _store(self, "start_timeout", _number(self.start_timeout, "start_timeout", 0.0, 1e9) or None)
+        _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, 1e9))
+        _store(self, "log_level", _log_level(self.log_level))
+
+
+_PARTS: tuple[tuple[str, type], ...] = (
+    ("limits", Limits), ("filesystem", Filesystem), ("security", Security), ("restart", RestartPolicy), ("debug", bool),
+)  # fmt: skip
+
+
+def _store(target: object, name: str, value: Any) -> None:
+    object.__setattr__(target, name, value)
+
+
+def _size_or_none(value: int | str | None, name: str) -> int | None:
+    return None if value is None else parse_size(value, name)
+
+
+def _number(value: float | None, name: str, low: float, high: float) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise OptionsError(f"{name}: {value!r} is not a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _integer(value: int | None, name: str, low: int, high: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
+        raise OptionsError(f"{name}: {value!r} is not a whole number from {low} to {high}")
+
+
+def _choice(value: object, name: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise OptionsError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
+
+
+def _sequence(value: Any, name: str) -> Sequence[Any]:
+    if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Sequence):
+        raise OptionsError(f"{name}: expected a list, not {value!r}")
+    return value
+
+
+def _strings(value: Any, name: str) -> tuple[str, ...]:
+    items = tuple(_sequence(value, name))
+    if not all(isinstance(item, str) and item for item in items):
+        raise OptionsError(f"{name}: expected non-empty strings, not {items!r}")
+    return items
+
+
+def _environment(value: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise OptionsError(f"environment: expected a mapping, not {value!r}")
+    for key, text in value.items():
+        if not (isinstance(key, str) and isinstance(text, str)) or not key or "=" in key or "\0" in key + text:
+            raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable")
+    return dict(value)
+
+
+def _existing(paths: Any, name: str) -> tuple[str, ...]:
+    found = tuple(os.path.abspath(os.fspath(path)) for path in _sequence(paths, name))
+    for path in found:
+        if not os.path.exists(path):
+            raise OptionsError(f"{name}: {path} does not exist")
+    return found
+
+
+def _bind(entry: Any, name: str) -> tuple[str, str]:
+    source, target = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
+    try:
+        source = os.path.abspath(os.fspath(source))
+        target = source if target is None else os.path.normpath(os.fspath(target))
+    except TypeError:
+        raise OptionsError(f"{name}: expected a path or (host path, path in the child), not {entry!r}") from None
+    if not os.path.exists(source):
+        raise OptionsError(f"{name}: {source} does not exist on the host")
+    if not target.startswith("/") or target in _OURS or target.startswith(("/proc/", "/dev/", "//")):
+        raise OptionsError(f"{name}: cannot show anything at {target!r} in the child")
+    return source, target
+
+
+_OURS = frozenset(("/", "/proc", "/dev", "/tmp", "/usr", "/etc", "/sys", "/py", "/pis"))  # noqa: S108
+
+
+def _log_level(value: str | None) -> str:
+    level = (value or os.environ.get("PISUPERVISOR_LOG_LEVEL") or "WARNING").upper()
+    _choice(level, "log_level", ("DEBUG", "INFO", "WARNING", "ERROR"))
+    return level
+
+
+def host_python() -> str:
+    """The interpreter this application runs on (the base one below a venv), as an absolute path."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)

@@ -1,0 +1,106 @@
+"""What calls and exits are reported with: plain, frozen data."""
+
+from __future__ import annotations
+
+import signal as _signal
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class ExitReason(Enum):
+    """Why a child ended. The first cause wins."""
+
+    EXITED = "exited"
+    SIGNALED = "signaled"
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    CPU_TIME = "cpu_time"
+    PIDS = "pids"
+    SECCOMP = "seccomp"
+    OUTPUT = "output"
+    KILLED = "killed"
+    ZYGOTE_GONE = "zygote_gone"
+    PROTOCOL = "protocol"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitInfo:
+    """How a child (or a script) ended.
+
+    ``exit_code`` is None when a signal ended it; ``signal`` is None otherwise. Times are seconds, memory is bytes,
+    None where nobody counted. ``stdout``, ``stderr`` and ``truncated`` are filled by ``run_script``.
+    """
+
+    exit_code: int | None
+    signal: int | None
+    reason: ExitReason
+    message: str = ""
+    cpu_time: float | None = None
+    peak_memory: int | None = None
+    duration: float = 0.0
+    stderr_tail: str = ""
+    stdout: str = field(default="", repr=False)
+    stderr: str = field(default="", repr=False)
+    truncated: bool = False
+
+    def describe(self) -> str:
+        """One line for people: the reason first, then the kernel's word."""
+        if self.reason is ExitReason.EXITED:
+            how = f"exited with code {self.exit_code}"
+        elif self.reason is ExitReason.SIGNALED:
+            how = f"killed by {signal_name(self.signal)}"
+        else:
+            how = _WORDS[self.reason]
+        return f"{how}: {self.message}" if self.message else how
+
+
+_WORDS = {
+    ExitReason.TIMEOUT: "killed at its deadline",
+    ExitReason.MEMORY: "oom-killed at its memory limit",
+    ExitReason.CPU_TIME: "killed: cpu time used up",
+    ExitReason.PIDS: "ended after reaching its process limit",
+    ExitReason.SECCOMP: "killed by seccomp (SIGSYS)",
+    ExitReason.OUTPUT: "ended after reaching its output limit",
+    ExitReason.KILLED: "killed by the supervisor",
+    ExitReason.ZYGOTE_GONE: "killed: its zygote is gone",
+    ExitReason.PROTOCOL: "killed: it broke the protocol",
+}
+
+
+def signal_name(number: int | None) -> str:
+    """``SIGKILL`` for 9; the bare number where the platform has no name."""
+    try:
+        return _signal.Signals(number or 0).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What one call used: ``cpu_time`` in seconds, ``peak_memory`` in bytes; None where no cgroup counts it."""
+
+    cpu_time: float | None = None
+    peak_memory: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallResult:
+    """The result of ``execute`` and ``run_source``: the value and what was written to stdout and stderr meanwhile."""
+
+    value: Any
+    stdout: str
+    stderr: str
+    truncated: bool
+    duration: float
+    usage: Usage
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """One protection as it was asked for and as it holds: ``how`` names the mechanism, ``detail`` what was read back."""
+
+    asked: Any
+    holds: bool
+    how: str = ""
+    detail: str = ""
