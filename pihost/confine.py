@@ -8,16 +8,15 @@ The order is the point, and each place in it has a reason:
   so changing ids is no "leaving root" for the kernel (user_namespaces(7)).
 * the death signal after the ids: setresuid clears it (measured: 9 -> 0).
 * the bounding set before the capabilities are gone: dropping it needs CAP_SETPCAP.
-* Landlock after the last mount (with file rules every mount is EPERM), seccomp last of all.
+* Landlock after the last mount (with file rules every mount is EPERM), seccomp last of all. It is loaded once, before
+  the fork of the payload (0.2 ms saved): PID 1 has the same filter. A profile must therefore let fork pass.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 import resource
 import select
-import struct
 import time
 
 from pihost import mounts, syscalls
@@ -111,16 +110,6 @@ def set_hostname(plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no
     kernel.sethostname(plan.hostname)
 
 
-def bring_loopback_up(plan: ChildPlan, _fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
-    if not plan.loopback:
-        return
-    import socket
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # SIOCSIFFLAGS with IFF_UP: one ioctl, where a netlink library would cost more than the whole launch
-        fcntl.ioctl(probe, 0x8914, struct.pack("16sh22x", b"lo", 1))
-
-
 def redirect_stdio(_plan: ChildPlan, _fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for fd in (0, 1, 2):
@@ -159,18 +148,20 @@ def restrict_with_landlock(plan: ChildPlan, _fds: Fds, kernel) -> None:  # type:
     os.close(ruleset)
 
 
-def lead_session(_plan: ChildPlan, _fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
+def lead_session(_plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
     os.setsid()
+    kernel.set_dumpable(True)  # PID 1 is not; the payload's own /proc/self must be its own
 
 
 def keep_link_only(_plan: ChildPlan, fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
-    # Before seccomp: a profile that refuses close_range would leave them open without a word (CPython 3.11 ignores it).
-    if fds.status == LINK:
-        fds.status = os.dup(fds.status)
-    if fds.link != LINK:
-        os.dup2(fds.link, LINK)
-    os.closerange(LINK + 1, fds.status)
-    os.closerange(fds.status + 1, 1 << 30)
+    # One by one: a profile that refuses close_range would leave them open without a word (CPython 3.11 ignores it),
+    # and os.close raises. Nothing else is open: "close fds" saw to that.
+    link = os.dup(fds.link)
+    for fd in (fds.link, fds.status, fds.host, fds.zygote):
+        os.close(fd)
+    if link != LINK:
+        os.dup2(link, LINK)
+        os.close(link)
 
 
 #: what PID 1 does before it forks the payload, which inherits all of it
@@ -184,7 +175,6 @@ BEFORE_FORK = (
     ("mounts", mount_own),
     ("time namespace", enter_time_namespace),
     ("hostname", set_hostname),
-    ("loopback", bring_loopback_up),
     ("stdio", redirect_stdio),
     ("rlimits", set_rlimits),
     ("bounding set", drop_bounding_set),
@@ -192,5 +182,5 @@ BEFORE_FORK = (
     ("no_new_privs", set_no_new_privs),
     ("landlock", restrict_with_landlock),
 )
-#: what the payload does by itself; seccomp follows, last of all
+#: what the payload does by itself, behind the filter already
 PAYLOAD = (("session", lead_session), ("payload fds", keep_link_only))

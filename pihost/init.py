@@ -7,17 +7,15 @@ import os
 import select
 import signal
 
-from pihost import syscalls
 from pihost.confine import Fds
 
 
-def run(fds: Fds, payload: int, program: bytes) -> None:
+def run(fds: Fds, payload: int, ready: int) -> None:
     """Never returns. Same walls as the payload, which cannot touch it: not dumpable, and immune to its signals."""
     os.close(fds.link)
-    wake, woken = _wake_on_children()
-    syscalls.set_dumpable(False)
-    if program:
-        syscalls.load_seccomp(program)
+    os.read(ready, 1)  # until the payload has said ready, or is dead: it shall not wait for what follows
+    os.close(ready)
+    wake = _wake_on_children()
     poll = select.poll()
     poll.register(wake, select.POLLIN)
     poll.register(fds.host, select.POLLIN)
@@ -33,11 +31,11 @@ def run(fds: Fds, payload: int, program: bytes) -> None:
         os.read(wake, 4096)
 
 
-def _wake_on_children() -> tuple[int, int]:
+def _wake_on_children() -> int:
     wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, _nothing)
-    return wake, woken
+    return wake
 
 
 def _nothing(_number: int, _frame: object) -> None:

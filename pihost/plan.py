@@ -58,12 +58,13 @@ class TemplatePlan(Plan):
     preload      modules imported before the first child
     environment  the whole environment
     seccomp      filter program, empty for none
+    network      "none", "loopback" or "host"
     log_level    10, 20, 30, 40 as in logging
     """
 
     FIELDS = {
         "root": (list, list), "own_ids": (list, int), "interpreter": str, "package": str, "sys_path": _TEXTS,
-        "preload": _TEXTS, "environment": dict, "seccomp": bytes, "log_level": int,
+        "preload": _TEXTS, "environment": dict, "seccomp": bytes, "network": str, "log_level": int,
     }  # fmt: skip
     root: list[list[object]]
     own_ids: list[int]
@@ -73,6 +74,7 @@ class TemplatePlan(Plan):
     preload: list[str]
     environment: dict[str, str]
     seccomp: bytes
+    network: str
     log_level: int
 
 
@@ -86,7 +88,6 @@ class ChildPlan(Plan):
     mounts       mounts of this child alone: scratch, proc
     rlimits      ``[resource, soft, hard]``
     nice         0..19
-    loopback     bring ``lo`` up
     landlock     ``[path, access]`` rules; with ``landlock_abi`` 0 there is no Landlock
     landlock_fs, landlock_net, landlock_scopes   what the ruleset handles
     cgroups      how many ``tasks`` fds follow, to be joined by writing ``0``
@@ -97,7 +98,7 @@ class ChildPlan(Plan):
 
     FIELDS = {
         "namespaces": int, "uid_map": str, "gid_map": str, "uid": int, "gid": int, "hostname": str,
-        "mounts": (list, list), "rlimits": (list, list), "nice": int, "loopback": bool,
+        "mounts": (list, list), "rlimits": (list, list), "nice": int,
         "landlock": (list, list), "landlock_abi": int, "landlock_fs": int, "landlock_net": int, "landlock_scopes": int,
         "cgroups": int, "limits": dict, "debug": bool, "without": _TEXTS,
     }  # fmt: skip
@@ -110,7 +111,6 @@ class ChildPlan(Plan):
     mounts: list[list[object]]
     rlimits: list[list[int]]
     nice: int
-    loopback: bool
     landlock: list[list[object]]
     landlock_abi: int
     landlock_fs: int

@@ -105,7 +105,7 @@ def pivot_root(new: str, old: str) -> None:
 def set_mount_flags(target: str, flags: int) -> None:
     """Add MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC to a mount and everything mounted below it (Linux 5.12)."""
     attributes = sum(bit for flag, bit in _MOUNT_ATTR.items() if flags & flag)
-    args = (ctypes.c_uint64 * 4)(attributes, 0, 0, 0)
+    args = _FOUR_WORDS(attributes, 0, 0, 0)
     _syscall(f"mount_setattr {target}", _SYS_MOUNT_SETATTR, _AT_FDCWD, target.encode(), _AT_RECURSIVE,
              ctypes.byref(args), ctypes.c_size_t(32))  # fmt: skip
 
@@ -151,12 +151,16 @@ def lock_securebits() -> None:
     _prctl("prctl PR_SET_SECUREBITS", _PR_SET_SECUREBITS, _SECUREBITS_LOCKED)
 
 
+# Made here, in the zygote: a new ctypes array type costs 30 us, which every child would pay.
+_THREE_WORDS, _FOUR_WORDS = ctypes.c_uint64 * 3, ctypes.c_uint64 * 4
+_CAPABILITY_HEADER = (ctypes.c_uint32 * 2)(0x20080522, 0)
+_NO_CAPABILITIES = (ctypes.c_uint32 * 6)()
+
+
 def drop_capabilities() -> None:
     """Empty the ambient, effective, permitted and inheritable sets."""
     _prctl("prctl PR_CAP_AMBIENT", _PR_CAP_AMBIENT, 4)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    nothing = (ctypes.c_uint32 * 6)()
-    _check(_libc.capset(ctypes.byref(header), ctypes.byref(nothing)), "capset")
+    _check(_libc.capset(ctypes.byref(_CAPABILITY_HEADER), ctypes.byref(_NO_CAPABILITIES)), "capset")
 
 
 def landlock_abi() -> int:
@@ -166,7 +170,7 @@ def landlock_abi() -> int:
 
 def landlock_ruleset(abi: int, file_access: int, network_access: int, scopes: int) -> int:
     """A new ruleset's fd; what the ABI does not know is left out by the size handed over."""
-    values = (ctypes.c_uint64 * 3)(file_access, network_access, scopes)
+    values = _THREE_WORDS(file_access, network_access, scopes)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
     return _syscall("landlock_create_ruleset", _SYS_LANDLOCK_CREATE, ctypes.byref(values), ctypes.c_size_t(size),
                     ctypes.c_uint32(0))  # fmt: skip

@@ -18,10 +18,8 @@ _FD_SPACE = socket.CMSG_SPACE(2 * 4)
 _HIDDEN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen importlib")
 
 
-def serve(fd: int, limits: dict[str, int], debug: bool) -> int:
+def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
     """Answer calls until the host closes the link; the exit code of the payload."""
-    link = Link(fd)
-    link.send(wire.READY, 0, [b"1"])
     if debug:
         os.kill(os.getpid(), signal.SIGSTOP)
     worker = Worker(limits)

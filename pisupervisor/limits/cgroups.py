@@ -184,16 +184,18 @@ def remedy(host: CgroupHost, feature: str) -> str:
     """What to do so that ``feature`` can hold on ``host``: exact commands, as one line."""
     controller = CONTROLLER_OF[feature]
     place = host.places[controller]
-    return f"{_enable(host, controller, place)}; {_accept(feature)}"
+    return f"{enable(host, controller, place)}; {_accept(feature)}"
 
 
-def _enable(host: CgroupHost, controller: str, place: Place) -> str:
+def enable(host: CgroupHost, controller: str, place: Place) -> str:
+    """The command or step that removes ``place.errno``, or a missing hierarchy, for ``controller``."""
     from errno import EACCES, EPERM, EROFS
 
     if place.directory is None:
         if host.mode == "v2":
             return "boot with systemd.unified_cgroup_hierarchy=0 SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"
-        return f"as root, mount it: mkdir -p /sys/fs/cgroup/{controller} && mount -t cgroup -o {controller} cgroup /sys/fs/cgroup/{controller}"  # fmt: skip
+        mount = f"/sys/fs/cgroup/{controller}"
+        return f"as root, mount it: mkdir -p {mount} && mount -t cgroup -o {controller} cgroup {mount}"
     if place.errno == EROFS:
         return f"mount it writable (docker run --privileged; or as root: mount -o remount,rw {place.directory})"
     if place.errno in (EACCES, EPERM):

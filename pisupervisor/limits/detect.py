@@ -12,6 +12,7 @@ from pisupervisor.limits import directories
 CONTROLLERS = ("pids", "memory", "cpu", "cpuacct", "cpuset", "devices", "blkio", "freezer")
 
 Mode = Literal["v1", "hybrid", "v2", "none"]
+IsDir = Callable[[str], bool]
 
 
 class Place(NamedTuple):
@@ -44,7 +45,8 @@ class CgroupHost(NamedTuple):
 
     def directories(self) -> list[str]:
         """The distinct directories in which groups can be made (co-mounted controllers share one)."""
-        return list(dict.fromkeys(place.directory for place in self.places.values() if place.directory and place.usable))
+        usable = (place.directory for place in self.places.values() if place.directory and place.usable)
+        return list(dict.fromkeys(usable))
 
 
 class Probe(NamedTuple):
@@ -84,7 +86,7 @@ def _describe_place(controller: str, mode: Mode, found: Mapping[str, str], probe
     return Place(directory)
 
 
-def find_groups(cgroup: str, mountinfo: str, is_dir: Callable[[str], bool] = os.path.isdir) -> tuple[Mode, dict[str, str]]:
+def find_groups(cgroup: str, mountinfo: str, is_dir: IsDir = os.path.isdir) -> tuple[Mode, dict[str, str]]:
     """The hierarchy mode, and the directory of the own v1 group per controller, from the text of the two /proc files.
 
     Where the own group lies outside what a container's mount shows, the mount's top is used instead.
@@ -125,7 +127,7 @@ def _unescape(text: str) -> str:
     return text
 
 
-def _own_directory(mount: str, root: str, own: str, is_dir: Callable[[str], bool]) -> str:
+def _own_directory(mount: str, root: str, own: str, is_dir: IsDir) -> str:
     top = root.rstrip("/")
     if own == root or own.startswith(top + "/"):
         directory = (mount + own[len(top) :]).rstrip("/")

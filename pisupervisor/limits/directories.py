@@ -32,19 +32,26 @@ def start_time(pid: int) -> int | None:
 
 
 def read(path: str) -> bytes:
-    """The start of a small kernel file (at most 64 KiB). Raises OSError."""
+    """A whole kernel file; long ones (cgroup.procs) come a page at a time. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return os.read(fd, 1 << 16)
+        text = b""
+        while chunk := os.read(fd, 1 << 16):
+            text += chunk
+        return text
     finally:
         os.close(fd)
 
 
-def write(path: str, value: bytes) -> None:
-    """One write(2), as kernel files want it: a buffered file object may lose the error. Raises OSError."""
+def write(path: str, *values: bytes) -> None:
+    """One write(2) per value, as kernel files want it: a buffered file object may lose the error. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        os.write(fd, value)
+        for value in values:
+            os.write(fd, value)
+    except OSError as error:
+        error.filename = path
+        raise
     finally:
         os.close(fd)
 
@@ -52,16 +59,26 @@ def write(path: str, value: bytes) -> None:
 def make(base: str, name: str, inherited: tuple[str, ...] = ()) -> str:
     """Make the group ``name`` below ``base`` and return its path. Raises OSError.
 
-    ``inherited`` names files (of cpuset) that the parent must have filled before a group in it can be used.
+    ``inherited`` names files (of cpuset) that start empty, and without which a group takes no process.
     """
     path = f"{base}/{PARENT}/{name}"
+    _mkdir_below_parent(base, path)
+    try:
+        for target in (f"{base}/{PARENT}", path):  # only now is the parent sure to stay
+            for file in inherited:
+                _inherit(base, target, file)
+    except OSError:
+        remove(path)
+        raise
+    return path
+
+
+def _mkdir_below_parent(base: str, path: str) -> None:
     lost_races = 0
     while True:
         try:
-            for file in inherited:
-                _inherit(base, f"{base}/{PARENT}", file)
             os.mkdir(path)
-            return path
+            return
         except OSError as error:
             # The parent is not there yet, or its last user has just removed it.
             if error.errno not in (ENOENT, ENODEV) or lost_races >= _MAX_LOST_RACES:

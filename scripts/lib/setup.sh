@@ -33,37 +33,33 @@ choose_python() {
     die "no Python >= 3.11 with venv, neither /usr/bin/python3 nor python3 on PATH"
 }
 
-# A .venv is good for one place, one interpreter, one pyproject.toml and one set of extras: this names all four.
-stamp_of() { # PYTHON EXTRAS
-    { echo "$root $2"; "$1" -c 'import sys; print(sys.base_prefix, sys.version)'; cat "$root/pyproject.toml"; } | sha256sum
-}
+# Where a .venv lies and what it runs on: another place or interpreter means making it anew.
+origin_of() { echo "$venv $("$1" -c 'import sys; print(sys.base_prefix, sys.version)')"; }
 
-same_interpreter() { # PYTHON: does the existing .venv run on it, and lie where it was made?
-    local probe='import sys; print(sys.base_prefix, sys.version)'
-    [[ -x $venv/bin/python && $("$venv/bin/python" -c "$probe" 2>/dev/null) == "$("$1" -c "$probe")" ]] &&
-        grep -qsF "'$venv/bin/" "$venv/bin/pip" || head -n 1 "$venv/bin/pip" 2>/dev/null | grep -qF "$venv/bin/"
-}
+# What is installed in it: pyproject.toml says it all.
+content_of() { echo "${1:-plain} $(sha256sum <"$root/pyproject.toml")"; }
+
+installed() { grep -qsxF "$(content_of "$1")" "$venv/.pisupervisor-installed"; }
 
 # make_venv [EXTRAS]: .venv with the package (editable) and these extras. Quick when nothing changed.
 make_venv() {
     local extras=${1:-} python lock
     python=$(choose_python)
     exec {lock}<"$root" && flock "$lock" # two scripts at once must not both build it
-    if ! { venv_is_good "$python" "$extras"; }; then
-        umask 022 # readable for uid 1000, whatever the caller's umask
-        same_interpreter "$python" || { say "making $venv with $python"; "$python" -m venv --clear "$venv"; }
-        say "installing the package${extras:+ with its extras: $extras}"
-        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$root${extras:+[$extras]}" </dev/null >&2
-        stamp_of "$python" "$extras" >"$venv/.pisupervisor-${extras:-plain}"
+    umask 022                            # readable for uid 1000, whatever the caller's umask
+    if [[ ! -x $venv/bin/python || $(origin_of "$python") != "$(cat "$venv/.pisupervisor-origin" 2>/dev/null)" ]]; then
+        say "making $venv with $python"
+        "$python" -m venv --clear "$venv"
+        origin_of "$python" >"$venv/.pisupervisor-origin"
     fi
+    # The test extras hold all that the plain install needs.
+    installed "$extras" || installed test || install_package "$extras"
     exec {lock}<&-
 }
 
-venv_is_good() { # PYTHON EXTRAS; the test extras hold all that the plain install needs
-    local kind
-    [[ -x $venv/bin/python ]] || return 1
-    for kind in "$2" test; do
-        [[ $(stamp_of "$1" "$kind") == "$(cat "$venv/.pisupervisor-${kind:-plain}" 2>/dev/null)" ]] && return 0
-    done
-    return 1
+install_package() {
+    say "installing the package${1:+ with its extras: $1}"
+    # --use-pep517 is what newer pips do anyway; Debian 12's warns about the old way.
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$root${1:+[$1]}" </dev/null >&2
+    content_of "$1" >"$venv/.pisupervisor-installed"
 }

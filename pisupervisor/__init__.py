@@ -1,0 +1,94 @@
+"""Runs code nobody has to trust, in fully confined Linux children, inside the host application's own call.
+
+    from pisupervisor import ProcessIsolator
+
+    with ProcessIsolator.create() as isolator:
+        isolator.invoke_method("plugin.py", "Tools.shrink", data, size=128)
+
+Names load when they are first used: importing this package costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pisupervisor.errors import (
+        CallError as CallError,
+        CallTimeout as CallTimeout,
+        ChildTerminated as ChildTerminated,
+        CompileError as CompileError,
+        CpuLimitExceeded as CpuLimitExceeded,
+        FeatureUnavailable as FeatureUnavailable,
+        IsolationError as IsolationError,
+        IsolatorClosed as IsolatorClosed,
+        LaunchError as LaunchError,
+        MemoryLimitExceeded as MemoryLimitExceeded,
+        OptionsError as OptionsError,
+        OutputLimitExceeded as OutputLimitExceeded,
+        PidsLimitExceeded as PidsLimitExceeded,
+        ProfileError as ProfileError,
+        ProtocolError as ProtocolError,
+        RemoteError as RemoteError,
+        RestartLimitReached as RestartLimitReached,
+        SerializationError as SerializationError,
+        SyscallViolation as SyscallViolation,
+        TargetNotFound as TargetNotFound,
+    )
+    from pisupervisor.futures import CallCancelled as CallCancelled, IsolationFuture as IsolationFuture
+    from pisupervisor.isolator import ProcessIsolator as ProcessIsolator, Template as Template
+    from pisupervisor.launch.seccomp import SeccompProfile as SeccompProfile
+    from pisupervisor.limits.cpuset import CpuSet as CpuSet
+    from pisupervisor.options import (
+        Filesystem as Filesystem,
+        IoLimit as IoLimit,
+        IsolationOptions as IsolationOptions,
+        Limits as Limits,
+        RestartPolicy as RestartPolicy,
+        Security as Security,
+    )
+    from pisupervisor.results import (
+        Applied as Applied,
+        CallResult as CallResult,
+        ExitInfo as ExitInfo,
+        ExitReason as ExitReason,
+        Usage as Usage,
+    )
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "errors": (
+        "CallError", "CallTimeout", "ChildTerminated", "CompileError", "CpuLimitExceeded", "FeatureUnavailable",
+        "IsolationError", "IsolatorClosed", "LaunchError", "MemoryLimitExceeded", "OptionsError", "OutputLimitExceeded",
+        "PidsLimitExceeded", "ProfileError", "ProtocolError", "RemoteError", "RestartLimitReached",
+        "SerializationError", "SyscallViolation", "TargetNotFound",
+    ),
+    "futures": ("CallCancelled", "IsolationFuture"),
+    "isolator": ("ProcessIsolator", "Template"),
+    "launch.seccomp": ("SeccompProfile",),
+    "limits.cpuset": ("CpuSet",),
+    "options": ("Filesystem", "IoLimit", "IsolationOptions", "Limits", "RestartPolicy", "Security"),
+    "results": ("Applied", "CallResult", "ExitInfo", "ExitReason", "Usage"),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [  # noqa: PLE0604
+    *sorted(_HOME_OF),
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

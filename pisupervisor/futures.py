@@ -1,0 +1,44 @@
+"""Futures whose running work can be killed. Apart from errors.py because concurrent.futures imports logging (10 ms)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future
+from typing import Any
+
+from pisupervisor.errors import CallError
+
+
+class CallCancelled(CallError, CancelledError):
+    """The call was cancelled, and its work killed."""
+
+
+class IsolationFuture(Future[Any]):
+    """A ``concurrent.futures.Future``: ``cancel()`` of a running call kills the child that runs it and returns True.
+
+    For the base class it stays pending while it runs, because that class refuses to cancel what is running.
+    """
+
+    def __init__(self, kill: Callable[[IsolationFuture], None]) -> None:
+        super().__init__()
+        self._kill = kill
+        self.started = False
+
+    def running(self) -> bool:
+        """Whether the call is under way in the child."""
+        return self.started and not self.done()
+
+    def cancel(self) -> bool:
+        """Take the call back: unsent if it waits, killed if it runs. False when it is already done."""
+        if self.started and not self.done():
+            self._kill(self)
+        return super().cancel()
+
+    def result(self, timeout: float | None = None) -> Any:
+        """The call's result; raises CallCancelled when it was cancelled, else what the call raised."""
+        try:
+            return super().result(timeout)
+        except CancelledError as error:
+            if isinstance(error, CallCancelled):
+                raise
+            raise CallCancelled("the call was cancelled, and its work killed") from None

@@ -1,0 +1,131 @@
+"""Reading back what really holds, by the host itself, before any user data is sent. The child's own word counts nothing."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from pihost.plan import ChildPlan
+from pisupervisor.errors import LaunchError
+from pisupervisor.launch.planning import NAMESPACE_LINKS, limits_text
+from pisupervisor.options import IsolationOptions
+from pisupervisor.results import Applied
+
+_CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+_FIELDS = ("Uid:", "Cap", "NoNewPrivs:", "Seccomp")
+_REMEDY = "this is a defect or an attack: report it with the kernel's version"
+
+
+class Readings(NamedTuple):
+    """What /proc says of the payload: ``status`` by field, namespace links of the child and of this process."""
+
+    status: dict[str, str]
+    links: dict[str, str]
+    host_links: dict[str, str]
+    uid_map: str
+
+
+def read(pid: int, host_links: dict[str, str]) -> Readings:
+    """Raises LaunchError (step "attest") when the child is gone or hides."""
+    try:
+        lines = _text(f"/proc/{pid}/status").split("\n")
+        fields = dict(line.split(":\t", 1) for line in lines if line.startswith(_FIELDS))
+        return Readings(fields, read_links(pid), host_links, _text(f"/proc/{pid}/uid_map"))
+    except OSError as error:
+        raise LaunchError(f"cannot read the child back: {error}", step="attest", errno=error.errno, remedy=_REMEDY) from error
+
+
+def _text(path: str) -> str:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a file object would cost more than the read
+    try:
+        return os.read(fd, 8192).decode("ascii", "replace")
+    finally:
+        os.close(fd)
+
+
+def read_links(pid: int | str) -> dict[str, str]:
+    """The namespaces of a process, by protection name."""
+    found = {}
+    for name, link in NAMESPACE_LINKS.items():
+        try:
+            found[name] = os.readlink(f"/proc/{pid}/ns/{link}")
+        except FileNotFoundError:
+            continue  # this kernel has no such namespace
+    return found
+
+
+def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, filtered: bool, groups: dict[str, Applied],
+           missing: dict[str, str]) -> dict[str, Applied]:  # fmt: skip
+    """``applied``: each protection as it was read back. Raises LaunchError where a planned one does not hold. Pure.
+
+    ``filtered``: a seccomp program was given; ``groups``: what the cgroup files say; ``missing``: why a limit has none.
+    """
+    applied = {name: _namespace(name, plan, options, readings) for name in NAMESPACE_LINKS}
+    applied.update(_limits(options, groups, missing))
+    applied["landlock"] = _landlock(plan, options)
+    applied["seccomp"] = _seccomp(options, readings.status, filtered)
+    applied["capabilities"] = _capabilities(readings.status)
+    _check_ids(plan, readings)
+    for name, entry in applied.items():
+        lacking = not entry.holds and entry.asked not in (None, False)
+        if lacking and name not in options.degrade and not _left_out(name, plan):
+            raise LaunchError(f"{name} was planned but does not hold ({entry.detail})", step="attest", remedy=_REMEDY)
+    return applied
+
+
+def _left_out(name: str, plan: ChildPlan) -> bool:
+    """Whether an ablation test asked for exactly this layer to be missing."""
+    return name in plan.without or f"{name} namespace" in plan.without
+
+
+def _namespace(name: str, plan: ChildPlan, options: IsolationOptions, readings: Readings) -> Applied:
+    link = readings.links.get(name, "")
+    own = bool(link) and link != readings.host_links.get(name)
+    asked: Any = options.network if name == "network" else True
+    if name == "network" and options.network == "host":
+        return Applied(asked=False, holds=own, how="the host's network, as asked", detail=link)
+    return Applied(asked=asked, holds=own, how="namespace" if own else "", detail=link or "the kernel has none")
+
+
+def _limits(options: IsolationOptions, groups: dict[str, Applied], missing: dict[str, str]) -> dict[str, Applied]:
+    applied = {}
+    for name, asked in limits_text(options.limits).items():
+        entry = groups.get(name)
+        if name == "devices" and (entry is None or not entry.holds):
+            how = "user namespace: no device node can be made; nodev mounts and a /dev of five harmless ones"
+            entry = Applied(asked=True, holds=True, how=how, detail=missing.get(name, ""))
+        if name == "swap" and entry is None and name not in missing and asked is not None:
+            entry = Applied(asked=asked, holds=True, how="the host has no swap")
+        applied[name] = entry or Applied(asked=asked, holds=False, how="", detail=missing.get(name, "not asked for"))
+    return applied
+
+
+def _landlock(plan: ChildPlan, options: IsolationOptions) -> Applied:
+    # The kernel shows Landlock nowhere in /proc: the launch stops if restricting fails, and that is the proof there is.
+    holds = plan.landlock_abi > 0 and "landlock" not in plan.without
+    detail = f"ABI {plan.landlock_abi}, {len(plan.landlock)} rules" if holds else "this kernel has none"
+    return Applied(asked=options.security.landlock, holds=holds, how="landlock" if holds else "", detail=detail)
+
+
+def _seccomp(options: IsolationOptions, status: dict[str, str], filtered: bool) -> Applied:
+    mode, no_new_privs = status.get("Seccomp", "").strip(), status.get("NoNewPrivs", "").strip()
+    holds = filtered and mode == "2" and no_new_privs == "1"
+    asked = options.security.seccomp and str(options.security.seccomp)
+    detail = f"mode {mode}, no_new_privs {no_new_privs}, filters {status.get('Seccomp_filters', '?').strip()}"
+    return Applied(asked=asked, holds=holds, how="seccomp filter" if holds else "", detail=detail)
+
+
+def _capabilities(status: dict[str, str]) -> Applied:
+    sets = {name: status.get(name, "?").strip() for name in _CAPABILITY_SETS}
+    holds = all(value.strip("0") == "" and value != "?" for value in sets.values())
+    return Applied(asked=True, holds=holds, how="all five sets empty" if holds else "", detail=str(sets))
+
+
+def _check_ids(plan: ChildPlan, readings: Readings) -> None:
+    if _left_out("user", plan) or "ids" in plan.without:
+        return
+    if readings.uid_map.split() != plan.uid_map.split() and plan.uid_map.split()[1] != "0":
+        raise LaunchError(f"the id map is {readings.uid_map!r}", step="attest", remedy=_REMEDY)
+    outside = readings.status.get("Uid", "0").split()
+    if "0" in outside:
+        raise LaunchError(f"the child is root outside: {outside}", step="attest", remedy=_REMEDY)

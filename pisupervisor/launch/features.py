@@ -1,0 +1,37 @@
+"""What this host can do, found out by doing, once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pihost import syscalls
+from pisupervisor.limits.cgroups import CgroupHost, detect
+
+NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """``root`` means uid 0 here; ``namespaces`` are the kinds that the kernel has; Landlock's version, 0 for none."""
+
+    root: bool
+    uid: int
+    gid: int
+    kernel: str
+    namespaces: frozenset[str]
+    landlock_abi: int
+    cgroups: CgroupHost
+
+
+def probe() -> Features:
+    """Ask the kernel. Costs under a millisecond; callers keep the answer for as long as their zygote lives."""
+    return Features(
+        root=os.geteuid() == 0,
+        uid=os.geteuid(),
+        gid=os.getegid(),
+        kernel=os.uname().release,
+        namespaces=frozenset(name for name in NAMESPACES if os.path.exists(f"/proc/self/ns/{name}")),
+        landlock_abi=syscalls.landlock_abi(),
+        cgroups=detect(),
+    )

@@ -1,0 +1,100 @@
+"""Which Python runs in the child: where it lies, what belongs to it, and where that is seen inside."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+from pisupervisor.errors import LaunchError, OptionsError
+from pisupervisor.options import host_python
+
+OLDEST = (3, 9)
+INSIDE = "/py"  # an interpreter that does not live below /usr is shown here: its own folder may lie in a private home
+_QUESTION = (
+    "import sys,os;print(repr((sys.version_info[:2],os.path.realpath(sys.base_prefix),"
+    "os.path.realpath(getattr(sys,'_base_executable',None) or sys.executable),os.path.dirname(os.path.realpath(os.__file__)),"
+    "[p for p in sys.path if p.endswith(('site-packages','dist-packages'))])))"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interpreter:
+    """``prefix`` holds the interpreter, ``stdlib`` is its library folder, ``packages`` a venv's site folders."""
+
+    executable: str
+    prefix: str
+    stdlib: str
+    version: tuple[int, int]
+    packages: tuple[str, ...] = ()
+
+    @property
+    def relocated(self) -> bool:
+        return self.prefix != "/usr" and not self.prefix.startswith("/usr/")
+
+    def inside(self, path: str) -> str:
+        """Where a path of this interpreter is seen by the child."""
+        if self.relocated and (path == self.prefix or path.startswith(self.prefix + "/")):
+            return INSIDE + path[len(self.prefix) :]
+        return path
+
+    def library_path(self) -> str | None:
+        """Folder for LD_LIBRARY_PATH when a relocated interpreter has a shared libpython, else None."""
+        folder = os.path.join(self.prefix, "lib")
+        try:
+            shared = any(name.startswith("libpython") and ".so" in name for name in os.listdir(folder))
+        except OSError:
+            return None
+        return self.inside(folder) if shared and self.relocated else None
+
+
+def find_interpreter(python: str | None) -> Interpreter:
+    """The interpreter for ``IsolationOptions.python`` (an executable, or a venv's folder); None is the host's own.
+
+    Raises OptionsError for what is no interpreter, LaunchError (step "interpreter") for one that does not start.
+    """
+    if python is None:
+        return Interpreter(
+            executable=host_python(), prefix=os.path.realpath(sys.base_prefix),
+            stdlib=os.path.dirname(os.path.realpath(os.__file__)), version=sys.version_info[:2],
+        )  # fmt: skip
+    executable = _executable(python)
+    version, prefix, base, stdlib, packages = _ask(executable)
+    if version < OLDEST:
+        raise OptionsError(f"python: {python} is Python {version[0]}.{version[1]}; a child needs {OLDEST[0]}.{OLDEST[1]}")
+    return Interpreter(
+        executable=base, prefix=prefix, stdlib=stdlib, version=version,
+        packages=tuple(p for p in packages if os.path.isdir(p)) if _is_venv(executable) else (),
+    )  # fmt: skip
+
+
+def _executable(python: str) -> str:
+    path = os.path.join(python, "bin", "python") if os.path.isdir(python) else python
+    if not os.path.exists(path):
+        raise OptionsError(f"python: {path} does not exist; give an interpreter or the folder of a venv")
+    if not os.access(path, os.X_OK) or os.path.isdir(path):
+        raise OptionsError(f"python: {path} is not executable")
+    return path
+
+
+def _is_venv(executable: str) -> bool:
+    return os.path.exists(os.path.join(os.path.dirname(os.path.dirname(executable)), "pyvenv.cfg"))
+
+
+def _ask(executable: str) -> tuple[tuple[int, int], str, str, str, list[str]]:
+    import ast
+    import subprocess
+
+    remedy = f"try it by hand: {executable} -I -c pass"
+    try:
+        done = subprocess.run([executable, "-I", "-c", _QUESTION], capture_output=True, timeout=20, text=True, check=False)
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
+        number = getattr(error, "errno", None)
+        raise LaunchError(f"{executable} does not start: {error}", step="interpreter", errno=number, remedy=remedy) from None
+    try:
+        version, prefix, base, stdlib, packages = ast.literal_eval(done.stdout)
+    except (ValueError, SyntaxError):
+        said = (done.stderr or done.stdout).strip()[-300:]
+        message = f"{executable} is no working Python (exit code {done.returncode}): {said}"
+        raise LaunchError(message, step="interpreter", remedy=remedy) from None
+    return tuple(version), prefix, base, stdlib, packages

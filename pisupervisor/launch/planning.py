@@ -1,0 +1,217 @@
+"""Options and features to plans: pure, no I/O beyond looking at which paths exist. Policy lives here as data."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pihost import mounts, syscalls
+from pihost.plan import ChildPlan, TemplatePlan
+from pisupervisor.errors import FeatureUnavailable
+from pisupervisor.launch.features import Features
+from pisupervisor.launch.interpreter import Interpreter
+from pisupervisor.options import IsolationOptions, Limits
+
+OURS = "/pis"  # pihost, and what it brings, inside
+SCRATCH = ("/tmp", "/dev/shm")  # noqa: S108
+SCRATCH_INODES = 4096
+#: namespaces entered by clone3 at once; cgroup and time are entered later (see pihost.confine), the network's is made
+#: ahead by the zygote
+CLONE_FLAGS = {
+    "user": syscalls.CLONE_NEWUSER, "mount": syscalls.CLONE_NEWNS, "pid": syscalls.CLONE_NEWPID,
+    "ipc": syscalls.CLONE_NEWIPC, "uts": syscalls.CLONE_NEWUTS,
+}  # fmt: skip
+#: the protection's name -> the kernel's word in /proc/PID/ns
+NAMESPACE_LINKS = {
+    "user": "user", "mount": "mnt", "pid": "pid", "network": "net", "ipc": "ipc", "uts": "uts",
+    "cgroup": "cgroup", "time": "time",
+}  # fmt: skip
+
+# Landlock access rights, by the version that brought them.
+EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
+MAKE_CHAR, MAKE_BLOCK, REFER, TRUNCATE, IOCTL_DEV = 1 << 6, 1 << 11, 1 << 13, 1 << 14, 1 << 15
+_FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
+_READ = EXECUTE | READ_FILE | READ_DIR
+_DEVICES = ("null", "zero", "full", "random", "urandom")
+_ETC_BINDS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
+_ETC_NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl", "/etc/nsswitch.conf")
+_LOADER_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
+_ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
+#: libraries that start threads when imported would make the zygote unfit to fork
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}
+
+
+def required(options: IsolationOptions, features: Features) -> None:
+    """Raise FeatureUnavailable for the first kernel protection that was asked for and cannot hold (limits: see cgroups)."""
+    for name, link in NAMESPACE_LINKS.items():
+        if link not in features.namespaces and name not in options.degrade and not (name == "network" and options.network == "host"):
+            raise FeatureUnavailable(
+                f"this kernel ({features.kernel}) has no {name} namespaces", feature=name,
+                remedy=f"run a kernel with them (time: 5.6), or say degrade=({name!r},)",
+            )  # fmt: skip
+    if options.security.landlock and not features.landlock_abi and "landlock" not in options.degrade:
+        raise FeatureUnavailable(
+            f"this kernel ({features.kernel}) has no Landlock, or it is not switched on", feature="landlock",
+            remedy="boot with lsm=landlock,... on Linux 5.13 or newer, or say degrade=('landlock',)",
+        )  # fmt: skip
+
+
+def template_plan(
+    options: IsolationOptions, features: Features, interpreter: Interpreter, *, package: str, cloudpickle: str | None,
+    program: bytes, host_environment: dict[str, str],
+) -> TemplatePlan:  # fmt: skip
+    """What the zygote for these options is. ``package`` is pihost's folder, ``cloudpickle`` that package's, or None."""
+    extra = [(path, path) for path in (*options.import_paths, *interpreter.packages)]
+    root = [*_system(), *_interpreter(interpreter), ["bind", package, f"{OURS}/pihost", mounts.READ_ONLY]]
+    if cloudpickle:
+        root.append(["bind", cloudpickle, f"{OURS}/cloudpickle", mounts.READ_ONLY])
+    root += _devices() + _etc(options)
+    root += [["folder", "/tmp"], ["folder", "/dev/shm"], ["folder", "/proc"], ["bind", "/proc", "/proc", 0]]  # noqa: S108
+    root += [["bind", source, place, flags] for source, place, _final, flags in binds(options, extra)]
+    return TemplatePlan(
+        root=root,
+        own_ids=[] if features.root else [features.uid, features.gid],
+        interpreter=interpreter.inside(interpreter.executable),
+        package=f"{OURS}/pihost",
+        sys_path=[interpreter.inside(interpreter.stdlib), interpreter.inside(interpreter.stdlib) + "/lib-dynload", OURS]
+        + [path for path, _target in extra],
+        preload=list(options.preload),
+        environment=_environment(options, interpreter, host_environment),
+        seccomp=program,
+        network=options.network,
+        log_level=_LOG_LEVELS[options.log_level or "WARNING"],
+    )
+
+
+def child_plan(
+    options: IsolationOptions, features: Features, *, interpreter: Interpreter, outer_id: int | None,
+    rlimits: list[tuple[int, int, int]], cgroups: int, without: tuple[str, ...] = (),
+) -> ChildPlan:  # fmt: skip
+    """What one child is. ``outer_id`` is its own id outside when the host is root, None for the user's single one."""
+    user, outer = options.security.user, 0 if outer_id is None else outer_id
+    abi = features.landlock_abi if options.security.landlock else 0
+    flags = 0
+    for name, flag in CLONE_FLAGS.items():
+        skip = NAMESPACE_LINKS[name] not in features.namespaces
+        flags |= 0 if skip or f"{name} namespace" in without else flag
+    absent = {f"{name} namespace" for name, link in NAMESPACE_LINKS.items() if link not in features.namespaces}
+    return ChildPlan(
+        namespaces=flags, uid_map=f"{user} {outer} 1", gid_map=f"{user} {outer} 1", uid=user, gid=user,
+        hostname=options.security.hostname,
+        mounts=_own_mounts(options, interpreter),
+        rlimits=[list(entry) for entry in rlimits], nice=options.limits.nice or 0,
+        landlock=_landlock_rules(options, abi), landlock_abi=abi, landlock_fs=file_rights(abi),
+        landlock_net=3 if abi >= 4 and options.network == "none" else 0, landlock_scopes=3 if abi >= 6 else 0,
+        cgroups=cgroups,
+        limits={"result": int(options.limits.result), "pickle": int(options.results == "pickle")},
+        debug=options.debug, without=sorted({*without, *absent}),
+    )  # fmt: skip
+
+
+def file_rights(abi: int) -> int:
+    """Every file access that Landlock of this version can handle."""
+    return max((rights for since, rights in _FILE_RIGHTS.items() if since <= abi), default=0)
+
+
+def binds(options: IsolationOptions, extra: list[tuple[str, str]]) -> list[tuple[str, str, str, int]]:
+    """(source, place in the template, final place, flags) of the user's binds.
+
+    What belongs below a scratch folder is put aside first: the child's own tmpfs would cover it.
+    """
+    wanted = [(source, target, mounts.READ_ONLY) for source, target in (*options.filesystem.read_only, *extra)]
+    wanted += [(source, target, mounts.WRITABLE) for source, target in options.filesystem.writable]
+    found = []
+    for number, (source, target, flags) in enumerate(wanted):
+        if flags == mounts.READ_ONLY and source == target and target.startswith("/usr/"):
+            continue  # /usr is there as a whole
+        aside = f"{OURS}/aside/{number}" if _below(target, SCRATCH) else target
+        found.append((source, aside, target, flags))
+    return found
+
+
+def _own_mounts(options: IsolationOptions, interpreter: Interpreter) -> list[list[Any]]:
+    limits, user = options.limits, options.security.user
+    own: list[list[Any]] = [["tmpfs", place, int(limits.scratch), SCRATCH_INODES, user, user] for place in SCRATCH]
+    own.append(["proc", "/proc", "subset=pid,hidepid=invisible"])
+    extra = [(path, path) for path in (*options.import_paths, *interpreter.packages)]
+    own += [["bind", aside, final, 0] for _source, aside, final, _flags in binds(options, extra) if aside != final]
+    return own
+
+
+def _landlock_rules(options: IsolationOptions, abi: int) -> list[list[Any]]:
+    """Read and execute everywhere (the root holds only what was given), write where scratch or a writable bind is."""
+    if not abi:
+        return []
+    full = file_rights(abi) & ~(MAKE_CHAR | MAKE_BLOCK | IOCTL_DEV)
+    rules: list[list[Any]] = [["/", _READ], ["/dev", READ_FILE | WRITE_FILE | (TRUNCATE if abi >= 3 else 0)]]
+    rules += [[place, full] for place in SCRATCH]
+    for source, target in options.filesystem.writable:
+        rights = full if os.path.isdir(source) else full & (EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE)
+        rules.append([target, rights])
+    return rules
+
+
+def _system() -> list[list[Any]]:
+    """The system's programs and libraries, and the links by which they find each other."""
+    entries: list[list[Any]] = [["bind", "/usr", "/usr", mounts.READ_ONLY]]
+    for path in _LOADER_LINKS:
+        if os.path.islink(path):
+            entries.append(["symlink", path, os.readlink(path)])
+        elif os.path.isdir(path):
+            entries.append(["bind", path, path, mounts.READ_ONLY])
+    return entries
+
+
+def _interpreter(interpreter: Interpreter) -> list[list[Any]]:
+    if not interpreter.relocated:
+        return []
+    return [["bind", interpreter.prefix, interpreter.inside(interpreter.prefix), mounts.READ_ONLY]]
+
+
+def _devices() -> list[list[Any]]:
+    entries: list[list[Any]] = [["bind", f"/dev/{name}", f"/dev/{name}", mounts.DEVICE] for name in _DEVICES]
+    entries.append(["symlink", "/dev/fd", "/proc/self/fd"])
+    entries += [["symlink", f"/dev/{name}", f"/proc/self/fd/{fd}"] for fd, name in enumerate(("stdin", "stdout", "stderr"))]
+    return entries
+
+
+def _etc(options: IsolationOptions) -> list[list[Any]]:
+    """A synthetic /etc: no users, no secrets of the host."""
+    user = options.security.user
+    passwd = f"root:x:0:0:root:/:/usr/sbin/nologin\nuser:x:{user}:{user}:user:/tmp:/bin/sh\n"
+    entries: list[list[Any]] = [
+        ["file", "/etc/passwd", passwd],
+        ["file", "/etc/group", f"root:x:0:\nuser:x:{user}:\n"],
+        ["file", "/etc/hostname", options.security.hostname + "\n"],
+    ]
+    shared = _ETC_BINDS + (_ETC_NETWORK if options.network == "host" else ())
+    entries += [["bind", path, path, mounts.READ_ONLY] for path in shared if os.path.exists(path)]
+    if options.network != "host":
+        entries.append(["file", "/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"])
+        entries.append(["file", "/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"])
+    return entries
+
+
+def _environment(options: IsolationOptions, interpreter: Interpreter, host: dict[str, str]) -> dict[str, str]:
+    variables = dict(_ENVIRONMENT)
+    if options.preload:
+        variables.update(_ONE_THREAD)
+    library_path = interpreter.library_path()
+    if library_path:
+        variables["LD_LIBRARY_PATH"] = library_path
+    variables.update((name, host[name]) for name in options.inherit_environment if name in host)
+    variables.update(options.environment)
+    return variables
+
+
+def _below(path: str, folders: tuple[str, ...]) -> bool:
+    return any(path == folder or path.startswith(folder + "/") for folder in folders)
+
+
+def limits_text(limits: Limits) -> dict[str, Any]:
+    """What was asked for, by protection name, for ``applied``."""
+    return {
+        "memory": limits.memory, "swap": limits.swap, "cpus": limits.cpus, "cpu_weight": limits.cpu_weight,
+        "cpuset": limits.cpuset, "pids": limits.pids, "io": limits.io or None, "devices": True,
+    }  # fmt: skip

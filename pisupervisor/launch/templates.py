@@ -1,0 +1,135 @@
+"""Templates: one zygote for all isolators with equal options, alive as long as one of them (or a Template) is open.
+
+The table below is the only thing that isolators share. It owns nothing by itself: when the last user of a template
+closes, its zygote ends, and threads, fds and children are as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from typing import Any
+
+from pisupervisor.errors import IsolatorClosed
+from pisupervisor.launch import planning
+from pisupervisor.launch.attest import read_links
+from pisupervisor.launch.features import Features, probe
+from pisupervisor.launch.ids import IdBlock
+from pisupervisor.launch.interpreter import Interpreter, find_interpreter
+from pisupervisor.launch.zygote import PACKAGE, Zygote
+from pisupervisor.limits import cgroups
+from pisupervisor.options import IsolationOptions
+
+
+class Template:
+    """A zygote and what was found out for it. Made by ``acquire``; every user calls ``release`` once."""
+
+    def __init__(self, options: IsolationOptions) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.interpreter: Interpreter = find_interpreter(_python(options))
+        self.features: Features = probe()
+        planning.required(options, self.features)
+        self.cloudpickle = _cloudpickle_folder() if self.interpreter.version == sys.version_info[:2] else None
+        self.python = self.interpreter.executable
+        self.plan = planning.template_plan(
+            options, self.features, self.interpreter, package=PACKAGE, cloudpickle=self.cloudpickle,
+            program=_program(options), host_environment=dict(os.environ),
+        )  # fmt: skip
+        cgroups.sweep(self.features.cgroups)
+        self.ids = IdBlock() if self.features.root else None
+        self.host_links = read_links("self")
+        self.zygote = Zygote(self.plan, self.python)
+
+    def usable_zygote(self) -> Zygote:
+        """The zygote, a new one where the old has ended."""
+        with self.lock:
+            if not self.zygote.alive():
+                self.zygote.close()
+                self.zygote = Zygote(self.plan, self.python)
+            return self.zygote
+
+    def close(self) -> None:
+        self.zygote.close()
+        if self.ids is not None:
+            self.ids.close()
+
+
+class _Table:
+    def __init__(self) -> None:
+        self.owner = os.getpid()
+        self.lock = threading.Lock()
+        self.templates: dict[Any, Template] = {}
+
+
+_table = _Table()
+
+
+def _own_table() -> _Table:
+    """The table of this process: a fork of the application must not touch what belongs to the original."""
+    global _table  # noqa: PLW0603
+    if _table.owner != os.getpid():
+        _table = _Table()
+    return _table
+
+
+def acquire(options: IsolationOptions) -> Template:
+    """The template for these options, started if nobody has it open. Raises what starting it raises."""
+    table, key = _own_table(), template_key(options)
+    with table.lock:
+        template = table.templates.get(key)
+        if template is None:
+            template = table.templates[key] = Template(options)
+        template.users += 1
+        return template
+
+
+def release(template: Template, options: IsolationOptions) -> None:
+    """Give a template back; the last one to do so ends its zygote."""
+    table = _own_table()
+    if template.zygote.owner != table.owner:
+        raise IsolatorClosed("this template belongs to the process that started it, not to a fork of it")
+    with table.lock:
+        template.users -= 1
+        if template.users:
+            return
+        table.templates = {key: kept for key, kept in table.templates.items() if kept is not template}
+    template.close()
+
+
+def template_key(options: IsolationOptions) -> tuple[Any, ...]:
+    """What two isolators must have in common to share a zygote."""
+    inherited = tuple((name, os.environ.get(name)) for name in options.inherit_environment)
+    return (
+        options.python, options.preload, options.import_paths, options.filesystem, options.network, options.log_level,
+        _profile_key(options.security.seccomp), options.security.user, options.security.hostname,
+        options.security.landlock, options.degrade, tuple(sorted(options.environment.items())), inherited,
+    )  # fmt: skip
+
+
+def _profile_key(profile: Any) -> Any:
+    """A profile's file may change under the same name."""
+    if not isinstance(profile, (str, os.PathLike)) or not os.path.exists(profile):
+        return profile
+    found = os.stat(profile)
+    return os.path.abspath(profile), found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _python(options: IsolationOptions) -> str | None:
+    return None if options.python is None else os.fspath(options.python)
+
+
+def _program(options: IsolationOptions) -> bytes:
+    if options.security.seccomp is None:
+        return b""
+    from pisupervisor.launch.seccomp import compile_profile
+
+    return compile_profile(options.security.seccomp)
+
+
+def _cloudpickle_folder() -> str | None:
+    from importlib.util import find_spec
+
+    spec = find_spec("cloudpickle")
+    return os.path.dirname(spec.origin) if spec is not None and spec.origin else None

@@ -1,0 +1,153 @@
+"""The host's end of a zygote: start one, hand it launches, end it.
+
+A zygote is exec'd, never forked from the host application, and shared by all isolators that need the same template.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import time
+from typing import Any
+
+import pihost
+from pihost.plan import ChildPlan, TemplatePlan
+from pisupervisor.errors import IsolatorClosed, LaunchError
+
+PACKAGE = os.path.dirname(os.path.abspath(pihost.__file__))
+_SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them at
+_CONTROL, _HOST = 3, 4
+_GRACE = 2.0
+_REMEDIES = {
+    "namespaces": "let this user make user namespaces: sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1,"
+    " and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0 (or run as root)",
+    "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
+    "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
+    "mounts": "an outer container must not mask /proc: run it with an unmasked one",
+}
+
+
+class Zygote:
+    """One running zygote. ``launch`` may be called from any thread; each child answers on a socket of its own."""
+
+    def __init__(self, plan: TemplatePlan, python: str) -> None:
+        _ensure_compiled()
+        self.owner = os.getpid()
+        self._confirmed = False
+        host = os.pidfd_open(self.owner)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self.pid = _spawn(python, theirs.fileno(), host)
+            self.pidfd = os.pidfd_open(self.pid)
+        except OSError as error:
+            ours.close()
+            raise LaunchError(f"{python} does not start: {error.strerror}", step="zygote", errno=error.errno) from error
+        finally:
+            theirs.close()
+            os.close(host)
+        self.control = ours
+        dumped = plan.dump()
+        try:
+            ours.send(dumped)  # once for the stage that builds the root,
+            ours.send(dumped)  # once for the zygote that wakes up inside it
+        except OSError:
+            pass  # it has ended already; the first launch will say why
+
+    def launch(self, plan: ChildPlan, fds: list[int]) -> None:
+        """Ask for a child. ``fds``: its end of the link, of the status socket, then its groups' ``tasks`` files."""
+        if os.getpid() != self.owner:
+            raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
+        try:
+            socket.send_fds(self.control, [plan.dump()], fds)
+        except OSError as error:
+            raise self.explain_end(error.errno) from error
+
+    def warm(self, modules: list[str]) -> None:
+        """Have ``modules`` imported for the children to come. Best effort."""
+        try:
+            self.control.send(b"import " + " ".join(modules).encode())
+        except OSError:
+            pass
+
+    def explain_end(self, errno: int | None = None) -> LaunchError:
+        """Why this zygote is gone: its own word, where it still could speak."""
+        self.control.settimeout(_GRACE)
+        try:
+            while data := self.control.recv(65536):
+                message = json.loads(data)
+                if "failed" in message:
+                    return failure(message)
+        except (OSError, ValueError):
+            pass
+        remedy = f"see what the interpreter says on stderr: {sys.executable} -I -S {PACKAGE}"
+        return LaunchError("the zygote ended before the child was there", step="zygote", errno=errno, remedy=remedy)
+
+    def alive(self) -> bool:
+        return not select.select([self.pidfd], [], [], 0)[0]
+
+    def close(self) -> None:
+        """End the zygote and reap it. Its children end with it."""
+        self.control.close()
+        if os.getpid() == self.owner:
+            end_process(self.pid, self.pidfd, _GRACE)
+        os.close(self.pidfd)
+
+
+def failure(message: dict[str, Any]) -> LaunchError:
+    """A reported step as an error. The sender is trusted code, but beside user code: only text and a number are taken."""
+    step, number = str(message.get("failed"))[:200], message.get("errno")
+    remedy = next((text for name, text in _REMEDIES.items() if step.startswith(name)), None)
+    if step.startswith("preload"):
+        remedy = "a preloaded module must be importable in the child: name its folder in import_paths"
+    return LaunchError(
+        str(message.get("detail"))[:2000], step=step, errno=number if isinstance(number, int) and number else None, remedy=remedy
+    )
+
+
+def end_process(pid: int, pidfd: int, grace: float) -> None:
+    """Wait for a child process of ours to end, kill it after ``grace`` seconds, reap it if nobody else did."""
+    if not select.select([pidfd], [], [], grace)[0]:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        select.select([pidfd], [], [], grace)
+    try:
+        os.waitpid(pid, os.WNOHANG)
+    except ChildProcessError:
+        pass  # the application ignores SIGCHLD or reaps everything: the status is not ours to have
+
+
+def _spawn(python: str, control: int, host: int) -> int:
+    """posix_spawn, not fork: no code of the host application runs in between, whatever threads it has."""
+    spares = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _SPARE_FD) for fd in (control, host)]
+    actions: list[tuple[Any, ...]] = [
+        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
+        (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_RDWR, 0),
+        (os.POSIX_SPAWN_DUP2, spares[0], _CONTROL),
+        (os.POSIX_SPAWN_DUP2, spares[1], _HOST),
+    ]
+    environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    arguments = [python, "-I", "-S", PACKAGE, "root", str(_CONTROL), str(_HOST)]
+    try:
+        return os.posix_spawn(
+            python, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=range(1, 32)
+        )
+    finally:
+        for fd in spares:
+            os.close(fd)
+
+
+def _ensure_compiled() -> None:
+    """The zygote reads pihost through a read-only mount and cannot keep compiled files: make them before, once."""
+    if os.path.exists(os.path.join(PACKAGE, "__pycache__", f"zygote.{sys.implementation.cache_tag}.pyc")):
+        return
+    import compileall
+
+    compileall.compile_dir(PACKAGE, quiet=2)  # no right to write there costs 30 ms a zygote, nothing else
+
+
+def deadline_left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())

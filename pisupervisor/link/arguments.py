@@ -1,0 +1,234 @@
+"""Calls to the child: arguments by pickle, and by cloudpickle where code has to travel with them.
+
+Host to child only, so pickle is safe here: the child trusts the host. What the child can import travels by reference,
+the rest of the application's own code by value. Nothing of cloudpickle's global registry stays changed.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from threading import RLock
+from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
+from typing import Any
+
+from pisupervisor.errors import SerializationError
+
+PROTOCOL = 5  # Python 3.8 and later load it
+Importable = Callable[[str], bool]
+
+_OURS = frozenset(("pihost", "cloudpickle"))
+_CODE = (FunctionType, BuiltinFunctionType, type, ModuleType)
+_registry_lock = RLock()  # cloudpickle's registry belongs to the process
+
+
+def child_importable(
+    import_paths: Iterable[str | os.PathLike[str]], stdlib: Iterable[str] = sys.stdlib_module_names
+) -> Importable:
+    """Whether a module name can be imported in a child that has these folders, zips or wheels on its path.
+
+    The paths are listed once, when the first name outside the standard library is asked for.
+    """
+    builtin = _OURS | frozenset(stdlib)
+    paths = [os.fspath(path) for path in import_paths]
+
+    @cache
+    def found() -> frozenset[str]:
+        return frozenset(name.partition(".")[0] for path in paths for name in _top_names(path))
+
+    def importable(module: str) -> bool:
+        top = module.partition(".")[0]
+        return top in builtin or (bool(paths) and top in found())
+
+    return importable
+
+
+def _top_names(path: str) -> Iterator[str]:
+    """Names directly below a folder or in an archive: ``numpy``, ``six.py``, ``_speed.cpython-311-x86_64.so``."""
+    if os.path.isdir(path):
+        yield from os.listdir(path)
+    elif os.path.isfile(path):
+        import zipfile
+
+        try:
+            with zipfile.ZipFile(path) as archive:
+                yield from (name.partition("/")[0] for name in archive.namelist())
+        except (OSError, zipfile.BadZipFile):
+            return  # the child will say that it cannot import from it
+
+
+_stdlib_only = child_importable(())
+
+
+def dump_call(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    importable: Importable | None = None,
+    python_minor_matches: bool = True,
+) -> tuple[bytes, bool]:
+    """``(args, kwargs)`` as a pickle, and whether the child needs cloudpickle to load it.
+
+    ``importable`` says which modules the child has (default: the standard library). Raises SerializationError, with
+    direction "to child", for what cannot travel.
+    """
+    importable = importable or _stdlib_only
+    try:
+        return _dump_plain((args, kwargs), importable), False
+    except Exception as error:  # our signal, or what pickle and the values' own __reduce__ raise
+        if not python_minor_matches:
+            raise _refusal(_dump_plain, importable, _labelled(args, kwargs), error) from error
+    return _dump_by_value((args, kwargs), importable, lambda: _labelled(args, kwargs)), True
+
+
+def dump_function(
+    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], importable: Importable
+) -> bytes:
+    """``(fn, args, kwargs)`` for a child that has cloudpickle and this minor version of Python.
+
+    Functions, classes and modules that the child cannot import travel by value. Raises SerializationError as above.
+    """
+    return _dump_by_value((fn, args, kwargs), importable, lambda: [*_labelled_function(fn), *_labelled(args, kwargs)])
+
+
+class _NeedsCode(Exception):  # noqa: N818 - a signal
+    """Code that the child cannot import: plain pickle would only name it."""
+
+    def __str__(self) -> str:
+        return "its code is not in the child, and could travel only to the same minor version of Python"
+
+
+class _PlainPickler(pickle.Pickler):
+    """The C pickler; ``reducer_override`` is asked only for what is not a builtin value, so plain data stays fast."""
+
+    def __init__(self, file: io.BytesIO, importable: Importable) -> None:
+        super().__init__(file, PROTOCOL)
+        self.importable = importable
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, _CODE) and not self.importable(_module_of(obj)):
+            raise _NeedsCode
+        return NotImplemented
+
+
+def _dump_plain(value: Any, importable: Importable) -> bytes:
+    file = io.BytesIO()
+    _PlainPickler(file, importable).dump(value)
+    return file.getvalue()
+
+
+def _module_of(obj: Any) -> str:
+    name = getattr(obj, "__name__" if isinstance(obj, ModuleType) else "__module__", None)
+    return name if isinstance(name, str) else "builtins"
+
+
+@cache
+def _value_pickler() -> Any:
+    """The class, made when first needed: cloudpickle takes 15 ms to import."""
+    import cloudpickle
+
+    class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
+        def __init__(self, file: io.BytesIO, importable: Importable, registered: list[ModuleType]) -> None:
+            super().__init__(file, PROTOCOL)
+            self.importable, self.registered = importable, registered
+
+        def reducer_override(self, obj: Any) -> Any:
+            if isinstance(obj, _CODE):
+                self.claim(_module_of(obj))
+            return super().reducer_override(obj)
+
+        def claim(self, name: str) -> None:
+            module = sys.modules.get(name)
+            if module is None or name == "__main__" or self.importable(name) or module in self.registered:
+                return
+            if _is_compiled(name.partition(".")[0]):
+                raise _Missing(name.partition(".")[0])
+            if name not in cloudpickle.list_registry_pickle_by_value():
+                cloudpickle.register_pickle_by_value(module)
+                self.registered.append(module)
+
+    return ValuePickler
+
+
+class _Missing(Exception):  # noqa: N818 - becomes a SerializationError
+    """A package with compiled parts, which no pickle can carry."""
+
+    def __str__(self) -> str:
+        return f"the package {self.args[0]!r} has compiled parts, so it must be in the child: import_paths=[...]"
+
+
+def _is_compiled(top: str) -> bool:
+    own = [module for name, module in list(sys.modules.items()) if name == top or name.startswith(top + ".")]
+    return any(str(getattr(module, "__file__", None)).endswith(tuple(EXTENSION_SUFFIXES)) for module in own)
+
+
+def _dump_by_value(value: Any, importable: Importable, labelled: Callable[[], list[tuple[str, Any]]]) -> bytes:
+    try:
+        return _dump_registered(value, importable)
+    except Exception as error:  # pickle raises whatever the values' own __reduce__ raises
+        raise _refusal(_dump_registered, importable, labelled(), error) from error
+
+
+def _dump_registered(value: Any, importable: Importable) -> bytes:
+    import cloudpickle
+
+    registered: list[ModuleType] = []
+    file = io.BytesIO()
+    with _registry_lock:
+        try:
+            _value_pickler()(file, importable, registered).dump(value)
+        finally:
+            for module in registered:
+                cloudpickle.unregister_pickle_by_value(module)
+    return file.getvalue()
+
+
+def _labelled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        *((f"argument {number}", value) for number, value in enumerate(args, 1)),
+        *((f"argument {name!r}", value) for name, value in kwargs.items()),
+    ]
+
+
+def _labelled_function(fn: Any) -> list[tuple[str, Any]]:
+    """What a function drags along comes before itself: the variable is the better answer."""
+    name = getattr(fn, "__qualname__", None) or type(fn).__qualname__
+    if not isinstance(fn, FunctionType):
+        return [(f"the callable {name}", fn)]
+    captured = dict(zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=True))
+    free = [(key, content) for key, cell in captured.items() for content in _content(cell)]
+    used = [(key, fn.__globals__[key]) for key in fn.__code__.co_names if key in fn.__globals__]
+    return [
+        *((f"{key!r}, used by the function {name}", value) for key, value in free + used),
+        (f"the function {name}", fn),
+    ]
+
+
+def _content(cell: CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # not yet assigned
+        return []
+
+
+def _refusal(
+    dump: Callable[[Any, Importable], bytes], importable: Importable, labelled: list[tuple[str, Any]], error: Exception
+) -> SerializationError:
+    """The error that names the first part which does not travel on its own."""
+    what = "the call as a whole"
+    for label, value in labelled:
+        try:
+            dump(value, importable)
+        except Exception as own:
+            what, error = f"{label} (<{type(value).__module__}.{type(value).__qualname__}>)", own
+            break
+    return SerializationError(
+        f"{what} cannot be sent to the child: {str(error)[:500]}\n"
+        "  send plain data, or make the thing inside the child (in the function itself, or with create_object)",
+        direction="to child",
+    )

@@ -1,0 +1,74 @@
+"""Calls and answers as data: what is sent for each way to call, and what an answer means. Pure."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+from pihost import wire
+from pisupervisor.errors import CallError, CompileError, ProtocolError, SerializationError, TargetNotFound
+from pisupervisor.link.connection import Answer
+
+_IMPORT_HINT = "what the child may import is what was given: name the folder in import_paths=[...]"
+
+
+def pack_call(verb: str, capture: bool, *arguments: Any) -> bytes:
+    """The body of a CALL frame. A pickle: it is read by the child, where code of the host's choice runs anyway."""
+    return pickle.dumps((verb, capture, *arguments), 5)
+
+
+def unpack_answer(answer: Answer, *, pickled: bool, returns: Any = None) -> Any:
+    """The value of an answer, or its error raised: what user code raised, what was not found, what is not data.
+
+    Raises ProtocolError for what no honest child sends.
+    """
+    if answer.kind == wire.RESULT and not pickled:
+        from pisupervisor.link import serializer
+
+        try:
+            text, buffers = wire.unpack_value(answer.body)
+        except wire.BadFrame as error:
+            raise ProtocolError(f"the child sent {error}") from None
+        value = serializer.decode(text, buffers)
+        return value if returns is None else serializer.build(value, returns)
+    if answer.kind == wire.PICKLED and pickled:
+        from pisupervisor.link import serializer
+
+        return serializer.load_pickled(answer.body)
+    if answer.kind == wire.RAISED:
+        from pisupervisor.link.remote_errors import remote_error
+
+        raise remote_error(_mapping(answer.body))
+    if answer.kind == wire.REFUSED:
+        raise refusal(_mapping(answer.body))
+    raise ProtocolError(f"an answer of kind {answer.kind} was not asked for")
+
+
+def refusal(payload: dict[str, Any]) -> Exception:
+    """The error for a call that was refused before or after user code ran. Only text and a line number are taken."""
+    kind, message = payload.get("kind"), str(payload.get("message"))[:8192]
+    if kind == "not_found":
+        return TargetNotFound(message)
+    if kind == "compile":
+        file, line = payload.get("file"), payload.get("line")
+        return CompileError(
+            message, file=file[:4096] if isinstance(file, str) else None, line=line if isinstance(line, int) else None
+        )
+    if kind == "not_data":
+        return SerializationError(message, direction="from child")
+    if kind == "unloadable":
+        hint = f"; {_IMPORT_HINT}" if "ModuleNotFoundError" in message or "ImportError" in message else ""
+        return SerializationError(f"the child could not rebuild the arguments: {message}{hint}", direction="to child")
+    return ProtocolError(f"a refusal of kind {kind!r}")
+
+
+def _mapping(body: bytes) -> dict[str, Any]:
+    from msgspec import DecodeError, json
+
+    try:
+        return json.decode(body, type=dict[str, Any])
+    except (DecodeError, ValueError, RecursionError):
+        raise ProtocolError("an error report that cannot be read") from None
+
+
+__all__ = ["CallError", "pack_call", "refusal", "unpack_answer"]

@@ -1,0 +1,210 @@
+"""Talking to one child: whole frames out, whole frames in, by the calling thread itself. The child is believed nothing."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import time
+from typing import NamedTuple
+
+from pihost import wire
+from pisupervisor.errors import ProtocolError
+
+_READ = 1 << 16
+_FRAME_TIME = 10.0  # seconds that a child may take from the first byte of a frame to its last
+
+
+class LinkClosed(Exception):
+    """The other end is gone. Who owns the child knows why."""
+
+
+class DeadlinePassed(Exception):
+    """The call's time is up."""
+
+
+class Answer(NamedTuple):
+    """A reply: its kind (see ``wire``), its body, and what the call wrote meanwhile, where that was asked for."""
+
+    kind: int
+    body: bytes
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+
+
+class Connection:
+    """One call at a time. ``largest`` bounds one answer, in bytes, however many pieces it comes in."""
+
+    def __init__(self, link: socket.socket, largest: int) -> None:
+        self.link = link
+        self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
+        self._ident = 0
+        self._pending = bytearray()
+
+    def send(self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None) -> int:
+        """Send one frame; its id. Descriptors ride on the body, which the child always reads with room for them."""
+        self._ident += 1
+        header = wire.pack_header(kind, self._ident, len(body))
+        try:
+            if fds:
+                self.link.sendall(header)
+                socket.send_fds(self.link, [body], fds)
+            else:
+                self._set_timeout(deadline)
+                self.link.sendall(header + body if len(body) < _READ else header)
+                if len(body) >= _READ:
+                    self.link.sendall(body)
+        except TimeoutError:
+            raise DeadlinePassed from None
+        except OSError as error:
+            raise LinkClosed from error
+        return self._ident
+
+    def call(self, body: bytes, deadline: float | None = None, output: int | None = None) -> Answer:
+        """Send a call and wait for its answer. ``output``: bytes to keep of each of stdout and stderr, None for neither.
+
+        Raises LinkClosed, DeadlinePassed (the child is then in an unknown state: kill it) or ProtocolError (likewise).
+        """
+        if output is None:
+            return self._receive(self.send(wire.CALL, body, deadline=deadline), deadline)
+        with _Output(output) as captured:
+            self.send(wire.OUTPUT, b"\0", captured.writers)
+            captured.close_writers()
+            ident = self.send(wire.CALL, body, deadline=deadline)
+            answer = self._receive(ident, deadline, captured)
+            captured.drain()
+            return answer._replace(stdout=captured.text(0), stderr=captured.text(1), truncated=captured.truncated)
+
+    def _receive(self, ident: int, deadline: float | None, captured: _Output | None = None) -> Answer:
+        whole = bytearray()
+        while True:
+            kind, answered, body = self._frame(deadline, captured)
+            if answered != ident:
+                raise ProtocolError(f"an answer to call {answered}, where {ident} is the one under way")
+            if kind == wire.READY:
+                raise ProtocolError("ready said twice")
+            if len(whole) + len(body) > self.largest:
+                raise ProtocolError(f"an answer of more than {self.largest} bytes")
+            if kind != wire.PIECE:
+                return Answer(kind, bytes(whole + body) if whole else body)
+            whole += body
+
+    def _frame(self, deadline: float | None, captured: _Output | None) -> tuple[int, int, bytes]:
+        """The next whole frame. The time for one runs from its first byte, so that a slow writer cannot hold a caller."""
+        pending, need = self._pending, wire.HEADER.size
+        frame_deadline: float | None = deadline
+        started = bool(pending)
+        header: tuple[int, int, int] | None = None
+        while len(pending) < need or header is None:
+            if len(pending) >= need and header is None:
+                header = self._header(pending)
+                need += header[2]
+                continue
+            if started and frame_deadline is deadline:
+                frame_deadline = min(deadline or float("inf"), time.monotonic() + _FRAME_TIME)
+            self._read_more(need - len(pending), frame_deadline, deadline, captured)
+            started = True
+        body = bytes(memoryview(pending)[wire.HEADER.size : need])
+        del pending[:need]
+        return header[0], header[1], body
+
+    def _header(self, pending: bytearray) -> tuple[int, int, int]:
+        try:
+            header = wire.unpack_header(pending)
+        except wire.BadFrame as error:
+            raise ProtocolError(f"the child sent {error}") from None
+        if header[0] not in wire.FROM_CHILD:
+            raise ProtocolError(f"a frame of kind {header[0]}, which no child may send")
+        return header
+
+    def _read_more(self, missing: int, until: float | None, deadline: float | None, captured: _Output | None) -> None:
+        if captured is not None:
+            captured.wait_for(self.link, until)
+        try:
+            self._set_timeout(until)
+            data = self.link.recv(max(_READ, min(missing, wire.MAX_FRAME)))  # plain recv: the kernel drops any fds
+        except TimeoutError:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise DeadlinePassed from None
+            raise ProtocolError(f"a frame that was not whole after {_FRAME_TIME:g} s") from None
+        except OSError as error:
+            raise LinkClosed from error
+        if not data:
+            raise LinkClosed
+        self._pending += data
+
+    def _set_timeout(self, until: float | None) -> None:
+        left = None if until is None else until - time.monotonic()
+        if left is not None and left <= 0:
+            raise TimeoutError
+        if self.link.gettimeout() != left:
+            self.link.settimeout(left)
+
+
+class _Output:
+    """Two pipes for one call. What is over the bound is read and thrown away, so that the writer never hangs."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.truncated = limit, False
+        self.kept = (bytearray(), bytearray())
+        readers, writers = zip(os.pipe(), os.pipe(), strict=True)
+        self.readers, self.writers = readers, writers
+        for reader in readers:
+            os.set_blocking(reader, False)
+        self.poll = select.poll()
+        self._open = set(readers)
+        self._registered_link = False
+
+    def __enter__(self) -> _Output:
+        for reader in self.readers:
+            self.poll.register(reader, select.POLLIN)
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close_writers()
+        for reader in self.readers:
+            os.close(reader)
+
+    def close_writers(self) -> None:
+        for writer in self.writers:
+            os.close(writer)
+        self.writers = ()
+
+    def wait_for(self, link: socket.socket, until: float | None) -> None:
+        """Read output until the link has something to say or ``until`` has passed."""
+        if not self._registered_link:
+            self.poll.register(link, select.POLLIN)
+            self._registered_link = True
+        while True:
+            left = None if until is None else max(0.0, (until - time.monotonic()) * 1000)
+            ready = {fd for fd, _event in self.poll.poll(left)}
+            for fd in ready & self._open:
+                self._read(fd)
+            if not ready or link.fileno() in ready:
+                return
+
+    def drain(self) -> None:
+        """What was written before the answer is in the pipes by now: read until they are empty, a flood notwithstanding."""
+        for fd in tuple(self._open):
+            for _ in range(64):  # a pipe holds 64 KiB; who goes on writing after the answer is not waited for
+                if not self._read(fd):
+                    break
+
+    def _read(self, fd: int) -> bool:
+        try:
+            data = os.read(fd, _READ)
+        except BlockingIOError:
+            return False
+        if not data:
+            self.poll.unregister(fd)
+            self._open.discard(fd)
+            return False
+        kept = self.kept[self.readers.index(fd)]
+        room = self.limit - len(kept)
+        kept += data[:room] if room > 0 else b""
+        self.truncated |= len(data) > room
+        return True
+
+    def text(self, which: int) -> bytes:
+        return bytes(self.kept[which])

@@ -1,0 +1,170 @@
+"""Values across the link, host side. What a child sends is data: counted, decoded, checked, never executed.
+
+The chart of the format is in ``pihost.inside.encode``; ``tagged`` and ``arrays`` build what JSON has no words for.
+Calls to the child are in ``arguments``, its exceptions in ``remote_errors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from pisupervisor.errors import ProtocolError, SerializationError
+from pisupervisor.link.arguments import child_importable, dump_call, dump_function
+
+__all__ = ["build", "child_importable", "decode", "dump_call", "dump_function", "load_pickled"]
+
+if TYPE_CHECKING:
+    import re
+
+MAX_ITEMS = 2_000_000
+MAX_NESTING = 210  # the child's 100 levels; a tagged one takes two
+
+_WORDS = {b"null": None, b"true": True, b"false": False}
+_FROM_CHILD = "from child"
+_string_pattern: re.Pattern[bytes] | None = None
+
+
+def decode(text: bytes, buffers: Sequence[bytes | memoryview], *, max_items: int = MAX_ITEMS) -> Any:
+    """The value that a child encoded. Raises ProtocolError for everything that is not a value, and nothing else but
+    SerializationError where an honest value cannot be built on this host (no numpy, an unknown time zone).
+    """
+    try:
+        if not buffers and (text in _WORDS or _is_small_int(text)):
+            return _WORDS[text] if text in _WORDS else int(text)
+        return _decode(text, buffers, max_items)
+    except (ProtocolError, SerializationError):
+        raise
+    except Exception as error:  # RecursionError, MemoryError, msgspec's own ...: whatever hostile bytes can provoke
+        raise ProtocolError(f"a result that cannot be decoded: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _is_small_int(text: bytes) -> bool:
+    return len(text) < 19 and text.isdigit() and (text[0] != 48 or len(text) == 1)
+
+
+def _decode(text: bytes, buffers: Sequence[bytes | memoryview], max_items: int) -> Any:
+    import msgspec.json  # 8 ms: not paid by a first call that answers None, a bool or an int
+
+    openings = text.count(b"[") + text.count(b"{")
+    if openings + text.count(b",") > max_items:
+        _count_exactly(text, max_items)
+    value = msgspec.json.decode(text)
+    if b'"$":' in text or buffers:
+        from pisupervisor.link.tagged import Rebuilder
+
+        rebuilder = Rebuilder(buffers, MAX_NESTING)
+        value = rebuilder.value(value, 0)
+        rebuilder.finish()
+    elif openings > MAX_NESTING:
+        _check_depth(value)
+    return value
+
+
+def _count_exactly(text: bytes, max_items: int) -> None:
+    """The same count, without what stands inside strings (a CSV file as one string is one item)."""
+    bare = text.replace(rb"\\", b"").replace(rb"\"", b"")
+    if bare.count(b'"') <= 4 * max_items + 4:  # each item has a key and a value at the most
+        bare = _string().sub(b"", bare)
+        if bare.count(b"[") + bare.count(b"{") + bare.count(b",") <= max_items:
+            return
+    raise ProtocolError(f"a result of more than {max_items} items")
+
+
+def _string() -> re.Pattern[bytes]:
+    global _string_pattern  # compiled once, and only where it is ever needed
+    if _string_pattern is None:
+        import re
+
+        _string_pattern = re.compile(rb'"[^"]*+"?+')
+    return _string_pattern
+
+
+def _check_depth(value: object) -> None:
+    """Level by level, so that every loop runs in C: the caller's own recursion must not end in our data."""
+    from itertools import chain
+
+    level = [value]
+    for _ in range(MAX_NESTING):
+        lists = [part for part in level if type(part) is list]
+        dicts = [part for part in level if type(part) is dict]
+        if not lists and not dicts:
+            return
+        level = list(chain(chain.from_iterable(lists), chain.from_iterable(map(dict.values, dicts))))
+    raise ProtocolError(f"a result nested deeper than {MAX_NESTING} levels")
+
+
+def build(value: Any, returns: Any) -> Any:
+    """``value`` as ``returns`` (a dataclass, TypedDict, NamedTuple, Enum, ``list[X]``, ``X | None`` ...), checked.
+
+    Raises SerializationError that names the part which does not fit, or says that ``returns`` cannot be built.
+    """
+    import msgspec
+
+    if returns is None or returns is Any:
+        return value
+    try:
+        if _is_mixed_enum(returns):
+            return returns(value)
+        return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)
+    except (msgspec.ValidationError, ValueError) as error:
+        raise SerializationError(f"the result is not a {_named(returns)}: {error}", direction=_FROM_CHILD) from error
+    except (TypeError, RecursionError) as error:
+        message = f"returns={_named(returns)} cannot be built: {error}"
+        raise SerializationError(message, direction=_FROM_CHILD) from error
+
+
+def _named(returns: Any) -> str:
+    return returns.__qualname__ if isinstance(returns, type) and not hasattr(returns, "__origin__") else repr(returns)
+
+
+def _is_mixed_enum(returns: Any) -> bool:
+    """An Enum with values msgspec cannot take: it knows enums of str and of int only."""
+    from enum import Enum
+
+    if not (isinstance(returns, type) and issubclass(returns, Enum)):
+        return False
+    return {type(member.value) for member in returns} not in ({str}, {int})
+
+
+def _already_built() -> tuple[type, ...]:
+    import datetime
+    from decimal import Decimal
+    from uuid import UUID
+
+    times = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
+    return (bytes, bytearray, Decimal, UUID, *times)
+
+
+def _build_other(wanted: Any, value: Any) -> Any:
+    """For the types msgspec does not know. The value is ours by now: built from checked data."""
+    from pathlib import PurePath
+
+    kind = getattr(wanted, "__origin__", wanted)
+    if isinstance(kind, type):
+        if isinstance(value, kind):
+            return value
+        if issubclass(kind, PurePath) and isinstance(value, str):
+            return kind(value)
+        if kind is complex and type(value) in (int, float):
+            return complex(value)
+        raise ValueError(f"expected {_named(wanted)}, got {type(value).__name__}")
+    raise TypeError(f"{wanted!r} is not a type this library can build")
+
+
+def load_pickled(data: bytes) -> Any:
+    """DANGER: unpickles a child's bytes, which runs whatever code the child put into them, in the host.
+
+    Only for isolators created with ``results="pickle"``, where the caller has said that the child is trusted. Nothing
+    else may call this. Raises SerializationError for what does not load.
+    """
+    import pickle
+
+    try:
+        return pickle.loads(data)  # noqa: S301 - the caller asked for it by name
+    except Exception as error:
+        raise SerializationError(
+            f"the pickled result does not load here: {type(error).__name__}: {error}\n"
+            "  the host must be able to import what the child returns; or return plain data",
+            direction=_FROM_CHILD,
+        ) from error

@@ -1,0 +1,274 @@
+"""One supervised child: launch, read back, kill, and the account of its end. Owns its link, status socket and group."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from pihost import wire
+from pisupervisor.errors import FeatureUnavailable, IsolationError, LaunchError
+from pisupervisor.launch import attest, planning
+from pisupervisor.launch.templates import Template
+from pisupervisor.launch.zygote import Zygote, deadline_left, failure
+from pisupervisor.limits import cgroups, rlimits
+from pisupervisor.options import IsolationOptions
+from pisupervisor.results import Applied, ExitInfo, ExitReason, Usage
+from pisupervisor.supervise.exits import explain_exit
+
+_CREDENTIALS = struct.Struct("3i")
+_END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
+_SPIN = 0.05
+
+
+class Child:
+    """A running child. ``launch`` makes one; ``link`` is the socket that calls go over."""
+
+    def __init__(self, options: IsolationOptions, template: Template) -> None:
+        self.options, self.template = options, template
+        self.pid = 0  # of the payload, as this process numbers it
+        self.init_pidfd = self.payload_pidfd = -1
+        self.applied: dict[str, Applied] = {}
+        self.exit_info: ExitInfo | None = None
+        self.started = time.monotonic()
+        self._ordered: tuple[ExitReason, str] | None = None
+        self._status: dict[str, Any] = {}
+        self._lock = threading.Lock()
+        self._outer_id: int | None = None
+        self._group: cgroups.ChildGroup | None = None
+        self._cleanup: list[Callable[[], object]] = []
+
+    # --- launch -----------------------------------------------------------------------------------------------
+
+    def launch(self, deadline: float | None, without: tuple[str, ...] = ()) -> None:
+        """Start it and wait until every wall is up and read back. Raises LaunchError or FeatureUnavailable; then
+        nothing is left behind.
+        """
+        try:
+            self._launch(deadline, without)
+        except BaseException:
+            self.kill(ExitReason.KILLED, "its launch failed")
+            self.finish()
+            raise
+
+    def _launch(self, deadline: float | None, without: tuple[str, ...]) -> None:
+        missing = self._make_group(without)
+        if self.template.ids is not None:
+            self._outer_id = outer = self.template.ids.take()
+            self._cleanup.append(lambda: self.template.ids and self.template.ids.give_back(outer))
+        plan = planning.child_plan(
+            self.options, self.template.features, interpreter=self.template.interpreter, outer_id=self._outer_id,
+            rlimits=rlimits.rlimit_plan(self.options.limits), cgroups=len(self._attach_fds()), without=without,
+        )  # fmt: skip
+        zygote = self.template.usable_zygote()
+        self._send_plan(zygote, plan)
+        self._await_ready(zygote, deadline)
+        readings = attest.read(self.pid, self.template.host_links)
+        groups = self._group.read_back() if self._group is not None else {}
+        filtered = bool(self.template.plan.seccomp)
+        self.applied = attest.verify(plan, self.options, readings, filtered=filtered, groups=groups, missing=missing)
+
+    def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:
+        """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
+        host, wanted = self.template.features.cgroups, cgroups.wanted_limits(self.options.limits)
+        lacking = cgroups.missing(host, wanted)
+        refused = [entry for entry in lacking if entry.feature not in self.options.degrade]
+        if refused:
+            lines = "; ".join(f"{entry.feature}: {entry.why}" for entry in refused)
+            names = tuple(dict.fromkeys(entry.feature for entry in refused))
+            raise FeatureUnavailable(
+                f"limits that cannot be enforced here: {lines}", feature=refused[0].feature,
+                remedy=f"{refused[0].remedy} (all at once: degrade={names!r})",
+            )  # fmt: skip
+        if "limits" not in without and host.directories():
+            self._group = cgroups.create_group(host, wanted, _next_name())
+        return {entry.feature: entry.why for entry in lacking}
+
+    def _attach_fds(self) -> tuple[int, ...]:
+        return self._group.attach_fds if self._group is not None else ()
+
+    def _send_plan(self, zygote: Zygote, plan: Any) -> None:
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._cleanup += [self.link.close, self.status.close]
+        # The kernel then tells who sends READY: the payload's pid as we number it, which the child cannot forge.
+        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        with theirs, reports:
+            zygote.launch(plan, [theirs.fileno(), reports.fileno(), *self._attach_fds()])
+        if self._group is not None:
+            self._group.close_attach_fds()
+
+    def _await_ready(self, zygote: Zygote, deadline: float | None) -> None:
+        poll = select.poll()
+        for sock in (self.status, self.link):
+            poll.register(sock, select.POLLIN)
+        while not self.pid or self.init_pidfd < 0:
+            left = deadline_left(deadline)
+            ready = {fd for fd, _event in poll.poll(None if left is None else left * 1000)}
+            if not ready:
+                remedy = "raise start_timeout, or look at what the machine is busy with"
+                raise LaunchError(f"no answer within start_timeout={self.options.start_timeout} s", step="start_timeout", remedy=remedy)
+            if self.status.fileno() in ready:
+                self._read_launch_report(zygote)
+            elif self.link.fileno() in ready:
+                self._read_ready()
+        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+
+    def _read_launch_report(self, zygote: Zygote) -> None:
+        data, fds, _flags, _address = socket.recv_fds(self.status, 65536, 1)
+        message = json.loads(data) if data else {}
+        if "launched" in message and fds:
+            self.init_pidfd = fds[0]
+            self._cleanup.append(lambda: os.close(fds[0]))
+        elif "failed" in message:
+            raise failure(message)
+        elif not data:
+            raise zygote.explain_end()
+        else:
+            self._status.update(message)
+            raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
+
+    def _read_ready(self) -> None:
+        data, ancillary, _flags, _address = self.link.recvmsg(wire.HEADER.size + 1, socket.CMSG_SPACE(_CREDENTIALS.size))
+        if len(data) != wire.HEADER.size + 1 or wire.unpack_header(data)[0] != wire.READY:
+            raise LaunchError("the child closed its link before it was ready", step="payload")
+        for _level, kind, content in ancillary:
+            if kind == socket.SCM_CREDENTIALS:
+                self.pid = _CREDENTIALS.unpack(content)[0]
+                self.payload_pidfd = fd = os.pidfd_open(self.pid)
+                self._cleanup.append(lambda: os.close(fd))
+
+    # --- death ------------------------------------------------------------------------------------------------
+
+    @property
+    def ended(self) -> bool:
+        """Whether PID 1 of the sandbox, and with it everything inside, is gone."""
+        return self.exit_info is not None or bool(select.select([self.init_pidfd], [], [], 0)[0])
+
+    def kill(self, reason: ExitReason, message: str = "") -> None:
+        """SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its namespace. The first order wins."""
+        with self._lock:
+            if self.exit_info is not None:
+                return
+            if self._ordered is None:
+                self._ordered = (reason, message)
+            if self.init_pidfd >= 0:
+                try:
+                    signal.pidfd_send_signal(self.init_pidfd, signal.SIGKILL)
+                except ProcessLookupError:
+                    pass
+
+    def signal_payload(self, number: int) -> None:
+        """Send a signal to the payload alone; nothing happens when it has ended."""
+        with self._lock:
+            if self.exit_info is None:
+                try:
+                    signal.pidfd_send_signal(self.payload_pidfd, number)
+                except ProcessLookupError:
+                    pass
+
+    def finish(self, timeout: float = _END_GRACE) -> ExitInfo:
+        """Wait for the end, take the account, give everything back. Idempotent; the account is then in ``exit_info``."""
+        with self._lock:
+            if self.exit_info is None:
+                self.exit_info = self._account(timeout)
+            return self.exit_info
+
+    def _account(self, timeout: float) -> ExitInfo:
+        deadline = time.monotonic() + timeout
+        if self.init_pidfd >= 0 or self._status.get("failed"):
+            self._drain_status(deadline)
+        elif hasattr(self, "status"):
+            self._abandon_launch(deadline)
+        events, used = cgroups.GroupEvents(), cgroups.GroupUsage()
+        if self._group is not None:
+            events, used = self._group.events(), self._group.usage()
+            if not self._group.remove():
+                self._group.kill(max(0.0, deadline - time.monotonic()))
+                self._group.remove()
+        for step in reversed(self._cleanup):
+            step()
+        ordered, message = self._ordered or (None, "")
+        return explain_exit(
+            self._status, events, ordered, duration=time.monotonic() - self.started, cpu_time=used.cpu_time,
+            peak_memory=used.peak_memory, message=message, cpu_limited=self.options.limits.cpu_time is not None,
+        )  # fmt: skip
+
+    def _drain_status(self, deadline: float) -> None:
+        """Read the reports until the zygote says ``gone``, or is gone itself."""
+        while "gone" not in self._status:
+            self.status.settimeout(max(_SPIN, deadline - time.monotonic()))
+            try:
+                data = self.status.recv(65536)
+            except OSError:
+                return
+            if not data:
+                return
+            try:
+                self._status.update(json.loads(data))
+            except ValueError:
+                return
+
+    def _abandon_launch(self, deadline: float) -> None:
+        """A launch that failed half-way: learn of PID 1 if there is one yet, kill it, wait for its end."""
+        while "gone" not in self._status and time.monotonic() < deadline:
+            self.status.settimeout(max(_SPIN, deadline - time.monotonic()))
+            try:
+                data, fds, _flags, _address = socket.recv_fds(self.status, 65536, 1)
+            except OSError:
+                return
+            if not data:
+                return
+            if fds:
+                signal.pidfd_send_signal(fds[0], signal.SIGKILL)
+                os.close(fds[0])
+            self._status.update(json.loads(data))
+
+    # --- accounting -------------------------------------------------------------------------------------------
+
+    def usage(self) -> Usage:
+        """What the child's group has used so far; from /proc where no cgroup counts."""
+        if self._group is not None:
+            used = self._group.usage()
+            if used.cpu_time is not None or used.peak_memory is not None:
+                return Usage(cpu_time=used.cpu_time, peak_memory=used.peak_memory)
+        return _usage_from_proc(self.pid)
+
+    def pids(self) -> list[int]:
+        """Everything that runs in the child, as this process numbers it, PID 1 of the sandbox included."""
+        return self._group.pids() if self._group is not None else [self.pid]
+
+    def events(self) -> cgroups.GroupEvents:
+        return self._group.events() if self._group is not None else cgroups.GroupEvents()
+
+
+def _usage_from_proc(pid: int) -> Usage:
+    try:
+        with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/status") as status:
+            ticks = sum(int(text) for text in stat.read().rsplit(")", 1)[1].split()[11:15])
+            peak = next((int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")), None)
+    except OSError:
+        return Usage()
+    return Usage(cpu_time=ticks / os.sysconf("SC_CLK_TCK"), peak_memory=peak)
+
+
+_name_lock = threading.Lock()
+_name_count = 0
+
+
+def _next_name() -> str:
+    """A group name of this process: owner pid, its start time, a number. Sweeping reads the owner from it."""
+    global _name_count  # noqa: PLW0603
+    with _name_lock:
+        _name_count += 1
+        return cgroups.group_name(_name_count)
+
+
+__all__ = ["Child", "IsolationError"]

@@ -1,0 +1,36 @@
+"""Whether and when a dead child is replaced: a pure function over times (restart intensity, as in OTP's supervisors)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pisupervisor.options import RestartPolicy
+from pisupervisor.results import ExitInfo, ExitReason
+
+#: ends that the supervisor ordered itself: they are no crash of the child
+ORDERED = frozenset((ExitReason.TIMEOUT, ExitReason.KILLED))
+
+
+def is_crash(info: ExitInfo) -> bool:
+    return info.reason not in ORDERED and not (info.reason is ExitReason.EXITED and info.exit_code == 0)
+
+
+def decide(policy: RestartPolicy, crashes: Sequence[float], now: float) -> float | None:
+    """Seconds to wait before the next start, None to give up. ``crashes``: monotonic times of past crashes, ascending.
+
+    The wait counts from the last crash: a caller who comes later than that waits for nothing.
+    """
+    recent = [when for when in crashes if now - when < policy.within]
+    if len(recent) > policy.max_restarts:
+        return None
+    if not recent:
+        return 0.0
+    delay = min(policy.max_backoff, policy.backoff * 2.0 ** (len(recent) - 1))
+    return max(0.0, recent[-1] + delay - now)
+
+
+def permits(policy: RestartPolicy, info: ExitInfo) -> bool:
+    """Whether the policy's mode starts a new child after this end. What the supervisor ordered is always made good."""
+    if policy.mode == "never":
+        return False
+    return policy.mode == "always" or is_crash(info) or info.reason in ORDERED

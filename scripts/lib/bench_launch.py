@@ -1,0 +1,213 @@
+"""a fresh isolated child beside bubblewrap, a plain fork and a bare interpreter"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pisupervisor import ProcessIsolator
+
+IMPORTS = "import socket, pickle, json, struct, select, signal"  # what a child has, too
+PLUGIN = "def answer():\n    return 42\n"
+SPACING = 0.005
+BURST = 4
+
+# The bound: the same interpreter with the same imports and no walls. One byte in: fork; one out from the child,
+# one from the helper when it has reaped. The collector is put to rest as in any fork server.
+FORK_SERVER = f"""
+{IMPORTS}
+import gc, os
+gc.collect(); gc.freeze(); gc.disable()
+while os.read(0, 1):
+    child = os.fork()
+    if not child:
+        os.write(1, b"c")
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.write(1, b"r")
+"""
+
+SPACED, ROW = "spaced", "in a row"
+FIRST = "create + first result"
+BARE, IMPORT, WHOLE = "python -I -c pass", "python -I -c 'import pisupervisor'", "empty process to result and exit"
+BWRAP = "bwrap + python to first output"
+
+#: what is divided by what, and the target: at most
+RATIOS = (
+    (f"isolator {SPACED}: {FIRST}", BWRAP, 0.15),
+    (f"isolator {ROW}: {FIRST}", BWRAP, 0.15),
+    (f"isolator {SPACED}: {FIRST}", f"plain fork {SPACED}", 3.5),
+    (f"isolator {ROW}: {FIRST}", f"plain fork {ROW}", 3.5),
+    (IMPORT, BARE, 1.4),
+    (WHOLE, BARE, 8.0),
+)
+
+Samples = dict[str, list[float]]
+
+
+def measure_isolator(plugin: str, name: str, samples: Samples) -> None:
+    """One child on a warm zygote, step by step."""
+    start = time.perf_counter()
+    isolator = ProcessIsolator.create()
+    created = time.perf_counter()
+    value = isolator.invoke_method(plugin, "answer")
+    done = time.perf_counter()
+    isolator.close()
+    closed = time.perf_counter()
+    if value != 42:
+        raise RuntimeError(f"the child answered {value!r}")
+    steps = {"create": created - start, "first result": done - created, FIRST: done - start, "close": closed - done}
+    for step, seconds in steps.items():
+        samples.setdefault(f"isolator {name}: {step}", []).append(seconds)
+
+
+def measure_process(name: str, command: list[str], samples: Samples, *, until_exit: bool) -> None:
+    """From exec to the first output, or to the exit."""
+    reader, writer = os.pipe()
+    start = time.perf_counter()
+    pid = os.posix_spawn(command[0], command, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, writer, 1)])
+    os.close(writer)
+    output = b"" if until_exit else os.read(reader, 64)
+    read = time.perf_counter()
+    status = os.waitpid(pid, 0)[1]
+    end = time.perf_counter()
+    os.close(reader)
+    if status or not (until_exit or output):
+        raise RuntimeError(f"{name} failed: {command} ended with {os.waitstatus_to_exitcode(status)}")
+    samples.setdefault(name, []).append((end if until_exit else read) - start)
+
+
+def measure_fork(server: socket.socket, name: str, samples: Samples) -> None:
+    """From asking the fork server to the new child's first byte."""
+    start = time.perf_counter()
+    server.sendall(b"f")
+    from_child = server.recv(1)
+    done = time.perf_counter()
+    if from_child + server.recv(1) != b"cr":
+        raise RuntimeError("the fork server is out of step")
+    samples.setdefault(f"plain fork {name}", []).append(done - start)
+
+
+@contextmanager
+def fork_server(python: str) -> Iterator[socket.socket]:
+    ours, theirs = socket.socketpair()
+    actions = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), fd) for fd in (0, 1)]
+    pid = os.posix_spawn(python, [python, "-I", "-S", "-c", FORK_SERVER], os.environ, file_actions=actions)
+    theirs.close()
+    try:
+        yield ours
+    finally:
+        ours.close()  # it reads the end and leaves
+        os.waitpid(pid, 0)
+
+
+def repeat(measure: Callable[..., None], *arguments: object) -> None:
+    """``measure(..., SPACED, ...)`` after a pause each, then in a row; of the row the first only clears the way."""
+    *before, samples = arguments
+    for _ in range(BURST):
+        time.sleep(SPACING)
+        measure(*before, SPACED, samples)
+    measure(*before, ROW, {})
+    for _ in range(BURST):
+        measure(*before, ROW, samples)
+
+
+def run_rounds(rounds: int, python: str, plugin: str) -> Samples:
+    """Every candidate in each round, so that a slow moment of the machine hits all of them."""
+    samples: Samples = {}
+    commands = processes(python, plugin)
+    with ProcessIsolator.create() as keeper, fork_server(python) as server:  # the keeper keeps the zygote warm
+        keeper.invoke_method(plugin, "answer")
+        for _ in range(rounds):
+            repeat(measure_isolator, plugin, samples)
+            repeat(measure_fork, server, samples)
+            for name, command in commands.items():
+                measure_process(name, command, samples, until_exit=name != BWRAP)
+    return samples
+
+
+def processes(python: str, plugin: str) -> dict[str, list[str]]:
+    """The commands that are measured from their start."""
+    bwrap = ["/usr/bin/bwrap", "--unshare-all", "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev"]
+    whole = f"""if True:
+        from pisupervisor import ProcessIsolator
+        with ProcessIsolator.create() as isolator:
+            isolator.invoke_method({plugin!r}, "answer")
+    """
+    return {
+        BWRAP: [*bwrap, python, "-I", "-S", "-c", f"{IMPORTS}\nprint(42, flush=True)"],
+        BARE: [sys.executable, "-I", "-c", "pass"],
+        IMPORT: [sys.executable, "-I", "-c", "import pisupervisor"],
+        WHOLE: [sys.executable, "-I", "-c", whole],
+    }
+
+
+def report(samples: Samples, rounds: int) -> dict[str, Any]:
+    """What was measured, on what, and the ratios of the medians beside their targets."""
+    median = {name: statistics.median(seconds) for name, seconds in samples.items()}
+    rows = {
+        name: {"median": median[name] * 1e3, "min": min(seconds) * 1e3, "max": max(seconds) * 1e3, "n": len(seconds)}
+        for name, seconds in samples.items()
+    }
+    return {
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "cpu": cpu_model(),
+        "pinned_to_cpu": sorted(os.sched_getaffinity(0)),
+        "rounds": rounds,
+        "milliseconds": rows,
+        "ratios": [
+            {"of": above, "to": below, "ratio": median[above] / median[below], "target": target}
+            for above, below, target in RATIOS
+        ],
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """The same for people."""
+    print(f"Linux {result['kernel']}, Python {result['python']}, {result['cpu']}")
+    print(f"All processes pinned to cpu {result['pinned_to_cpu'][0]}; {result['rounds']} interleaved rounds\n")
+    print(f"{'milliseconds':42}{'median':>9}{'min':>9}{'max':>9}{'n':>6}")
+    for name, row in result["milliseconds"].items():
+        print(f"{name:42}{row['median']:9.3f}{row['min']:9.3f}{row['max']:9.3f}{row['n']:6}")
+    print(f"\n{'ratio of medians':80}{'here':>6}  target")
+    for row in result["ratios"]:
+        print(f"{row['of'] + ' / ' + row['to']:80}{row['ratio']:6.2f}  at most {row['target']:g}")
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/bench launch", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
+    parser.add_argument("--rounds", type=int, default=25, metavar="N", help="interleaved rounds (default: 25)")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # inherited; crossing cores outweighs all software
+    python = os.path.realpath(sys.executable)  # the interpreter below the venv, as the zygote runs it
+    with tempfile.TemporaryDirectory(prefix="pisupervisor-bench-") as folder:
+        plugin = os.path.join(folder, "plugin.py")
+        Path(plugin).write_text(PLUGIN)
+        result = report(run_rounds(arguments.rounds, python, plugin), arguments.rounds)
+    if arguments.json:
+        print(json.dumps(result, indent=2))
+    else:
+        show(result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

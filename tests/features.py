@@ -1,0 +1,137 @@
+"""What this machine offers to tests, found out by trying, without the code under test wherever that can be.
+
+A test asks with ``need("cgroups")`` or by its markers (see MARKERS) and is skipped with a reason that begins with the
+feature's name. ``PISUPERVISOR_REQUIRE=userns,cgroups,...`` makes such a skip a failure, and so the feature's absence.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ORDINARY_USER = 1000
+
+#: What the markers of pyproject.toml promise to the test that wears them.
+MARKERS = {
+    "linux": ("userns", "seccomp", "landlock"),
+    "root": ("root", "cgroups"),
+    "rootless": ("rootless",),
+}
+
+
+def _root() -> str:
+    return "" if os.geteuid() == 0 else "this is not root"
+
+
+def _userns() -> str:
+    return _try_unshare(None)
+
+
+def _rootless() -> str:
+    return _root() or _try_unshare(ORDINARY_USER)
+
+
+def _seccomp() -> str:
+    return "" if "\nSeccomp:" in Path("/proc/self/status").read_text() else "the kernel has no seccomp"
+
+
+def _landlock() -> str:
+    from pihost import syscalls
+
+    try:
+        return "" if syscalls.landlock_abi() > 0 else "the kernel has no Landlock"
+    except OSError as error:
+        return f"the kernel has no Landlock: {error}"
+
+
+def _cgroups() -> str:
+    trouble = [f"{name}: {reason}" for name in ("memory", "cpu", "pids") if (reason := _try_cgroup(name))]
+    return "; ".join(trouble)
+
+
+def _try_unshare(user: int | None) -> str:
+    command = ["unshare", "--user", "--map-root-user", "true"]
+    groups = None if user is None else ()
+    done = subprocess.run(
+        command, user=user, group=user, extra_groups=groups, cwd="/", capture_output=True, text=True, check=False
+    )
+    return done.stderr.strip() if done.returncode else ""
+
+
+def _try_cgroup(controller: str) -> str:
+    """Makes and removes a group below our own: the controller must be there, and ours to use."""
+    folder = own_cgroup(controller)
+    if folder is None:
+        return "no such controller here"
+    probe = folder / f"pisupervisor-probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def own_cgroup(controller: str) -> Path | None:
+    """The folder of this process's group in that controller's hierarchy: v1, or v2 where it is not mounted as v1."""
+    lines = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    v1 = {name: path for _, names, path in lines for name in names.split(",") if name}
+    for mount, kind, options, shown in _cgroup_mounts():
+        if kind == "cgroup" and controller in v1 and controller in options.split(","):
+            return mount / os.path.relpath(v1[controller], shown)
+        if kind == "cgroup2" and controller not in v1:
+            group = mount / os.path.relpath(next(path for _, names, path in lines if not names), shown)
+            if controller in (group / "cgroup.controllers").read_text().split():
+                return group
+    return None
+
+
+def _cgroup_mounts() -> Iterable[tuple[Path, str, str, str]]:
+    """(mount point, type, options, the part of the hierarchy that is shown there) of every cgroup mount."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        before, after = line.split(" - ")
+        kind, _, options = after.split(" ", 2)
+        if kind in ("cgroup", "cgroup2"):
+            yield Path(before.split()[4]), kind, options, before.split()[3]
+
+
+PROBES: dict[str, Callable[[], str]] = {
+    "root": _root,
+    "rootless": _rootless,
+    "userns": _userns,
+    "cgroups": _cgroups,
+    "seccomp": _seccomp,
+    "landlock": _landlock,
+}
+
+
+@cache
+def missing(feature: str) -> str:
+    """Why this machine lacks the feature; empty where it has it. KeyError for a feature nobody knows."""
+    return PROBES[feature]()
+
+
+def need(*features: str) -> None:
+    """Skips the running test unless all of these are there."""
+    for feature in features:
+        if reason := missing(feature):
+            pytest.skip(f"{feature}: {reason}")
+
+
+def required() -> list[str]:
+    """The features that PISUPERVISOR_REQUIRE names. UsageError for one that nobody knows."""
+    names = [name for name in os.environ.get("PISUPERVISOR_REQUIRE", "").split(",") if name]
+    if unknown := set(names) - set(PROBES):
+        raise pytest.UsageError(f"PISUPERVISOR_REQUIRE: {', '.join(sorted(unknown))} is none of {', '.join(PROBES)}")
+    return names
+
+
+def refused(reason: str) -> str:
+    """The required feature for want of which a test was skipped with this reason; empty if it is no such skip."""
+    feature = reason.removeprefix("Skipped: ").split(":")[0].strip()
+    return feature if feature in required() else ""

@@ -1,0 +1,854 @@
+"""Groups on cgroup v1: detection and what is missing (pure), then every limit on the real kernel, with a control."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+from pisupervisor.errors import LaunchError, OptionsError
+from pisupervisor.limits import blockdev, cgroups, directories, v1_files
+from pisupervisor.limits.cgroups import ChildGroup, GroupLimits, create_group, group_name, missing, wanted_limits
+from pisupervisor.limits.cpuset import CpuSet
+from pisupervisor.limits.detect import CONTROLLERS, CgroupHost, Place, Probe, describe_host, detect, find_groups
+from pisupervisor.options import IoLimit, Limits
+
+MIB = 1 << 20
+
+# --- detection, from text ------------------------------------------------------------------------------------------
+
+V1_CGROUP = """\
+11:cpuset:/
+10:cpu,cpuacct:/user.slice
+9:memory:/user.slice/with:colon
+8:pids:/user.slice
+7:devices:/user.slice
+6:blkio:/user.slice
+5:freezer:/
+1:name=systemd:/user.slice/session-1.scope
+"""
+V1_MOUNTS = """\
+22 28 0:21 / /proc rw,nosuid - proc proc rw
+31 23 0:28 / /sys/fs/cgroup ro,nosuid - tmpfs tmpfs ro,mode=755
+32 31 0:29 / /sys/fs/cgroup/systemd rw shared:9 - cgroup cgroup rw,xattr,name=systemd
+33 31 0:30 / /sys/fs/cgroup/cpuset rw shared:10 - cgroup cgroup rw,cpuset
+34 31 0:31 / /sys/fs/cgroup/cpu,cpuacct rw shared:11 - cgroup cgroup rw,cpu,cpuacct
+35 31 0:32 / /sys/fs/cgroup/memory rw - cgroup cgroup rw,memory
+36 31 0:33 / /sys/fs/cgroup/pids rw - cgroup cgroup rw,pids
+37 31 0:34 / /sys/fs/cgroup/devices rw - cgroup cgroup rw,devices
+38 31 0:35 / /sys/fs/cgroup/blkio rw - cgroup cgroup rw,blkio
+39 31 0:36 / /sys/fs/cgroup/freezer rw - cgroup cgroup rw,freezer
+"""
+UNIFIED_MOUNT = "40 31 0:37 / /sys/fs/cgroup/unified rw - cgroup2 cgroup2 rw,nsdelegate\n"
+V2_CGROUP = "0::/user.slice/user-1000.slice/session-1.scope\n"
+V2_MOUNTS = "30 23 0:26 / /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw,nsdelegate\n"
+
+
+def everywhere(path: str) -> bool:
+    return True
+
+
+def test_pure_v1_with_controllers_mounted_together() -> None:
+    mode, found = find_groups(V1_CGROUP, V1_MOUNTS, everywhere)
+    assert mode == "v1"
+    assert found == {
+        "cpuset": "/sys/fs/cgroup/cpuset",
+        "cpu": "/sys/fs/cgroup/cpu,cpuacct/user.slice",
+        "cpuacct": "/sys/fs/cgroup/cpu,cpuacct/user.slice",
+        "memory": "/sys/fs/cgroup/memory/user.slice/with:colon",
+        "pids": "/sys/fs/cgroup/pids/user.slice",
+        "devices": "/sys/fs/cgroup/devices/user.slice",
+        "blkio": "/sys/fs/cgroup/blkio/user.slice",
+        "freezer": "/sys/fs/cgroup/freezer",
+    }
+
+
+def test_hybrid_v2_and_none() -> None:
+    hybrid, found = find_groups(V1_CGROUP + "0::/\n", V1_MOUNTS + UNIFIED_MOUNT, everywhere)
+    assert (hybrid, set(found)) == ("hybrid", set(CONTROLLERS))
+    assert find_groups(V2_CGROUP, V2_MOUNTS, everywhere) == ("v2", {})
+    # systemd's own v1 hierarchy has no controller: such a host is v2 for us
+    named = "32 31 0:29 / /sys/fs/cgroup/systemd rw - cgroup cgroup rw,name=systemd\n"
+    assert find_groups("1:name=systemd:/\n0::/\n", named + UNIFIED_MOUNT, everywhere) == ("v2", {})
+    assert find_groups("", "22 28 0:21 / /proc rw - proc proc rw\n", everywhere) == ("none", {})
+    assert find_groups(V1_CGROUP, "", everywhere) == ("none", {})
+
+
+@pytest.mark.parametrize(
+    ("root", "own", "expected"),
+    [
+        ("/", "/", "/cg/pids"),
+        ("/", "/a/b", "/cg/pids/a/b"),
+        ("/docker/1", "/docker/1", "/cg/pids"),
+        ("/docker/1", "/docker/1/x", "/cg/pids/x"),
+        ("/docker/1", "/docker/12", "/cg/pids"),  # a neighbour whose name only begins alike
+        ("/docker/1", "/", "/cg/pids"),
+        ("/", "/../outside", "/cg/pids"),
+        ("/", "/not/there", "/cg/pids"),
+    ],
+)
+def test_the_own_group_as_a_container_sees_it(root: str, own: str, expected: str) -> None:
+    mounts = f"36 31 0:33 {root} /cg/pids rw - cgroup cgroup rw,pids\n"
+    assert find_groups(f"8:pids:{own}\n", mounts, lambda path: "not" not in path)[1] == {"pids": expected}
+
+
+def test_mount_points_with_spaces() -> None:
+    mounts = "36 31 0:33 / /my\\040cg/pids rw - cgroup cgroup rw,pids\n"
+    assert find_groups("8:pids:/\n", mounts, everywhere)[1] == {"pids": "/my cg/pids"}
+
+
+def fake_host(mode="v1", swap_on=True, error: OSError | None = None, lacking: str = "", memsw=True) -> CgroupHost:
+    files = {"devices.deny"} | ({"memory.memsw.limit_in_bytes"} if memsw else set())
+    found = {name: f"/cg/{name}" for name in CONTROLLERS if name != lacking} if mode in ("v1", "hybrid") else {}
+    return describe_host(mode, found, swap_on, lambda directory: Probe(error, frozenset(files)), uid=1000)
+
+
+def test_each_directory_is_tried_once() -> None:
+    tried: list[str] = []
+
+    def probe(directory: str) -> Probe:
+        tried.append(directory)
+        return Probe(None, frozenset({"devices.deny"}))
+
+    host = describe_host("v1", find_groups(V1_CGROUP, V1_MOUNTS, everywhere)[1], False, probe, 0)
+    assert len(tried) == len(set(tried)) == 7
+    assert sorted(host.directories()) == sorted(tried)
+    assert all(place.usable for place in host.places.values())
+
+
+def test_why_a_place_cannot_be_used_is_data() -> None:
+    host = fake_host(error=PermissionError(errno.EACCES, "Permission denied"), lacking="blkio")
+    assert host.places["pids"] == Place("/cg/pids", errno.EACCES, "cannot make a group in /cg/pids: Permission denied")
+    assert host.places["blkio"] == Place(None, None, "there is no cgroup v1 blkio hierarchy")
+    assert host.directories() == []
+    assert "v2 only" in fake_host(mode="v2").places["memory"].why
+
+
+# --- what is missing, and the remedy -------------------------------------------------------------------------------
+
+EVERYTHING = GroupLimits(
+    memory=64 * MIB, swap=0, cpus=0.5, cpu_weight=50, cpuset=CpuSet([0]), pids=32, io=(IoLimit(device="/", read_bps=1),)
+)
+DENIED = PermissionError(errno.EACCES, "Permission denied")
+
+
+def remedies(host: CgroupHost, wanted: GroupLimits) -> dict[str, str]:
+    return {entry.feature: entry.remedy for entry in missing(host, wanted)}
+
+
+def test_wanted_limits_of_the_defaults() -> None:
+    assert wanted_limits(Limits()) == GroupLimits(memory=512 * MIB, swap=0, cpus=1.0, pids=64, devices=True)
+    io = IoLimit(device="/", write_bps="1M")
+    everything = wanted_limits(Limits(memory="1G", memory_high="8M", swap="1M", cpu_weight=7, cpuset="0-1", io=[io]))
+    assert everything == GroupLimits(1 << 30, 8 * MIB, MIB, 1.0, 7, CpuSet([0, 1]), 64, (io,))
+
+
+def test_nothing_is_missing_where_all_can_be_made() -> None:
+    assert missing(fake_host(), EVERYTHING) == []
+
+
+def test_without_rights_all_but_devices_is_missing_and_each_remedy_is_exact() -> None:
+    found = remedies(fake_host(error=DENIED), EVERYTHING)
+    assert set(found) == {"memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io"}
+    pids = "mkdir -p /cg/pids/pisupervisor && chown -R 1000 /cg/pids/pisupervisor"
+    assert found["pids"] == (
+        f'run as root; or delegate, as root: {pids}; or do without it: IsolationOptions(degrade=("pids",))'
+    )
+    assert "cat /cg/cpuset/cpuset.mems > /cg/cpuset/pisupervisor/cpuset.mems && chown" in found["cpuset"]
+
+
+def test_only_what_was_asked_for_is_missing() -> None:
+    assert missing(fake_host(error=DENIED, swap_on=False), GroupLimits(swap=0)) == []
+    assert set(remedies(fake_host(error=DENIED), GroupLimits(pids=8))) == {"pids"}
+
+
+def test_the_remedy_names_the_cause() -> None:
+    read_only = OSError(errno.EROFS, "Read-only file system")
+    assert "--privileged" in remedies(fake_host(error=read_only), GroupLimits(pids=8))["pids"]
+    assert "mount -t cgroup -o blkio" in remedies(fake_host(lacking="blkio"), EVERYTHING)["io"]
+    assert "unified_cgroup_hierarchy=0" in remedies(fake_host(mode="v2"), GroupLimits(memory=MIB))["memory"]
+    assert set(remedies(fake_host(mode="none"), EVERYTHING)) >= {"memory", "cpus", "pids"}
+
+
+@pytest.mark.parametrize(
+    ("host", "limits", "expected"),
+    [
+        (fake_host(swap_on=True), GroupLimits(memory=MIB, swap=0), None),
+        (fake_host(swap_on=False, memsw=False), GroupLimits(memory=MIB, swap=0), None),
+        (fake_host(swap_on=False, error=DENIED), GroupLimits(swap=0), None),
+        (fake_host(swap_on=True, memsw=False), GroupLimits(memory=MIB, swap=0), "swapaccount=1"),
+        (fake_host(swap_on=True), GroupLimits(memory=None, swap=0), "give a memory limit"),
+        (fake_host(swap_on=True, error=DENIED), GroupLimits(swap=0), "swapoff -a"),
+    ],
+)
+def test_swap(host: CgroupHost, limits: GroupLimits, expected: str | None) -> None:
+    remedy = remedies(host, limits).get("swap")
+    assert remedy is None if expected is None else expected in str(remedy)
+
+
+def test_memory_high_needs_v2() -> None:
+    (entry,) = missing(fake_host(), GroupLimits(memory=MIB, memory_high=MIB))
+    assert (entry.feature, "cgroup v2" in entry.why) == ("memory", True)
+
+
+# --- what is written -----------------------------------------------------------------------------------------------
+
+
+def written(limits: GroupLimits, memsw: bool = True) -> dict[str, tuple[bytes, ...]]:
+    return {write.file: write.values for write in v1_files.file_writes(limits, memsw)}
+
+
+def test_memory_comes_before_memory_and_swap() -> None:
+    files = written(GroupLimits(memory=64 * MIB, swap=MIB, devices=False))
+    assert list(files)[:2] == ["memory.limit_in_bytes", "memory.memsw.limit_in_bytes"]
+    assert files["memory.memsw.limit_in_bytes"] == (b"%d" % (65 * MIB),)
+    assert "memory.memsw.limit_in_bytes" not in written(GroupLimits(memory=MIB, swap=0), memsw=False)
+    assert "memory.memsw.limit_in_bytes" not in written(GroupLimits(memory=MIB, swap=None))
+
+
+def test_cores_become_a_quota_and_weights_shares() -> None:
+    assert [written(GroupLimits(cpus=c))["cpu.cfs_quota_us"] for c in (0.01, 0.5, 3.0)] == [
+        (b"1000",),
+        (b"50000",),
+        (b"300000",),
+    ]
+    assert [v1_files.shares(weight) for weight in (1, 100, 300, 10000)] == [10, 1024, 3072, 102400]
+
+
+def test_devices_are_denied_before_five_are_allowed() -> None:
+    files = written(GroupLimits())
+    assert list(files) == ["devices.deny", "devices.allow"]
+    assert files["devices.allow"] == (b"c 1:3 rw", b"c 1:5 rw", b"c 1:7 rw", b"c 1:8 rw", b"c 1:9 rw")
+
+
+def test_a_rate_of_zero_is_refused() -> None:
+    with pytest.raises(OptionsError, match="no limit to the kernel"):
+        list(v1_files.io_writes(GroupLimits(io=(IoLimit(device="/", read_iops=0),))))
+
+
+@pytest.mark.linux
+def test_devices_are_found_below_paths() -> None:
+    with pytest.raises(OptionsError, match="cannot look at"):
+        blockdev.block_device("/not/there")
+    with pytest.raises(OptionsError, match="no single block device"):
+        blockdev.block_device("/proc")
+
+
+# --- the real kernel -----------------------------------------------------------------------------------------------
+
+real = [pytest.mark.linux, pytest.mark.root]
+rootless = [*real, pytest.mark.rootless]
+
+
+@pytest.fixture(scope="module")
+def host() -> CgroupHost:
+    found = detect()
+    if os.geteuid() != 0 or found.mode not in ("v1", "hybrid"):
+        pytest.skip(f"needs root and cgroup v1, this is uid {os.geteuid()} on {found.mode}")
+    return found
+
+
+@pytest.fixture
+def new_group(host: CgroupHost) -> Iterator[Callable[..., ChildGroup]]:
+    """Makes groups, and proves after the test that nothing of them is left."""
+    groups: list[ChildGroup] = []
+
+    def make(**limits: object) -> ChildGroup:
+        groups.append(create_group(host, GroupLimits(**limits), group_name(time.monotonic_ns())))  # type: ignore[arg-type]
+        return groups[-1]
+
+    yield make
+    for group in groups:
+        assert group.kill()
+        assert group.remove()
+    assert own_groups(host) == []
+
+
+def own_groups(host: CgroupHost, pid: int | None = None) -> list[str]:
+    bases = host.directories()
+    return [str(path) for base in bases for path in Path(base, "pisupervisor").glob(f"{pid or os.getpid()}-*")]
+
+
+def start(group: ChildGroup | None, work: Callable[[], object]) -> int:
+    """Fork a child that enters the group by itself, as the launch does, and then works. Its exit code is 0..255.
+
+    Returns when it is inside: kill() sees members only, so whoever launches must not kill before that.
+    """
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if not pid:
+        enter_and_work(group, work, writer)
+    os.close(writer)
+    assert os.read(reader, 1) == b"i", "the child did not enter the group"
+    os.close(reader)
+    return pid
+
+
+def enter_and_work(group: ChildGroup | None, work: Callable[[], object], writer: int) -> NoReturn:
+    code = 250
+    try:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has a handler
+        signal.alarm(20)  # a test that goes wrong leaves nothing running
+        for fd in group.attach_fds if group else ():
+            os.write(fd, b"0")
+        os.write(writer, b"i")
+        os.close(writer)
+        code = int(work() or 0)  # type: ignore[call-overload]
+    finally:
+        os._exit(code)
+
+
+def finish(pid: int) -> int:
+    """Exit code, or minus the signal."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def run(group: ChildGroup | None, work: Callable[[], object]) -> int:
+    return finish(start(group, work))
+
+
+def touch(size: int) -> None:
+    with mmap.mmap(-1, size) as block:
+        for offset in range(0, size, 4096):
+            block[offset] = 1
+
+
+def forks(most: int) -> int:
+    """How many children that stay could be forked, up to ``most``."""
+    pids: list[int] = []
+    try:
+        for _ in range(most):
+            pid = os.fork()
+            if not pid:
+                time.sleep(20)
+                os._exit(0)
+            pids.append(pid)
+    except BlockingIOError:
+        pass
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    return len(pids)
+
+
+def burn(seconds: float) -> float:
+    """Spin for wall-clock seconds; the CPU time that it got."""
+    end, before = time.monotonic() + seconds, time.process_time()
+    while time.monotonic() < end:
+        pass
+    return time.process_time() - before
+
+
+class TestDetection:
+    pytestmark = real
+
+    def test_detect_leaves_nothing(self, host: CgroupHost) -> None:
+        assert own_groups(detect()) == []
+        assert {host.places[name].usable for name in ("memory", "cpu", "pids", "devices")} == {True}
+
+    def test_groups_go_below_the_own_group(self, host: CgroupHost) -> None:
+        own = {line.split(":")[1]: line.split(":", 2)[2] for line in Path("/proc/self/cgroup").read_text().splitlines()}
+        assert str(host.places["memory"].directory).endswith(own["memory"].rstrip("/"))
+
+
+class TestMemory:
+    pytestmark = real
+
+    def test_above_the_limit_the_child_is_killed_and_counted(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(memory=32 * MIB, swap=0)
+        assert run(group, lambda: touch(64 * MIB)) == -signal.SIGKILL
+        assert group.events().oom_kills >= 1
+        assert 24 * MIB < (group.usage().peak_memory or 0) <= 32 * MIB
+
+    def test_the_same_work_passes_below_and_without_a_limit(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(memory=128 * MIB, swap=0)
+        assert run(group, lambda: touch(64 * MIB)) == 0
+        assert group.events().oom_kills == 0
+        assert run(None, lambda: touch(64 * MIB)) == 0
+
+    def test_it_is_the_sum_of_the_whole_tree(self, new_group: Callable[..., ChildGroup]) -> None:
+        """parity: 27"""
+
+        def family() -> int:
+            pids = [start(None, lambda: (touch_and_hold(24 * MIB), 0)[1]) for _ in range(3)]
+            return sum(finish(pid) == -signal.SIGKILL for pid in pids)
+
+        group = new_group(memory=48 * MIB, swap=0)  # each alone fits, the three do not
+        assert run(group, family) in (1, 2, -signal.SIGKILL)
+        assert group.events().oom_kills >= 1
+        roomy = new_group(memory=256 * MIB, swap=0)
+        assert run(roomy, family) == 0
+        assert roomy.events().oom_kills == 0
+
+
+def touch_and_hold(size: int) -> None:
+    with mmap.mmap(-1, size) as block:
+        for offset in range(0, size, 4096):
+            block[offset] = 1
+        time.sleep(0.5)
+
+
+class TestPids:
+    pytestmark = real
+
+    def test_forks_end_at_the_limit(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(pids=8)
+        assert run(group, lambda: forks(40)) == 7  # and the child itself
+        assert group.events().pids_max >= 1
+
+    def test_without_a_limit_they_go_on(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group()
+        assert run(group, lambda: forks(40)) == 40
+        assert group.events().pids_max == 0
+
+    def test_a_grandchild_is_listed(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(pids=8)
+        reader, writer = os.pipe()
+
+        def parent() -> None:
+            pid = os.fork()
+            if pid:
+                os.write(writer, b"%d" % pid)
+            time.sleep(20)
+
+        child = start(group, parent)
+        grandchild = int(os.read(reader, 20))
+        os.close(reader)
+        os.close(writer)
+        assert sorted(group.pids()) == sorted([child, grandchild])
+        assert group.usage().pids == 2
+        assert group.kill()
+        assert finish(child) == -signal.SIGKILL
+        assert group.pids() == []
+
+
+class TestCpu:
+    pytestmark = real
+
+    def test_the_quota_caps_the_cpu_time(self, new_group: Callable[..., ChildGroup]) -> None:
+        """parity: 24"""
+        group = new_group(cpus=0.25)
+        before = time.monotonic()
+        assert run(group, lambda: (burn(1.2), 0)[1]) == 0
+        elapsed = time.monotonic() - before
+        assert 0.12 * elapsed <= (group.usage().cpu_time or 0) <= 0.36 * elapsed
+        assert group.events().throttled > 3
+        assert group.events().throttled_time > 0.1
+
+    def test_without_a_quota_it_gets_more(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group()
+        assert run(group, lambda: (burn(0.6), 0)[1]) == 0
+        assert (group.usage().cpu_time or 0) > 0.36 * 0.6
+        assert group.events().throttled == 0
+
+    def test_a_tighter_ancestor_holds_the_limit(self, host: CgroupHost) -> None:
+        base = f"{host.places['cpu'].directory}/pisupervisor-test-{os.getpid()}"
+        os.mkdir(base)
+        try:
+            directories.write(f"{base}/cpu.cfs_quota_us", b"20000")
+            inner = host._replace(places={**host.places, "cpu": Place(base)})
+            group = create_group(inner, GroupLimits(cpus=1.0), group_name(1))
+            applied = group.read_back()["cpus"]
+            assert (applied.holds, applied.how) == (True, "cgroup v1 cpu of an ancestor")
+            assert run(group, lambda: (burn(0.6), 0)[1]) == 0
+            assert (group.usage().cpu_time or 0) < 0.3
+            assert group.remove()
+        finally:
+            os.rmdir(base)
+
+    def test_weight(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(cpu_weight=300)
+        assert (group.read_back()["cpu_weight"].holds, group.read_back()["cpu_weight"].detail) == (True, "3072 shares")
+
+    def test_weights_share_one_cpu(self, new_group: Callable[..., ChildGroup]) -> None:
+        """parity: 29"""
+        cpu = CpuSet(sorted(os.sched_getaffinity(0))[:1])
+        groups = [new_group(cpu_weight=weight, cpuset=cpu) for weight in (100, 400)]
+        pids = [start(group, lambda: (burn(1.2), 0)[1]) for group in groups]
+        assert [finish(pid) for pid in pids] == [0, 0]
+        light, heavy = [group.usage().cpu_time or 0 for group in groups]
+        assert heavy > 2 * light > 0
+
+
+class TestCpuset:
+    pytestmark = real
+
+    def test_the_child_runs_on_those_cpus(self, new_group: Callable[..., ChildGroup]) -> None:
+        last = max(os.sched_getaffinity(0))
+        group = new_group(cpuset=CpuSet([last]))
+        assert run(group, lambda: 10 + (os.sched_getaffinity(0) == {last})) == 11
+        assert run(None, lambda: len(os.sched_getaffinity(0))) == os.cpu_count()
+        assert group.read_back()["cpuset"].detail == f"CPUs {last}"
+
+    def test_it_cannot_be_widened_from_inside(self, new_group: Callable[..., ChildGroup]) -> None:
+        first, *others = sorted(os.sched_getaffinity(0))
+        group = new_group(cpuset=CpuSet([first]))
+        assert run(group, lambda: os.sched_setaffinity(0, {first, *others}) or len(os.sched_getaffinity(0))) == 1
+
+    def test_cpus_that_are_not_there(self, host: CgroupHost) -> None:
+        with pytest.raises(OptionsError, match="CPUs 8000 are not among"):
+            create_group(host, GroupLimits(cpuset=CpuSet([0, 8000])), group_name(1))
+        assert own_groups(host) == []
+
+
+class TestDevices:
+    pytestmark = real
+
+    def test_block_devices_are_denied(self, new_group: Callable[..., ChildGroup], tmp_path: Path) -> None:
+        def open_loop_device() -> int:
+            node = tmp_path / f"node-{os.getpid()}"
+            try:
+                os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(7, 0))
+                os.close(os.open(node, os.O_RDONLY | os.O_NONBLOCK))
+            except OSError as error:
+                return error.errno or 251
+            return 0
+
+        assert run(new_group(), open_loop_device) == errno.EPERM
+        assert run(None, open_loop_device) in (0, errno.ENXIO)
+
+    def test_a_node_that_is_there_is_denied_too(self, new_group: Callable[..., ChildGroup], tmp_path: Path) -> None:
+        kmsg = tmp_path / "node"
+        os.mknod(kmsg, 0o600 | stat.S_IFCHR, os.makedev(1, 11))
+
+        def open_it() -> int:
+            try:
+                os.close(os.open(kmsg, os.O_RDONLY | os.O_NONBLOCK))
+            except OSError as error:
+                return error.errno or 251
+            return 0
+
+        assert run(new_group(), open_it) == errno.EPERM
+        assert run(None, open_it) == 0
+
+    @pytest.mark.parametrize("name", ["null", "zero", "full", "random", "urandom"])
+    def test_the_five_harmless_ones_work(self, new_group: Callable[..., ChildGroup], name: str) -> None:
+        assert run(new_group(), lambda: os.close(os.open(f"/dev/{name}", os.O_RDWR))) == 0
+
+
+class TestIo:
+    pytestmark = real
+
+    def test_the_throttle_is_written_for_the_whole_disk(self, new_group: Callable[..., ChildGroup]) -> None:
+        device = blockdev.block_device("/dev/loop0") if os.path.exists("/dev/loop0") else blockdev.block_device("/")
+        path = "/dev/loop0" if device == "7:0" else "/"
+        group = new_group(io=(IoLimit(device=path, read_bps="1M", write_iops=50),))
+        applied = group.read_back()["io"]
+        assert applied.holds
+        assert applied.detail.startswith(f"{device} 1048576, {device} 50")
+
+    def test_an_unknown_device_leaves_nothing(self, host: CgroupHost) -> None:
+        with pytest.raises(OptionsError, match="cannot look at"):
+            create_group(host, GroupLimits(io=(IoLimit(device="/dev/nothing", read_bps=1),)), group_name(1))
+        assert own_groups(host) == []
+
+
+class TestReadBack:
+    pytestmark = real
+
+    def test_everything_asked_for_is_read_from_the_kernel(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(memory=64 * MIB, swap=0, cpus=0.5, cpu_weight=50, cpuset=CpuSet([0]), pids=16)
+        applied = group.read_back()
+        assert list(applied) == ["memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "devices"]
+        assert {name for name, entry in applied.items() if not entry.holds} == set()
+        assert applied["memory"].detail == f"{64 * MIB} bytes"
+        assert applied["memory"].how == "cgroup v1 memory"
+        assert (applied["swap"].asked, applied["swap"].detail) == (0, "0 bytes")
+        assert applied["cpus"].detail == "0.5 cores (50000 us in 100000)"
+        assert applied["pids"].detail == "16 processes and threads"
+
+    def test_it_tells_when_somebody_lifts_a_limit(self, host: CgroupHost) -> None:
+        limits = GroupLimits(memory=64 * MIB, swap=0, cpus=0.5, cpuset=CpuSet([0]), pids=16)
+        group = create_group(host._replace(swap_on=True), limits, group_name(1))
+        lifted = {"pids": "pids.max max", "memory": "memory.memsw.limit_in_bytes -1", "cpu": "cpu.cfs_quota_us -1"}
+        for controller, text in lifted.items():
+            file, value = text.split()
+            directories.write(f"{group.paths[controller]}/{file}", value.encode())  # type: ignore[attr-defined]
+        applied = group.read_back()
+        assert group.remove()
+        assert [name for name, entry in applied.items() if not entry.holds] == ["swap", "cpus", "pids"]
+
+    def test_a_removed_group_holds_nothing(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(memory=64 * MIB, pids=16)
+        assert group.remove()
+        assert not group.read_back()["memory"].holds
+        assert group.pids() == []
+        assert group.events() == cgroups.GroupEvents()
+        assert group.usage() == cgroups.GroupUsage()
+        assert group.kill()
+
+
+def fork_chain() -> None:
+    """Each process forks the next and ends at once: no list of pids is ever up to date."""
+    while True:
+        try:
+            if os.fork():
+                os._exit(0)
+        except OSError:
+            os._exit(0)
+
+
+class TestEnding:
+    pytestmark = real
+
+    @pytest.mark.parametrize("lacking", ["", "pids"])  # without a pids controller the freezer does it
+    def test_kill_ends_a_fork_chain(self, host: CgroupHost, lacking: str) -> None:
+        places = {
+            name: Place(None, None, "left out") if name == lacking else place for name, place in host.places.items()
+        }
+        group = create_group(host._replace(places=places), GroupLimits(memory=64 * MIB), group_name(1))
+        try:
+            os.waitpid(start(group, fork_chain), 0)
+            time.sleep(0.05)
+            before = group.pids()
+            time.sleep(0.05)
+            assert before != group.pids(), "the chain does not run"
+            assert group.kill()
+            assert group.pids() == []
+        finally:
+            assert group.remove()
+
+    def test_kill_reaches_what_ignores_signals_or_is_stopped(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(pids=16)
+
+        def stubborn() -> None:
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+        pid = start(group, stubborn)
+        assert os.WIFSTOPPED(os.waitpid(pid, os.WUNTRACED)[1])
+        assert group.kill()
+        assert finish(pid) == -signal.SIGKILL
+
+    def test_refused_forks_during_the_kill_are_not_the_childs(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(pids=64)
+        os.waitpid(start(group, fork_chain), 0)
+        assert group.kill()
+        assert group.events().pids_max == 0
+
+    def test_a_throttled_group_dies_at_once(self, new_group: Callable[..., ChildGroup]) -> None:
+        group = new_group(cpus=0.02, pids=32)
+
+        def spin() -> None:
+            for _ in range(16):
+                if not os.fork():
+                    break
+            while True:
+                pass
+
+        pid = start(group, spin)
+        time.sleep(0.3)
+        assert group.read_back()["cpus"].holds
+        before = time.monotonic()
+        assert group.kill()
+        assert time.monotonic() - before < 0.1  # 0.4 s while the quota stands
+        assert finish(pid) == -signal.SIGKILL
+
+    def test_kill_touches_nobody_else(self, new_group: Callable[..., ChildGroup]) -> None:
+        group, bystander = new_group(), start(None, lambda: time.sleep(20))
+        pid = start(group, lambda: time.sleep(20))
+        assert group.kill()
+        assert finish(pid) == -signal.SIGKILL
+        assert os.waitpid(bystander, os.WNOHANG) == (0, 0)
+        os.kill(bystander, signal.SIGKILL)
+        finish(bystander)
+
+    def test_remove_leaves_nothing_and_may_be_repeated(self, host: CgroupHost) -> None:
+        before = set(os.listdir("/proc/self/fd"))
+        group = create_group(host, GroupLimits(memory=64 * MIB, pids=16, cpus=1.0), group_name(1))
+        assert len(group.attach_fds) == len(own_groups(host)) == 5
+        assert all(not os.get_inheritable(fd) for fd in group.attach_fds)
+        group.close_attach_fds()
+        group.close_attach_fds()
+        assert group.remove()
+        assert group.remove()
+        assert own_groups(host) == []
+        assert set(os.listdir("/proc/self/fd")) == before
+
+    def test_a_group_with_a_process_in_it_is_not_gone(
+        self, new_group: Callable[..., ChildGroup], host: CgroupHost
+    ) -> None:
+        group = new_group()
+        pid = start(group, lambda: time.sleep(20))
+        assert not group.remove()
+        assert len(own_groups(host)) > 0
+        os.kill(pid, signal.SIGKILL)
+        finish(pid)
+        assert group.remove()
+
+    def test_the_parent_goes_with_the_last_group(self, host: CgroupHost, tmp_path: Path) -> None:
+        base = f"{host.places['pids'].directory}/pisupervisor-test-{os.getpid()}"
+        os.mkdir(base)
+        try:
+            first, second = directories.make(base, group_name(1)), directories.make(base, group_name(2))
+            assert directories.remove(first)
+            assert os.path.isdir(f"{base}/pisupervisor")
+            assert directories.remove(second)
+            assert not os.path.exists(f"{base}/pisupervisor")
+        finally:
+            os.rmdir(base)
+
+    def test_many_at_once_do_not_lose_their_parent(self, host: CgroupHost) -> None:
+        failures: list[BaseException] = []
+
+        def churn(number: int) -> None:
+            try:
+                for count in range(40):
+                    limits = GroupLimits(pids=8, cpuset=CpuSet([0]))
+                    assert create_group(host, limits, group_name(number * 1000 + count)).remove()
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=churn, args=(number,)) for number in range(1, 5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failures == []
+        assert own_groups(host) == []
+
+
+class TestFailure:
+    pytestmark = real
+
+    def test_a_refused_limit_names_the_file_and_leaves_nothing(self, host: CgroupHost) -> None:
+        with pytest.raises(LaunchError, match=r"pids\.max") as caught:
+            create_group(host, GroupLimits(pids=-5), group_name(1))
+        assert (caught.value.step, caught.value.errno) == ("cgroup", errno.EINVAL)
+        assert own_groups(host) == []
+
+    def test_a_base_that_went_away(self, host: CgroupHost) -> None:
+        gone = host._replace(places={**host.places, "devices": Place("/sys/fs/cgroup/devices/not-there")})
+        with pytest.raises(LaunchError, match="not-there") as caught:
+            create_group(gone, GroupLimits(pids=8), group_name(1))
+        assert caught.value.errno == errno.ENOENT
+        assert "not-there" in str(caught.value.remedy)
+        assert own_groups(host) == []
+
+    def test_a_name_that_is_taken(self, new_group: Callable[..., ChildGroup], host: CgroupHost) -> None:
+        name = group_name(7)
+        group = create_group(host, GroupLimits(), name)
+        with pytest.raises(LaunchError) as caught:
+            create_group(host, GroupLimits(), name)
+        assert caught.value.errno == errno.EEXIST
+        assert group.pids() == []
+        assert len(own_groups(host)) > 0, "the first group was removed with the second"
+        assert group.remove()
+
+    def test_where_nothing_can_be_made_the_group_is_empty(self) -> None:
+        group = create_group(fake_host(mode="none"), EVERYTHING._replace(io=()), group_name(1))
+        assert group.attach_fds == ()
+        assert group.kill()
+        assert {name for name, entry in group.read_back().items() if entry.holds} == {"devices"}
+        assert group.remove()
+
+
+class TestSweep:
+    pytestmark = real
+
+    def test_groups_of_dead_owners_go_and_those_of_living_ones_stay(
+        self, new_group: Callable[..., ChildGroup], host: CgroupHost
+    ) -> None:
+        living = new_group(pids=8)
+        reader, writer = os.pipe()
+
+        def owner() -> None:
+            for number in (1, 2):
+                create_group(host, GroupLimits(pids=8, memory=64 * MIB), group_name(number))
+            os.write(writer, b"made")
+            time.sleep(20)
+
+        pid = start(None, owner)
+        assert os.read(reader, 4) == b"made"
+        os.close(reader)
+        os.close(writer)
+        try:
+            assert cgroups.sweep(host) == 0
+            assert len(own_groups(host, pid)) > 2
+        finally:
+            os.kill(pid, signal.SIGKILL)
+            finish(pid)
+        assert cgroups.sweep(host) == 2
+        assert own_groups(host, pid) == []
+        assert run(living, lambda: 0) == 0, "the living group still takes processes"
+        assert cgroups.sweep(host) == 0
+
+    def test_a_reused_pid_is_no_owner_and_strange_names_stay(self, host: CgroupHost) -> None:
+        base = f"{host.places['pids'].directory}/pisupervisor-test-{os.getpid()}"
+        os.mkdir(base)
+        try:
+            for name in (f"{os.getpid()}-1-1", group_name(1), "something", "1-2", "a-b-c"):
+                directories.make(base, name)
+            assert directories.sweep(base) == {f"{os.getpid()}-1-1"}
+            left = [f"{base}/pisupervisor/{name}" for name in (group_name(1), "something", "1-2", "a-b-c")]
+            assert [directories.remove(path) for path in left] == [True] * 4
+        finally:
+            os.rmdir(base)
+
+
+def as_user(work: Callable[[], object]) -> int:
+    def drop_and_work() -> object:
+        os.setgroups([])
+        os.setresgid(1000, 1000, 1000)
+        os.setresuid(1000, 1000, 1000)
+        return work()
+
+    return run(None, drop_and_work)
+
+
+class TestOrdinaryUser:
+    pytestmark = rootless
+
+    def test_what_is_missing_and_why(self, host: CgroupHost) -> None:
+        def check() -> int:
+            seen = detect()
+            gone = {entry.feature: entry for entry in missing(seen, EVERYTHING)}
+            swap = {"swap"} if seen.swap_on else set()
+            good = set(gone) == {"memory", "cpus", "cpu_weight", "cpuset", "pids", "io"} | swap
+            good &= all("Permission denied" in entry.why and "chown -R 1000" in entry.remedy for entry in gone.values())
+            return 10 if good and seen.places["pids"].errno == errno.EACCES else 11
+
+        assert as_user(check) == 10
+
+    def test_the_remedy_helps(self, host: CgroupHost) -> None:
+        """Root does what the remedies say, literally; then the user makes a group that holds everything but io."""
+        features = {"memory": "memory", "cpus": "cpu", "cpuset": "cpuset", "pids": "pids"}
+        bases = {name: str(host.places[name].directory) for name in [*features.values(), "cpuacct"]}
+        try:
+            for controller, base in bases.items():
+                subprocess.run(cgroups.delegation(controller, base, 1000), shell=True, check=True)
+            code = as_user(delegated_user)
+            assert code == 10
+            assert all(os.path.isdir(f"{base}/pisupervisor") for base in bases.values()), "the delegation is gone"
+        finally:
+            for base in bases.values():
+                for path in [*Path(base, "pisupervisor").glob("*-*"), Path(base, "pisupervisor")]:
+                    subprocess.run(["rmdir", path], check=False)
+
+
+def delegated_user() -> int:
+    host = detect()
+    limits = GroupLimits(memory=32 * MIB, swap=0, cpus=0.5, cpuset=CpuSet([0]), pids=8)
+    if missing(host, limits):
+        return 11
+    group = create_group(host, limits, group_name(1))
+    try:
+        if not all(entry.holds for entry in group.read_back().values()):
+            return 12
+        if run(group, lambda: touch(64 * MIB)) != -signal.SIGKILL or run(group, lambda: forks(20)) != 7:
+            return 13
+    finally:
+        killed, removed = group.kill(), group.remove()
+    return 10 if killed and removed else 14
