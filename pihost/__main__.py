@@ -48,7 +48,7 @@ def report(control: int, failure) -> None:  # type: ignore[no-untyped-def]
     """Tell the host which step failed and end."""
     import json
 
-    os.write(control, json.dumps({"failed": failure.step, "errno": failure.errno, "detail": failure.detail}).encode())
+    os.write(control, json.dumps(failure.report()).encode())
     os._exit(1)
 
 

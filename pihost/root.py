@@ -22,6 +22,10 @@ class StepFailed(Exception):
         self.detail = f"{where}: {text}" if where else text
         super().__init__(f"{step}: {self.detail}")
 
+    def report(self) -> dict[str, object]:
+        """As it travels to the host."""
+        return {"failed": self.step, "errno": self.errno, "detail": self.detail}
+
 
 def enter_namespaces(own_ids: list[int]) -> None:
     """A mount namespace of our own; for an ordinary user inside a user namespace in which they are root."""

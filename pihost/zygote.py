@@ -2,7 +2,7 @@
 
     host                               zygote
       | TemplatePlan ------------------> |  (twice: once for each stage)
-      | <-------------- {"ready": ...}   |  or {"failed": step, "errno": n, "detail": text}
+      | <-------------- {"failed": step, "errno": n, "detail": text}   only where it cannot become one
       | ChildPlan + fds ---------------> |  fds: link, status, then the groups to join
       | bytes that begin with IMPORT --> |  modules to keep warm for the next children
     on the child's status socket, host <-- zygote or PID 1:
@@ -47,9 +47,8 @@ def main(control: int, host: int) -> None:
     try:
         prepare(plan)
     except StepFailed as failure:
-        sock.send(json.dumps({"failed": failure.step, "errno": failure.errno, "detail": failure.detail}).encode())
+        tell(sock, failure.report())
         return
-    sock.send(json.dumps({"ready": list(sys.version_info[:3]), "pid": os.getpid()}).encode())
     Zygote(sock, host, plan).serve()
 
 
@@ -236,9 +235,8 @@ def map_ids(pid: int, plan: ChildPlan) -> None:
 
 def report_failure(status_fd: int, error: BaseException) -> None:
     failure = error if isinstance(error, StepFailed) else StepFailed("confine", error)
-    message = {"failed": failure.step, "errno": failure.errno, "detail": failure.detail}
     try:
-        os.write(status_fd, json.dumps(message).encode())
+        os.write(status_fd, json.dumps(failure.report()).encode())
     except OSError:
         pass  # the host no longer listens; our end says the rest
 

@@ -99,7 +99,7 @@ class Worker:
     def __init__(self, limits: dict[str, int]) -> None:
         self.limits = limits
         self.library = resolve.Library()
-        self.namespace: dict[str, object] = {"__name__": "__main__", "__builtins__": __builtins__}
+        self.namespace = run.source_namespace()
 
     def answer(self, call, take_fds) -> tuple[int, list[bytes]]:  # type: ignore[no-untyped-def]
         """(kind, parts) of the reply to one call. Whatever user code does is an answer too."""

@@ -10,6 +10,7 @@ from pihost.plan import ChildPlan, TemplatePlan
 from pisupervisor.errors import FeatureUnavailable
 from pisupervisor.launch.features import Features
 from pisupervisor.launch.interpreter import Interpreter
+from pisupervisor.limits.cgroups import CgroupHost, missing, wanted_limits
 from pisupervisor.options import IsolationOptions, Limits
 
 OURS = "/pis"  # pihost, and what it brings, inside
@@ -55,6 +56,21 @@ def required(options: IsolationOptions, features: Features) -> None:
             f"this kernel ({features.kernel}) has no Landlock, or it is not switched on", feature="landlock",
             remedy="boot with lsm=landlock,... on Linux 5.13 or newer, or say degrade=('landlock',)",
         )  # fmt: skip
+
+
+def lacking_limits(options: IsolationOptions, host: CgroupHost) -> dict[str, str]:
+    """Why limits have no group to hold them, by name. Raises FeatureUnavailable unless all of those are in ``degrade``."""
+    lacking = missing(host, wanted_limits(options.limits))
+    refused = [entry for entry in lacking if entry.feature not in options.degrade]
+    if refused:
+        reasons = "; ".join(f"{entry.feature}: {entry.why}" for entry in refused)
+        names = tuple(dict.fromkeys(entry.feature for entry in refused))
+        fixes = "\n          ".join(dict.fromkeys(entry.remedy for entry in refused))
+        raise FeatureUnavailable(
+            f"limits that cannot be enforced here: {reasons}", feature=refused[0].feature,
+            remedy=f"{fixes}\n          or accept all of that: IsolationOptions(degrade={names!r})",
+        )  # fmt: skip
+    return {entry.feature: entry.why for entry in lacking}
 
 
 def template_plan(

@@ -31,6 +31,7 @@ class Template:
         self.interpreter: Interpreter = find_interpreter(_python(options))
         self.features: Features = probe()
         planning.required(options, self.features)
+        planning.lacking_limits(options, self.features.cgroups)  # before anything is started
         self.cloudpickle = _cloudpickle_folder() if self.interpreter.version == sys.version_info[:2] else None
         self.python = self.interpreter.executable
         self.plan = planning.template_plan(

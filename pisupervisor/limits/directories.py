@@ -99,7 +99,7 @@ def _inherit(source: str, target: str, file: str) -> None:
         write(f"{target}/{file}", read(f"{source}/{file}"))
 
 
-def remove(path: str, patience: float = 0.5) -> bool:
+def remove(path: str, patience: float = 0.0) -> bool:
     """Remove one group, and the parent with the last one. True when it is gone (also when it was gone already).
 
     Waits up to ``patience`` seconds for tasks that are just exiting.
@@ -137,7 +137,7 @@ def sweep(base: str) -> set[str]:
         names = os.listdir(f"{base}/{PARENT}")
     except OSError:
         return set()
-    return {name for name in names if _is_orphan(name) and remove(f"{base}/{PARENT}/{name}", patience=0.0)}
+    return {name for name in names if _is_orphan(name) and remove(f"{base}/{PARENT}/{name}")}
 
 
 def _is_orphan(name: str) -> bool:

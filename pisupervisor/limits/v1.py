@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _PID_BATCH = 256  # pidfds held open at once
 _POLL = 0.0005
+_BUSY = 0.5  # seconds that remove() waits for exiting tasks
 
 
 def create(host: CgroupHost, limits: GroupLimits, name: str) -> V1Group:
@@ -240,7 +241,9 @@ class V1Group:
         self.close_attach_fds()
         if not self.pids():
             self._let_die()  # tasks past their exit may still be throttled, and keep the directory busy
-        left = {path for path in dict.fromkeys(self.paths.values()) if not directories.remove(path)}
+        deadline = time.monotonic() + _BUSY  # for all directories together
+        paths = set(self.paths.values())
+        left = {path for path in paths if not directories.remove(path, deadline - time.monotonic())}
         self.paths = {controller: path for controller, path in self.paths.items() if path in left}
         return not left
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pihost import wire
-from pisupervisor.errors import FeatureUnavailable, IsolationError, LaunchError
+from pisupervisor.errors import LaunchError
 from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
 from pisupervisor.launch.zygote import Zygote, deadline_left, failure
@@ -77,19 +77,11 @@ class Child:
 
     def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:
         """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
-        host, wanted = self.template.features.cgroups, cgroups.wanted_limits(self.options.limits)
-        lacking = cgroups.missing(host, wanted)
-        refused = [entry for entry in lacking if entry.feature not in self.options.degrade]
-        if refused:
-            lines = "; ".join(f"{entry.feature}: {entry.why}" for entry in refused)
-            names = tuple(dict.fromkeys(entry.feature for entry in refused))
-            raise FeatureUnavailable(
-                f"limits that cannot be enforced here: {lines}", feature=refused[0].feature,
-                remedy=f"{refused[0].remedy} (all at once: degrade={names!r})",
-            )  # fmt: skip
+        host = self.template.features.cgroups
+        lacking = planning.lacking_limits(self.options, host)
         if "limits" not in without and host.directories():
-            self._group = cgroups.create_group(host, wanted, _next_name())
-        return {entry.feature: entry.why for entry in lacking}
+            self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), _next_name())
+        return lacking
 
     def _attach_fds(self) -> tuple[int, ...]:
         return self._group.attach_fds if self._group is not None else ()
@@ -270,5 +262,3 @@ def _next_name() -> str:
         _name_count += 1
         return cgroups.group_name(_name_count)
 
-
-__all__ = ["Child", "IsolationError"]
