@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import sys
 
+if False:  # only a type checker reads this
+    from pihost.root import StepFailed
+
 
 def main() -> None:
     package = os.path.dirname(os.path.abspath(__file__))
@@ -44,7 +47,7 @@ def enter_root(control: int, host: int) -> None:
         report(control, root.StepFailed("interpreter", error))
 
 
-def report(control: int, failure) -> None:  # type: ignore[no-untyped-def]
+def report(control: int, failure: StepFailed) -> None:
     """Tell the host which step failed and end."""
     import json
 

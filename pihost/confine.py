@@ -23,6 +23,12 @@ from pihost import mounts, syscalls
 from pihost.plan import ChildPlan
 from pihost.root import StepFailed
 
+if False:  # typing costs 5 ms, and only a type checker reads this
+    from collections.abc import Callable, Sequence
+    from typing import Any
+
+    Step = tuple[str, Callable[[ChildPlan, "Fds", Any], None]]
+
 LINK = 3  # the only fd besides stdio that a payload has
 SIGKILL = 9
 
@@ -38,7 +44,9 @@ class Fds:
         return sorted([self.link, self.status, self.go, self.host, self.zygote, *self.cgroups])
 
 
-def run(steps, plan: ChildPlan, fds: Fds, kernel=syscalls, log=None) -> None:  # type: ignore[no-untyped-def]
+def run(
+    steps: Sequence[Step], plan: ChildPlan, fds: Fds, kernel: Any = syscalls, log: Callable[[str], None] | None = None
+) -> None:
     """Do ``steps`` in order. Raises StepFailed with the name of the first that fails."""
     for name, act in steps:
         if name in plan.without:
@@ -51,7 +59,7 @@ def run(steps, plan: ChildPlan, fds: Fds, kernel=syscalls, log=None) -> None:  #
             raise StepFailed(name, error) from error
 
 
-def close_inherited(_plan: ChildPlan, fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
+def close_inherited(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     start = 3
     for fd in fds.all():
         os.closerange(start, fd)
@@ -59,29 +67,29 @@ def close_inherited(_plan: ChildPlan, fds: Fds, _kernel) -> None:  # type: ignor
     os.closerange(start, 1 << 30)
 
 
-def join_cgroup(_plan: ChildPlan, fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
+def join_cgroup(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     # Writing one's own "0" costs 50 us; a pid written from outside waits 5 to 19 ms for an RCU grace period.
     for fd in fds.cgroups:
         os.write(fd, b"0")
         os.close(fd)
 
 
-def await_id_maps(_plan: ChildPlan, fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
+def await_id_maps(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     if os.read(fds.go, 1) != b"1":
         raise OSError(3, "the zygote gave up", "id maps")
     os.close(fds.go)
 
 
-def enter_cgroup_namespace(_plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def enter_cgroup_namespace(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.unshare(syscalls.CLONE_NEWCGROUP)
 
 
-def change_ids(plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def change_ids(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.set_ids(plan.uid, plan.gid)
     kernel.set_dumpable(True)  # changing ids cleared it, and /proc/self would belong to nobody we know
 
 
-def arm_death_signal(_plan: ChildPlan, fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def arm_death_signal(_plan: ChildPlan, fds: Fds, kernel: Any) -> None:
     kernel.set_death_signal(SIGKILL)
     poll = select.poll()
     for fd in (fds.host, fds.zygote):
@@ -90,13 +98,13 @@ def arm_death_signal(_plan: ChildPlan, fds: Fds, kernel) -> None:  # type: ignor
         raise OSError(3, "the host or the zygote is gone", "lifeline")
 
 
-def mount_own(plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def mount_own(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     for entry in mounts.read(plan.mounts):
         entry.execute("", kernel)
     os.chdir("/")
 
 
-def enter_time_namespace(_plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def enter_time_namespace(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     """The payload's clocks since boot start at zero: without offsets a time namespace changes nothing."""
     kernel.unshare(syscalls.CLONE_NEWTIME)
     monotonic = int(time.clock_gettime(time.CLOCK_MONOTONIC))
@@ -106,18 +114,18 @@ def enter_time_namespace(_plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: 
     os.close(fd)
 
 
-def set_hostname(plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def set_hostname(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.sethostname(plan.hostname)
 
 
-def redirect_stdio(_plan: ChildPlan, _fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
+def redirect_stdio(_plan: ChildPlan, _fds: Fds, _kernel: Any) -> None:
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
 
 
-def set_rlimits(plan: ChildPlan, _fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
+def set_rlimits(plan: ChildPlan, _fds: Fds, _kernel: Any) -> None:
     for number, soft, hard in plan.rlimits:
         resource.setrlimit(number, (soft, hard))
     if plan.nice:
@@ -125,20 +133,20 @@ def set_rlimits(plan: ChildPlan, _fds: Fds, _kernel) -> None:  # type: ignore[no
     os.umask(0o077)
 
 
-def drop_bounding_set(_plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def drop_bounding_set(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.drop_bounding_set()
     kernel.lock_securebits()
 
 
-def drop_capabilities(_plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def drop_capabilities(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.drop_capabilities()
 
 
-def set_no_new_privs(_plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def set_no_new_privs(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.set_no_new_privs()
 
 
-def restrict_with_landlock(plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def restrict_with_landlock(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     if not plan.landlock_abi:
         return
     ruleset = kernel.landlock_ruleset(plan.landlock_abi, plan.landlock_fs, plan.landlock_net, plan.landlock_scopes)
@@ -148,12 +156,12 @@ def restrict_with_landlock(plan: ChildPlan, _fds: Fds, kernel) -> None:  # type:
     os.close(ruleset)
 
 
-def lead_session(_plan: ChildPlan, _fds: Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+def lead_session(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     os.setsid()
     kernel.set_dumpable(True)  # PID 1 is not; the payload's own /proc/self must be its own
 
 
-def keep_link_only(_plan: ChildPlan, fds: Fds, _kernel) -> None:  # type: ignore[no-untyped-def]
+def keep_link_only(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     # One by one: a profile that refuses close_range would leave them open without a word (CPython 3.11 ignores it),
     # and os.close raises. Nothing else is open: "close fds" saw to that.
     link = os.dup(fds.link)

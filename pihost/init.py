@@ -25,8 +25,9 @@ def run(fds: Fds, payload: int, ready: int) -> None:
         if ended is not None:
             os.write(fds.status, json.dumps(ended).encode())
             os._exit(0)
-        ready = {fd for fd, _events in poll.poll()}
-        if fds.host in ready:  # the lifeline: a pidfd, because a fork of the host would hold a pipe open
+        if fds.host in {
+            fd for fd, _events in poll.poll()
+        }:  # the lifeline: a pidfd, because a fork of the host would hold a pipe open
             os._exit(0)
         os.read(wake, 4096)
 

@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import marshal
 
+if False:  # typing costs 5 ms, and only a type checker reads this
+    from typing import Any, TypeVar
+
+    _AnyPlan = TypeVar("_AnyPlan", bound="Plan")
+
 _TEXTS = (list, str)  # a list whose items are text
 
 
@@ -34,7 +39,7 @@ class Plan:
         return marshal.dumps({name: getattr(self, name) for name in self.FIELDS}, 2)
 
     @classmethod
-    def load(cls, data: bytes) -> Plan:
+    def load(cls: type[_AnyPlan], data: bytes) -> _AnyPlan:
         values = marshal.loads(data)  # noqa: S302  from our own host only
         if not isinstance(values, dict):
             raise PlanError(f"{cls.__name__}: not a mapping")
@@ -66,7 +71,7 @@ class TemplatePlan(Plan):
         "root": (list, list), "own_ids": (list, int), "interpreter": str, "package": str, "sys_path": _TEXTS,
         "preload": _TEXTS, "environment": dict, "seccomp": bytes, "network": str, "log_level": int,
     }  # fmt: skip
-    root: list[list[object]]
+    root: list[list[Any]]
     own_ids: list[int]
     interpreter: str
     package: str
@@ -108,10 +113,10 @@ class ChildPlan(Plan):
     uid: int
     gid: int
     hostname: str
-    mounts: list[list[object]]
+    mounts: list[list[Any]]
     rlimits: list[list[int]]
     nice: int
-    landlock: list[list[object]]
+    landlock: list[list[Any]]
     landlock_abi: int
     landlock_fs: int
     landlock_net: int

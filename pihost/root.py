@@ -8,7 +8,7 @@ from pihost import mounts, syscalls
 from pihost.plan import TemplatePlan
 
 # Any folder that exists serves: the new root is mounted over it in our own namespace, and then becomes "/".
-_PLACES = ("/tmp", "/mnt", "/run", "/home", "/usr")  # noqa: S108
+_PLACES = ("/tmp", "/mnt", "/run", "/home", "/usr")
 
 
 class StepFailed(Exception):

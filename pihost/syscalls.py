@@ -54,9 +54,11 @@ def _syscall(name: str, number: int, *arguments: object) -> int:
     return _check(_libc.syscall(ctypes.c_long(number), *arguments), name)
 
 
-def _prctl(name: str, option: int, *values: int) -> int:
-    padded = (values + (0, 0, 0, 0))[:4]  # unused arguments must be zero for the newer options
-    return _check(_libc.prctl(option, *(ctypes.c_ulong(value) for value in padded)), name)
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+
+
+def _prctl(name: str, option: int, value: int = 0) -> int:
+    return _check(_libc.prctl(option, value, 0, 0, 0), name)  # unused arguments must be zero for the newer options
 
 
 class _CloneArgs(ctypes.Structure):
@@ -140,7 +142,7 @@ def set_no_new_privs() -> None:
 def drop_bounding_set() -> None:
     """Take every capability out of the bounding set. Needs CAP_SETPCAP: before the ids change hands for good."""
     for capability in range(_LAST_POSSIBLE_CAPABILITY + 1):
-        if _libc.prctl(_PR_CAPBSET_DROP, ctypes.c_ulong(capability), 0, 0, 0) < 0:
+        if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
             number = ctypes.get_errno()
             if number == 22 and capability > 0:  # EINVAL: past the kernel's last capability
                 return
@@ -165,7 +167,8 @@ def drop_capabilities() -> None:
 
 def landlock_abi() -> int:
     """The Landlock version of this kernel, 0 where it is missing or switched off at boot."""
-    return max(0, _libc.syscall(ctypes.c_long(_SYS_LANDLOCK_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint32(1)))
+    version: int = _libc.syscall(ctypes.c_long(_SYS_LANDLOCK_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    return max(0, version)
 
 
 def landlock_ruleset(abi: int, file_access: int, network_access: int, scopes: int) -> int:

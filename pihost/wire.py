@@ -38,7 +38,7 @@ def pack_header(kind: int, ident: int, length: int) -> bytes:
     return HEADER.pack(MAGIC, VERSION, kind, ident, length)
 
 
-def unpack_header(data: bytes, offset: int = 0, limit: int = MAX_FRAME) -> tuple[int, int, int]:
+def unpack_header(data: bytes | bytearray, offset: int = 0, limit: int = MAX_FRAME) -> tuple[int, int, int]:
     """(kind, id, length) of the header at ``offset``. Raises BadFrame before anyone allocates ``length`` bytes."""
     magic, version, kind, ident, length = HEADER.unpack_from(data, offset)
     if magic != MAGIC or version != VERSION:

@@ -29,6 +29,9 @@ from pihost.inside import serve
 from pihost.plan import ChildPlan, PlanError, TemplatePlan
 from pihost.root import StepFailed, write_proc
 
+if False:  # typing costs 5 ms, and only a type checker reads this
+    from typing import Any
+
 IMPORT = b"import "
 _MAX_FDS = 16
 _MAX_MESSAGE = 1 << 20
@@ -67,7 +70,9 @@ def prepare(plan: TemplatePlan) -> None:
             raise StepFailed(f"preload {name}", error) from error
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
-        raise StepFailed("preload", OSError(0, f"a preloaded module started {threads - 1} threads: a zygote must have one"))
+        raise StepFailed(
+            "preload", OSError(0, f"a preloaded module started {threads - 1} threads: a zygote must have one")
+        )
     settle()
 
 
@@ -162,7 +167,14 @@ class Zygote:
             map_ids(pid, plan)
             os.write(say_go, b"1")
         except (OSError, PlanError, BrokenPipeError) as error:
-            tell(status, {"failed": "id maps" if pid > 0 else "clone", "errno": getattr(error, "errno", 0) or 0, "detail": str(error)})
+            tell(
+                status,
+                {
+                    "failed": "id maps" if pid > 0 else "clone",
+                    "errno": getattr(error, "errno", 0) or 0,
+                    "detail": str(error),
+                },
+            )
         for fd in (link, go, say_go, *cgroups):
             os.close(fd)
         if pid > 0:
@@ -194,7 +206,7 @@ class Zygote:
         finally:
             os._exit(code)
 
-    def load_filter(self, _plan: ChildPlan, _fds: confine.Fds, kernel) -> None:  # type: ignore[no-untyped-def]
+    def load_filter(self, _plan: ChildPlan, _fds: confine.Fds, kernel: Any) -> None:
         if self.plan.seccomp:
             kernel.load_seccomp(self.plan.seccomp)
 

@@ -25,7 +25,7 @@ from pisupervisor.launch import templates
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
-from pisupervisor.link.sources import Code, CodeReader
+from pisupervisor.link.sources import Code, CodeReader, check_target
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, Usage
 from pisupervisor.supervise import restart
@@ -61,7 +61,7 @@ class Template:
         """Let go; the zygote ends with its last user. Idempotent."""
         template, self._template = self._template, None
         if template is not None:
-            release(template, self.options)
+            release(template)
 
     def __enter__(self) -> Template:
         return self
@@ -128,8 +128,11 @@ class ProcessIsolator:
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._reader.read(path)
+        check_target(target)
         arguments = self._arguments(args, {**keywords, **(kwargs or {})})
-        answer, _child = self._call("method", code.key, target, arguments, code=code, timeout=timeout, idempotent=idempotent)
+        answer, _child = self._call(
+            "method", code.key, target, arguments, code=code, timeout=timeout, idempotent=idempotent
+        )
         return self._value(answer, returns)
 
     def invoke(
@@ -156,6 +159,7 @@ class ProcessIsolator:
         if isinstance(function, str):
             path, _, target = function.rpartition(":")
             code = self._reader.read(path)
+            check_target(target)
             call: tuple[Any, ...] = ("method", code.key, target, self._arguments(args, merged))
             return self._captured(call, code, timeout, returns, idempotent)
         return self._captured(("function", self._function(function, args, merged)), None, timeout, returns, idempotent)
@@ -167,7 +171,9 @@ class ProcessIsolator:
         """
         return self._captured(("source", source, "<source>"), None, timeout, returns, False)
 
-    def run_script(self, path: str | os.PathLike[str], argv: Sequence[str] = (), *, timeout: float | None = None) -> ExitInfo:
+    def run_script(
+        self, path: str | os.PathLike[str], argv: Sequence[str] = (), *, timeout: float | None = None
+    ) -> ExitInfo:
         """Run a file like ``python tool.py --fast``: ``argv`` without the name. The child lives on; the ExitInfo is the
         script's: its exit code, stdout and stderr.
         """
@@ -238,7 +244,13 @@ class ProcessIsolator:
             self._turn.release()
 
     def _exchange(
-        self, child: Child, connection: Connection, code: Code | None, body: bytes, deadline: float | None, capture: bool
+        self,
+        child: Child,
+        connection: Connection,
+        code: Code | None,
+        body: bytes,
+        deadline: float | None,
+        capture: bool,
     ) -> Answer:
         self._enter("call")
         if code is not None and code.key not in self._sent:
@@ -418,12 +430,14 @@ class ProcessIsolator:
         if worker is not None:
             worker.close()
         if template is not None:
-            release(template, self.options)
+            release(template)
 
     def __enter__(self) -> ProcessIsolator:
         return self
 
-    def __exit__(self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def __del__(self) -> None:

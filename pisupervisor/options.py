@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pisupervisor.errors import OptionsError
 from pisupervisor.limits.cpuset import CpuSet
@@ -37,6 +37,8 @@ class IoLimit:
     def __post_init__(self) -> None:
         for name in ("read_bps", "write_bps", "read_iops", "write_iops"):
             _store(self, name, _size_or_none(getattr(self, name), f"io.{name}"))
+            if getattr(self, name) == 0:
+                raise OptionsError(f"io.{name}: 0 would be read as no limit; give a rate above zero, or None")
         if all(getattr(self, f.name) is None for f in fields(self) if f.name != "device"):
             raise OptionsError(f"io: the limit for {self.device!r} limits nothing; give a read or write rate")
 
@@ -112,6 +114,10 @@ class Filesystem:
     def __post_init__(self) -> None:
         for name in ("read_only", "writable"):
             _store(self, name, tuple(_bind(entry, name) for entry in _sequence(getattr(self, name), name)))
+
+    def shown(self, name: Literal["read_only", "writable"]) -> tuple[tuple[str, str], ...]:
+        """(host path, path in the child) of each bind: the fields as they were checked."""
+        return cast("tuple[tuple[str, str], ...]", getattr(self, name))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,7 +298,7 @@ def _bind(entry: Any, name: str) -> tuple[str, str]:
     return source, target
 
 
-_OURS = frozenset(("/", "/proc", "/dev", "/tmp", "/usr", "/etc", "/sys", "/py", "/pis"))  # noqa: S108
+_OURS = frozenset(("/", "/proc", "/dev", "/tmp", "/usr", "/etc", "/sys", "/py", "/pis"))
 
 
 def _log_level(value: str | None) -> str:

@@ -169,13 +169,14 @@ def test_an_ordinary_user_is_told_what_is_missing(ordinary_user) -> None:
 
 @pytest.mark.linux
 @pytest.mark.root
-def test_the_launch_benchmark_reports_ratios_beside_targets(need) -> None:
+def test_the_launch_benchmark_reports_ratios_beside_targets() -> None:
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
     done = run(sys.executable, "scripts/lib/bench_launch.py", "--json", "--rounds", "1")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert [row["target"] for row in result["ratios"]] == [0.15, 0.15, 3.5, 3.5, 1.4, 8.0]
+    assert [row["target"] for row in result["ratios"]] == [0.15, 0.15, 3.5, None, 3.5, None, 1.4, 8.0]
+    assert {"memory", "pids", "network", "landlock", "seccomp", "capabilities"} <= set(result["isolator_holds"])
     assert all(row["ratio"] > 0 for row in result["ratios"])
     assert len(result["pinned_to_cpu"]) == 1
 

@@ -35,7 +35,7 @@ def flush() -> None:
     """Python's buffers and C's. User code may have put anything in sys.stdout's place."""
     for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):
         try:
-            stream.flush()
+            stream.flush()  # type: ignore[union-attr]
         except Exception:  # noqa: S112  a closed or foreign stream has nothing left for us
             continue
     syscalls.flush_c_stdio()

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, NoReturn
 
 MAX_DEPTH = 100
-MAX_ITEMS = 2_000_000
+MAX_ITEMS = 2_000_000  # values, and containers once more: never less than the host counts in the text
 MAX_BUFFERS = 1000  # what comes after travels as base64: each costs a header and a system call's share
 INLINE = 512  # bytes; a buffer costs more than this many in bookkeeping
 
@@ -42,10 +42,11 @@ _WAY_OUT = (
     "return plain data (numbers, text, lists, dicts, arrays), keep the object in the child with create_object, "
     'or, if you trust this child, ask for results="pickle"'
 )
+_TOO_MANY = f"the result has more than {MAX_ITEMS} items; return less, or a numpy array"
 _JSON = json.JSONEncoder(ensure_ascii=True, check_circular=False, allow_nan=False, separators=(",", ":"))
 
 
-class NotData(Exception):  # noqa: N818 - named for what it says
+class NotData(Exception):
     """A value that cannot travel as data. The message names the part and the way out."""
 
 
@@ -111,7 +112,7 @@ def _is_plain(value: Any) -> bool:
             return True
         lists = [part for part in level if type(part) is list]
         dicts = [part for part in level if type(part) is dict]
-        seen += sum(map(len, lists)) + sum(map(len, dicts))
+        seen += len(lists) + len(dicts) + sum(map(len, lists)) + sum(map(len, dicts))
         if seen > MAX_ITEMS or not set(map(type, chain.from_iterable(dicts))) <= {str}:
             return False
         level = list(chain(chain.from_iterable(lists), chain.from_iterable(map(dict.values, dicts))))
@@ -138,6 +139,8 @@ class Walk:
 
     def run(self, value: Any) -> tuple[bytes, list[Any]]:
         text = _JSON.encode(self.convert(value)).encode("ascii")
+        if self.items > MAX_ITEMS:
+            raise NotData(_TOO_MANY)
         self.grow(len(text))
         return text, self.buffers
 
@@ -145,7 +148,7 @@ class Walk:
         """``value`` in JSON's own types."""
         self.items += 1
         if self.items > MAX_ITEMS:
-            raise NotData(f"the result has more than {MAX_ITEMS} items; return less, or a numpy array")
+            raise NotData(_TOO_MANY)
         kind = type(value)
         writer = self.writers.get(kind)
         if writer is None:
@@ -202,6 +205,7 @@ class Walk:
     def enter(self, step: Any) -> None:
         if len(self.path) >= MAX_DEPTH:
             self.refuse(f"nested deeper than {MAX_DEPTH} levels, or it contains itself")
+        self.items += 1
         self.path.append(step)
 
     def grow(self, size: int) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Payload = tuple[str, str, str, str, Iterable[tuple[str, bytes]]]
 
 
-class CompileFailed(SyntaxError):  # noqa: N818
+class CompileFailed(SyntaxError):
     """User code that does not compile: ``message`` (with the source line), ``file`` and ``line`` (None if unknown)."""
 
     def __init__(self, message: str, file: str, line: int | None) -> None:

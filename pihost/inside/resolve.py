@@ -21,7 +21,7 @@ _MODULE = type(sys)
 _FUNCTION: Any = type(lambda: None)
 
 
-class NotFound(LookupError):  # noqa: N818
+class NotFound(LookupError):
     """A part of the way to the target is missing; ``stage`` is "module", "attribute" or "callable"."""
 
     def __init__(self, stage: str, message: str) -> None:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import _socket
 import array
 import json
 import os
 import pickle
 import signal
-import socket
 
 from pihost import wire
 from pihost.inside import encode, raised, resolve, run
 from pihost.inside.capture import Capture
 
+if False:  # typing costs 5 ms, and only a type checker reads this
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
 _BUFFER = 1 << 16
-_FD_SPACE = socket.CMSG_SPACE(2 * 4)
+_FD_SPACE = _socket.CMSG_SPACE(2 * 4)
 _HIDDEN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen importlib")
 
 
@@ -42,7 +46,7 @@ class Link:
     """The socket to the host: whole frames in, whole frames out, large ones in pieces."""
 
     def __init__(self, fd: int) -> None:
-        self.sock = socket.socket(fileno=fd)
+        self.sock = _socket.socket(fileno=fd)  # socket.socket would turn its numbers into enums at every start
         self.pending = bytearray()
         self.fds = array.array("i")
 
@@ -79,12 +83,12 @@ class Link:
         if total <= wire.PIECE_SIZE:
             self.sock.sendall(b"".join((wire.pack_header(kind, ident, total), *parts)))
             return
-        for index, (piece, last) in enumerate(_pieces(parts)):  # noqa: B007
+        for piece, last in _pieces(parts):
             self.sock.sendall(wire.pack_header(kind if last else wire.PIECE, ident, len(piece)))
             self.sock.sendall(piece)
 
 
-def _pieces(parts):  # type: ignore[no-untyped-def]
+def _pieces(parts: list[bytes]) -> Iterator[tuple[memoryview, bool]]:
     """(piece, is it the last) over the concatenation of ``parts``, without building it."""
     views = [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
     for number, view in enumerate(views):
@@ -101,7 +105,7 @@ class Worker:
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
 
-    def answer(self, call, take_fds) -> tuple[int, list[bytes]]:  # type: ignore[no-untyped-def]
+    def answer(self, call: tuple[Any, ...], take_fds: Callable[[], list[int]]) -> tuple[int, list[bytes]]:
         """(kind, parts) of the reply to one call. Whatever user code does is an answer too."""
         verb, capture, arguments = call[0], call[1], call[2:]
         try:
@@ -144,7 +148,7 @@ class Worker:
         return run.run_script(self.library, key, argv)
 
 
-VERBS = {
+VERBS: dict[str, Callable[..., object]] = {
     "method": Worker.call_method,
     "function": Worker.call_function,
     "source": Worker.run_source,
@@ -156,7 +160,7 @@ class Unloadable(Exception):
     """Arguments or a closure that cannot be rebuilt here, most often for a module this child may not import."""
 
 
-def load(data: bytes):  # type: ignore[no-untyped-def]
+def load(data: bytes) -> Any:
     try:
         return pickle.loads(data)  # noqa: S301  from the host
     except Exception as error:

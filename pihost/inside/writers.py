@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LOW, HIGH = -(1 << 63), (1 << 63) - 1
 MAX_DECIMAL = 10_000  # characters
 MAX_INT_HEX = 1 << 20  # hexadecimal digits
+_TAG_ITEMS = 5  # what a tag adds at the most to the brackets, braces and commas that the host counts
 
 _REAL, _IMAG = complex.__dict__["real"], complex.__dict__["imag"]
 _HASHABLE = frozenset(
@@ -65,7 +66,8 @@ def find_writer(kind: type) -> Callable[[Walk, Any], Any] | None:
     return None
 
 
-def _tag(name: str, payload: Any) -> dict[str, Any]:
+def _tag(walk: Walk, name: str, payload: Any) -> dict[str, Any]:
+    walk.items += _TAG_ITEMS
     return {"$": name, "v": payload}
 
 
@@ -79,17 +81,17 @@ def _write_int(walk: Walk, value: int) -> Any:
         return value
     if value.bit_length() > 4 * (MAX_INT_HEX - 1):
         walk.refuse(f"an int of {value.bit_length()} bits is too large")
-    return _tag("int", f"{value:x}")
+    return _tag(walk, "int", f"{value:x}")
 
 
-def _write_float(walk: Walk, value: float) -> Any:  # noqa: ARG001
+def _write_float(walk: Walk, value: float) -> Any:
     value = float.__float__(value)
-    return value if value - value == 0 else _tag("float", repr(value))
+    return value if value - value == 0 else _tag(walk, "float", repr(value))
 
 
 def _write_str(walk: Walk, value: str) -> Any:
     value = str.__str__(value)
-    return value if is_clean(value) else _tag("str", walk.blob(value.encode("utf-8", "surrogatepass")))
+    return value if is_clean(value) else _tag(walk, "str", walk.blob(value.encode("utf-8", "surrogatepass")))
 
 
 def _write_list(walk: Walk, value: list[Any]) -> Any:
@@ -97,15 +99,15 @@ def _write_list(walk: Walk, value: list[Any]) -> Any:
 
 
 def _write_tuple(walk: Walk, value: tuple[Any, ...]) -> Any:
-    return _tag("tuple", walk.each(tuple.__iter__(value)))
+    return _tag(walk, "tuple", walk.each(tuple.__iter__(value)))
 
 
 def _write_set(walk: Walk, value: set[Any]) -> Any:
-    return _tag("set", walk.keys(set.__iter__(value)))
+    return _tag(walk, "set", walk.keys(set.__iter__(value)))
 
 
 def _write_frozenset(walk: Walk, value: frozenset[Any]) -> Any:
-    return _tag("frozenset", walk.keys(frozenset.__iter__(value)))
+    return _tag(walk, "frozenset", walk.keys(frozenset.__iter__(value)))
 
 
 def _write_dict(walk: Walk, value: dict[Any, Any]) -> Any:
@@ -116,25 +118,25 @@ def _write_dict(walk: Walk, value: dict[Any, Any]) -> Any:
         return walk.members(pairs)
     converted = walk.keys(keys)
     values = walk.each(item for _, item in pairs)
-    return _tag("dict", list(chain.from_iterable(zip(converted, values))))  # noqa: B905 - Python 3.9 has no strict=
+    return _tag(walk, "dict", list(chain.from_iterable(zip(converted, values))))  # noqa: B905 - Python 3.9 has no strict=
 
 
 def _write_bytes(walk: Walk, value: bytes) -> Any:
-    return _tag("bytes", walk.blob(bytes.__getitem__(value, slice(None))))
+    return _tag(walk, "bytes", walk.blob(bytes.__getitem__(value, slice(None))))
 
 
 def _write_bytearray(walk: Walk, value: bytearray) -> Any:
-    return _tag("bytearray", walk.blob(bytearray.__getitem__(value, slice(None))))
+    return _tag(walk, "bytearray", walk.blob(bytearray.__getitem__(value, slice(None))))
 
 
 def _write_memoryview(walk: Walk, value: memoryview) -> Any:
     if value.nbytes > walk.max_bytes:
         walk.grow(value.nbytes)  # refused before it is copied
-    return _tag("bytes", walk.blob(value.tobytes()))
+    return _tag(walk, "bytes", walk.blob(value.tobytes()))
 
 
-def _write_complex(walk: Walk, value: complex) -> Any:  # noqa: ARG001
-    return _tag("complex", [repr(_REAL.__get__(value)), repr(_IMAG.__get__(value))])
+def _write_complex(walk: Walk, value: complex) -> Any:
+    return _tag(walk, "complex", [repr(_REAL.__get__(value)), repr(_IMAG.__get__(value))])
 
 
 WRITERS: dict[type, Callable[[Walk, Any], Any]] = {
@@ -154,11 +156,11 @@ def _write_dataclass(walk: Walk, value: Any) -> Any:
 
 
 def _write_datetime(walk: Walk, value: Any) -> Any:
-    return _tag("datetime", _moment(walk, value, sys.modules["datetime"].datetime))
+    return _tag(walk, "datetime", _moment(walk, value, sys.modules["datetime"].datetime))
 
 
 def _write_time(walk: Walk, value: Any) -> Any:
-    return _tag("time", _moment(walk, value, sys.modules["datetime"].time))
+    return _tag(walk, "time", _moment(walk, value, sys.modules["datetime"].time))
 
 
 def _moment(walk: Walk, value: Any, base: Any) -> list[Any]:
@@ -171,7 +173,7 @@ def _moment(walk: Walk, value: Any, base: Any) -> list[Any]:
 
 
 def _write_date(walk: Walk, value: Any) -> Any:
-    return _tag("date", _iso_text(walk, value, sys.modules["datetime"].date))
+    return _tag(walk, "date", _iso_text(walk, value, sys.modules["datetime"].date))
 
 
 def _iso_text(walk: Walk, value: Any, base: Any) -> str:
@@ -193,21 +195,21 @@ def _zone_name(tzinfo: Any) -> str | None:
 def _write_timedelta(walk: Walk, value: Any) -> Any:
     if type(value) is not sys.modules["datetime"].timedelta:  # pandas' has nanoseconds
         walk.refuse(f"{shown(value)} may say more than a timedelta can hold; convert it first")
-    return _tag("timedelta", [value.days, value.seconds, value.microseconds])
+    return _tag(walk, "timedelta", [value.days, value.seconds, value.microseconds])
 
 
 def _write_decimal(walk: Walk, value: Any) -> Any:
     text = sys.modules["decimal"].Decimal.__str__(value)
     if len(text) > MAX_DECIMAL:
         walk.refuse(f"a Decimal of {len(text)} characters is too long; at most {MAX_DECIMAL}")
-    return _tag("decimal", text)
+    return _tag(walk, "decimal", text)
 
 
 def _write_uuid(walk: Walk, value: Any) -> Any:
     number = sys.modules["uuid"].UUID.int.__get__(value)
     if type(number) is not int or not 0 <= number < 1 << 128:
         walk.refuse("a UUID without a number")
-    return _tag("uuid", f"{number:032x}")
+    return _tag(walk, "uuid", f"{number:032x}")
 
 
 def _write_path(walk: Walk, value: Any) -> Any:
@@ -217,7 +219,7 @@ def _write_path(walk: Walk, value: Any) -> Any:
         walk.refuse("a path without a text")
     windows = issubclass(type(value), pathlib.PureWindowsPath)
     name = "windowspath" if windows else "path" if issubclass(type(value), pathlib.Path) else "purepath"
-    return _tag(name, _write_str(walk, text))
+    return _tag(walk, name, _write_str(walk, text))
 
 
 def _write_array(walk: Walk, value: Any) -> Any:
@@ -227,9 +229,10 @@ def _write_array(walk: Walk, value: Any) -> Any:
     _check_dtype(walk, value.dtype)
     if value.nbytes > walk.max_bytes:
         walk.grow(value.nbytes)  # refused before it is copied
+    walk.items += value.ndim
     flat = numpy.ascontiguousarray(value).reshape(-1)
     data = memoryview(flat.view("u1")) if value.nbytes else b""  # as u1: datetime64 exports no buffer
-    return _tag("array", [value.dtype.str, list(value.shape), walk.blob(data)])
+    return _tag(walk, "array", [value.dtype.str, list(value.shape), walk.blob(data)])
 
 
 def _write_scalar(walk: Walk, value: Any) -> Any:
@@ -237,7 +240,7 @@ def _write_scalar(walk: Walk, value: Any) -> Any:
     dtype = generic.dtype.__get__(value)
     _check_dtype(walk, dtype)
     data = generic.tobytes(value)[: dtype.itemsize]  # numpy.str_("") has four bytes and says none
-    return _tag("scalar", [dtype.str, walk.blob(data)])
+    return _tag(walk, "scalar", [dtype.str, walk.blob(data)])
 
 
 def _check_dtype(walk: Walk, dtype: Any) -> None:

@@ -32,7 +32,9 @@ def read(pid: int, host_links: dict[str, str]) -> Readings:
         fields = dict(line.split(":\t", 1) for line in lines if line.startswith(_FIELDS))
         return Readings(fields, read_links(pid), host_links, _text(f"/proc/{pid}/uid_map"))
     except OSError as error:
-        raise LaunchError(f"cannot read the child back: {error}", step="attest", errno=error.errno, remedy=_REMEDY) from error
+        raise LaunchError(
+            f"cannot read the child back: {error}", step="attest", errno=error.errno, remedy=_REMEDY
+        ) from error
 
 
 def _text(path: str) -> str:
@@ -60,7 +62,7 @@ def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, fi
 
     ``filtered``: a seccomp program was given; ``groups``: what the cgroup files say; ``missing``: why a limit has none.
     """
-    applied = {name: _namespace(name, plan, options, readings) for name in NAMESPACE_LINKS}
+    applied = {name: _namespace(name, options, readings) for name in NAMESPACE_LINKS}
     applied.update(_limits(options, groups, missing))
     applied["landlock"] = _landlock(plan, options)
     applied["seccomp"] = _seccomp(options, readings.status, filtered)
@@ -78,7 +80,7 @@ def _left_out(name: str, plan: ChildPlan) -> bool:
     return name in plan.without or f"{name} namespace" in plan.without
 
 
-def _namespace(name: str, plan: ChildPlan, options: IsolationOptions, readings: Readings) -> Applied:
+def _namespace(name: str, options: IsolationOptions, readings: Readings) -> Applied:
     link = readings.links.get(name, "")
     own = bool(link) and link != readings.host_links.get(name)
     asked: Any = options.network if name == "network" else True

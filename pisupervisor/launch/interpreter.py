@@ -61,7 +61,9 @@ def find_interpreter(python: str | None) -> Interpreter:
     executable = _executable(python)
     version, prefix, base, stdlib, packages = _ask(executable)
     if version < OLDEST:
-        raise OptionsError(f"python: {python} is Python {version[0]}.{version[1]}; a child needs {OLDEST[0]}.{OLDEST[1]}")
+        raise OptionsError(
+            f"python: {python} is Python {version[0]}.{version[1]}; a child needs {OLDEST[0]}.{OLDEST[1]}"
+        )
     return Interpreter(
         executable=base, prefix=prefix, stdlib=stdlib, version=version,
         packages=tuple(p for p in packages if os.path.isdir(p)) if _is_venv(executable) else (),
@@ -87,10 +89,14 @@ def _ask(executable: str) -> tuple[tuple[int, int], str, str, str, list[str]]:
 
     remedy = f"try it by hand: {executable} -I -c pass"
     try:
-        done = subprocess.run([executable, "-I", "-c", _QUESTION], capture_output=True, timeout=20, text=True, check=False)
+        done = subprocess.run(
+            [executable, "-I", "-c", _QUESTION], capture_output=True, timeout=20, text=True, check=False
+        )
     except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
         number = getattr(error, "errno", None)
-        raise LaunchError(f"{executable} does not start: {error}", step="interpreter", errno=number, remedy=remedy) from None
+        raise LaunchError(
+            f"{executable} does not start: {error}", step="interpreter", errno=number, remedy=remedy
+        ) from None
     try:
         version, prefix, base, stdlib, packages = ast.literal_eval(done.stdout)
     except (ValueError, SyntaxError):

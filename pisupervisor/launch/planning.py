@@ -14,7 +14,7 @@ from pisupervisor.limits.cgroups import CgroupHost, missing, wanted_limits
 from pisupervisor.options import IsolationOptions, Limits
 
 OURS = "/pis"  # pihost, and what it brings, inside
-SCRATCH = ("/tmp", "/dev/shm")  # noqa: S108
+SCRATCH = ("/tmp", "/dev/shm")
 SCRATCH_INODES = 4096
 #: namespaces entered by clone3 at once; cgroup and time are entered later (see pihost.confine), the network's is made
 #: ahead by the zygote
@@ -46,7 +46,8 @@ _LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}
 def required(options: IsolationOptions, features: Features) -> None:
     """Raise FeatureUnavailable for the first kernel protection that was asked for and cannot hold (limits: see cgroups)."""
     for name, link in NAMESPACE_LINKS.items():
-        if link not in features.namespaces and name not in options.degrade and not (name == "network" and options.network == "host"):
+        wanted = name not in options.degrade and not (name == "network" and options.network == "host")
+        if wanted and link not in features.namespaces:
             raise FeatureUnavailable(
                 f"this kernel ({features.kernel}) has no {name} namespaces", feature=name,
                 remedy=f"run a kernel with them (time: 5.6), or say degrade=({name!r},)",
@@ -78,20 +79,19 @@ def template_plan(
     program: bytes, host_environment: dict[str, str],
 ) -> TemplatePlan:  # fmt: skip
     """What the zygote for these options is. ``package`` is pihost's folder, ``cloudpickle`` that package's, or None."""
-    extra = [(path, path) for path in (*options.import_paths, *interpreter.packages)]
     root = [*_system(), *_interpreter(interpreter), ["bind", package, f"{OURS}/pihost", mounts.READ_ONLY]]
     if cloudpickle:
         root.append(["bind", cloudpickle, f"{OURS}/cloudpickle", mounts.READ_ONLY])
     root += _devices() + _etc(options)
-    root += [["folder", "/tmp"], ["folder", "/dev/shm"], ["folder", "/proc"], ["bind", "/proc", "/proc", 0]]  # noqa: S108
-    root += [["bind", source, place, flags] for source, place, _final, flags in binds(options, extra)]
+    root += [["folder", "/tmp"], ["folder", "/dev/shm"], ["folder", "/proc"], ["bind", "/proc", "/proc", 0]]
+    root += [["bind", source, place, flags] for source, place, _final, flags in binds(options, interpreter)]
     return TemplatePlan(
         root=root,
         own_ids=[] if features.root else [features.uid, features.gid],
         interpreter=interpreter.inside(interpreter.executable),
         package=f"{OURS}/pihost",
         sys_path=[interpreter.inside(interpreter.stdlib), interpreter.inside(interpreter.stdlib) + "/lib-dynload", OURS]
-        + [path for path, _target in extra],
+        + import_paths(options, interpreter),
         preload=list(options.preload),
         environment=_environment(options, interpreter, host_environment),
         seccomp=program,
@@ -130,13 +130,19 @@ def file_rights(abi: int) -> int:
     return max((rights for since, rights in _FILE_RIGHTS.items() if since <= abi), default=0)
 
 
-def binds(options: IsolationOptions, extra: list[tuple[str, str]]) -> list[tuple[str, str, str, int]]:
+def import_paths(options: IsolationOptions, interpreter: Interpreter) -> list[str]:
+    """Folders and archives to import from, beside the standard library: shown inside where they lie outside."""
+    return [os.fspath(path) for path in (*options.import_paths, *interpreter.packages)]
+
+
+def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str, str, str, int]]:
     """(source, place in the template, final place, flags) of the user's binds.
 
     What belongs below a scratch folder is put aside first: the child's own tmpfs would cover it.
     """
-    wanted = [(source, target, mounts.READ_ONLY) for source, target in (*options.filesystem.read_only, *extra)]
-    wanted += [(source, target, mounts.WRITABLE) for source, target in options.filesystem.writable]
+    wanted = [(path, path, mounts.READ_ONLY) for path in import_paths(options, interpreter)]
+    wanted += [(source, target, mounts.READ_ONLY) for source, target in options.filesystem.shown("read_only")]
+    wanted += [(source, target, mounts.WRITABLE) for source, target in options.filesystem.shown("writable")]
     found = []
     for number, (source, target, flags) in enumerate(wanted):
         if flags == mounts.READ_ONLY and source == target and target.startswith("/usr/"):
@@ -150,8 +156,9 @@ def _own_mounts(options: IsolationOptions, interpreter: Interpreter) -> list[lis
     limits, user = options.limits, options.security.user
     own: list[list[Any]] = [["tmpfs", place, int(limits.scratch), SCRATCH_INODES, user, user] for place in SCRATCH]
     own.append(["proc", "/proc", "subset=pid,hidepid=invisible"])
-    extra = [(path, path) for path in (*options.import_paths, *interpreter.packages)]
-    own += [["bind", aside, final, 0] for _source, aside, final, _flags in binds(options, extra) if aside != final]
+    own += [
+        ["bind", aside, final, 0] for _source, aside, final, _flags in binds(options, interpreter) if aside != final
+    ]
     return own
 
 
@@ -162,7 +169,7 @@ def _landlock_rules(options: IsolationOptions, abi: int) -> list[list[Any]]:
     full = file_rights(abi) & ~(MAKE_CHAR | MAKE_BLOCK | IOCTL_DEV)
     rules: list[list[Any]] = [["/", _READ], ["/dev", READ_FILE | WRITE_FILE | (TRUNCATE if abi >= 3 else 0)]]
     rules += [[place, full] for place in SCRATCH]
-    for source, target in options.filesystem.writable:
+    for source, target in options.filesystem.shown("writable"):
         rights = full if os.path.isdir(source) else full & (EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE)
         rules.append([target, rights])
     return rules
@@ -188,7 +195,9 @@ def _interpreter(interpreter: Interpreter) -> list[list[Any]]:
 def _devices() -> list[list[Any]]:
     entries: list[list[Any]] = [["bind", f"/dev/{name}", f"/dev/{name}", mounts.DEVICE] for name in _DEVICES]
     entries.append(["symlink", "/dev/fd", "/proc/self/fd"])
-    entries += [["symlink", f"/dev/{name}", f"/proc/self/fd/{fd}"] for fd, name in enumerate(("stdin", "stdout", "stderr"))]
+    entries += [
+        ["symlink", f"/dev/{name}", f"/proc/self/fd/{fd}"] for fd, name in enumerate(("stdin", "stdout", "stderr"))
+    ]
     return entries
 
 

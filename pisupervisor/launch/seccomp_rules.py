@@ -31,7 +31,7 @@ _BETWEEN = re.compile(r"[\s,]*")
 _KERNEL = re.compile(r"(\d{1,5})\.(\d{1,5})", re.ASCII)
 
 
-class Flaw(Exception):  # noqa: N818  it becomes a ProfileError at the border, which knows the file
+class Flaw(Exception):
     """What is wrong, and where to look for it: the number of the rule (None: the top level), and a word in its text."""
 
     def __init__(self, message: str, token: str = "", rule: int | None = None, line: int | None = None) -> None:

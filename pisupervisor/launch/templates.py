@@ -69,7 +69,7 @@ _table = _Table()
 
 def _own_table() -> _Table:
     """The table of this process: a fork of the application must not touch what belongs to the original."""
-    global _table  # noqa: PLW0603
+    global _table
     if _table.owner != os.getpid():
         _table = _Table()
     return _table
@@ -86,7 +86,7 @@ def acquire(options: IsolationOptions) -> Template:
         return template
 
 
-def release(template: Template, options: IsolationOptions) -> None:
+def release(template: Template) -> None:
     """Give a template back; the last one to do so ends its zygote."""
     table = _own_table()
     if template.zygote.owner != table.owner:

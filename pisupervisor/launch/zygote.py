@@ -105,7 +105,10 @@ def failure(message: dict[str, Any]) -> LaunchError:
     if step.startswith("preload"):
         remedy = "a preloaded module must be importable in the child: name its folder in import_paths"
     return LaunchError(
-        str(message.get("detail"))[:2000], step=step, errno=number if isinstance(number, int) and number else None, remedy=remedy
+        str(message.get("detail"))[:2000],
+        step=step,
+        errno=number if isinstance(number, int) and number else None,
+        remedy=remedy,
     )
 
 

@@ -96,7 +96,7 @@ def dump_function(
     return _dump_by_value((fn, args, kwargs), importable, lambda: [*_labelled_function(fn), *_labelled(args, kwargs)])
 
 
-class _NeedsCode(Exception):  # noqa: N818 - a signal
+class _NeedsCode(Exception):
     """Code that the child cannot import: plain pickle would only name it."""
 
     def __str__(self) -> str:
@@ -155,7 +155,7 @@ def _value_pickler() -> Any:
     return ValuePickler
 
 
-class _Missing(Exception):  # noqa: N818 - becomes a SerializationError
+class _Missing(Exception):
     """A package with compiled parts, which no pickle can carry."""
 
     def __str__(self) -> str:

@@ -149,7 +149,8 @@ class _Output:
         self.limit, self.truncated = limit, False
         self.kept = (bytearray(), bytearray())
         readers, writers = zip(os.pipe(), os.pipe(), strict=True)
-        self.readers, self.writers = readers, writers
+        self.readers: tuple[int, ...] = readers
+        self.writers: tuple[int, ...] = writers
         for reader in readers:
             os.set_blocking(reader, False)
         self.poll = select.poll()

@@ -30,7 +30,7 @@ _BUILTINS: tuple[type[Exception], ...] = (
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
 
 
-class _AlsoBuiltin(RemoteError):  # noqa: N818 - a base, never raised itself
+class _AlsoBuiltin(RemoteError):
     """Mixed with one builtin exception, whose own __init__ is left out: it would read meaning into our arguments."""
 
     def __init__(self, type_name: str, message: str, remote_traceback: str = "") -> None:

@@ -11,6 +11,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pihost import wire
@@ -62,7 +63,7 @@ class Child:
         missing = self._make_group(without)
         if self.template.ids is not None:
             self._outer_id = outer = self.template.ids.take()
-            self._cleanup.append(lambda: self.template.ids and self.template.ids.give_back(outer))
+            self._cleanup.append(partial(self.template.ids.give_back, outer))
         plan = planning.child_plan(
             self.options, self.template.features, interpreter=self.template.interpreter, outer_id=self._outer_id,
             rlimits=rlimits.rlimit_plan(self.options.limits), cgroups=len(self._attach_fds()), without=without,
@@ -106,7 +107,8 @@ class Child:
             ready = {fd for fd, _event in poll.poll(None if left is None else left * 1000)}
             if not ready:
                 remedy = "raise start_timeout, or look at what the machine is busy with"
-                raise LaunchError(f"no answer within start_timeout={self.options.start_timeout} s", step="start_timeout", remedy=remedy)
+                message = f"no answer within start_timeout={self.options.start_timeout} s"
+                raise LaunchError(message, step="start_timeout", remedy=remedy)
             if self.status.fileno() in ready:
                 self._read_launch_report(zygote)
             elif self.link.fileno() in ready:
@@ -118,7 +120,7 @@ class Child:
         message = json.loads(data) if data else {}
         if "launched" in message and fds:
             self.init_pidfd = fds[0]
-            self._cleanup.append(lambda: os.close(fds[0]))
+            self._cleanup.append(partial(os.close, fds[0]))
         elif "failed" in message:
             raise failure(message)
         elif not data:
@@ -128,14 +130,16 @@ class Child:
             raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
 
     def _read_ready(self) -> None:
-        data, ancillary, _flags, _address = self.link.recvmsg(wire.HEADER.size + 1, socket.CMSG_SPACE(_CREDENTIALS.size))
+        data, ancillary, _flags, _address = self.link.recvmsg(
+            wire.HEADER.size + 1, socket.CMSG_SPACE(_CREDENTIALS.size)
+        )
         if len(data) != wire.HEADER.size + 1 or wire.unpack_header(data)[0] != wire.READY:
             raise LaunchError("the child closed its link before it was ready", step="payload")
         for _level, kind, content in ancillary:
             if kind == socket.SCM_CREDENTIALS:
                 self.pid = _CREDENTIALS.unpack(content)[0]
-                self.payload_pidfd = fd = os.pidfd_open(self.pid)
-                self._cleanup.append(lambda: os.close(fd))
+                self.payload_pidfd = os.pidfd_open(self.pid)
+                self._cleanup.append(partial(os.close, self.payload_pidfd))
 
     # --- death ------------------------------------------------------------------------------------------------
 
@@ -257,8 +261,7 @@ _name_count = 0
 
 def _next_name() -> str:
     """A group name of this process: owner pid, its start time, a number. Sweeping reads the owner from it."""
-    global _name_count  # noqa: PLW0603
+    global _name_count
     with _name_lock:
         _name_count += 1
         return cgroups.group_name(_name_count)
-

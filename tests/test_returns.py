@@ -1,0 +1,79 @@
+"""``returns=``: a result is checked against the declared type and built as it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import decimal
+import pathlib
+import typing
+import uuid
+
+import numpy as np
+import pytest
+from test_values import BERLIN, Color, Level, Pair, Point, Row, Shape, Size, cross
+
+from pisupervisor.errors import SerializationError
+from pisupervisor.link import serializer
+
+
+def test_returns_builds_and_checks() -> None:
+    shape = Shape(
+        [Point(1, 2), Point(3, 4, "x")], Size.SMALL, datetime.datetime.now(BERLIN), pathlib.Path("/a"), 2j, b"xy"
+    )
+    assert cross(shape)["points"] == [{"x": 1, "y": 2, "label": None}, {"x": 3, "y": 4, "label": "x"}]
+    assert cross(shape, Shape) == shape
+    plain = Shape(shape.points, "small", shape.made, "/a", 2, b"z" * 600)  # type: ignore[arg-type]
+    assert cross(plain, Shape) == dataclasses.replace(shape, factor=2 + 0j, digest=b"z" * 600)
+
+
+BUILT = [
+    (Point(1.0, 2.0), Point), ([Point(1.0, 2.0)], list[Point]), ({"name": "a", "size": 1}, Row), (Pair(1, "x"), Pair),
+    (None, int | None), (5, int | None), ({1: "a"}, dict[int, str]), ({1, 2}, set[int]), ((1, "a"), tuple[int, str]),
+    (Level.HIGH, Level), (pathlib.Path("/x"), pathlib.Path), (1 + 2j, complex), (uuid.UUID(int=5), uuid.UUID),
+    (decimal.Decimal("1.5"), decimal.Decimal), (datetime.date(2024, 1, 1), datetime.date), (b"x", bytes),
+    (datetime.timedelta(1), datetime.timedelta), (datetime.time(1, tzinfo=BERLIN), datetime.time),
+    ({"a": [Point(1.0, 2.0, "l")]}, dict[str, list[Point]]), (0, int), (False, bool), ("", str), ([], list[int]),
+    (bytearray(b"x"), bytearray), (frozenset({1}), frozenset[int]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "returns"), BUILT, ids=[str(returns) for _, returns in BUILT])
+def test_returns_gives_back_the_declared_type(value: object, returns: object) -> None:
+    got = cross(value, returns)
+    assert got == value
+    assert type(got) is type(value)
+
+
+def test_returns_for_types_beyond_json() -> None:
+    assert cross(Color.RED, Color) is Color.RED
+    assert cross(Color.PAIR, Color) is Color.PAIR
+    assert cross("/x", pathlib.Path) == pathlib.Path("/x")
+    assert cross(3, complex) == 3 + 0j
+    assert cross(3, float) == 3.0
+    np.testing.assert_array_equal(cross(np.arange(3), np.ndarray), np.arange(3))
+    assert cross(np.float64(0.5), np.float64) == np.float64(0.5)
+    assert serializer.build([1], typing.Any) == [1]
+
+
+MISFITS = [
+    ("x", int), (1, str), ({"x": 1.0}, Point), ({"x": 1.0, "y": "no"}, Point), ([1, "x"], list[int]), ("green", Color),
+    (1, Level), (None, int), (5, pathlib.Path), ("1j", complex), (1, np.ndarray), (b"x", str), (True, int), ("1", int),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "returns"), MISFITS, ids=[f"{v!r}-{r}" for v, r in MISFITS])
+def test_returns_that_does_not_fit_says_what(value: object, returns: object) -> None:
+    with pytest.raises(SerializationError, match="the result is not a") as caught:
+        cross(value, returns)
+    assert caught.value.direction == "from child"
+
+
+def test_returns_names_the_part_that_does_not_fit() -> None:
+    with pytest.raises(SerializationError, match=r"Point.*\[0\]\.y|\[0\]\.y"):
+        cross([{"x": 1.0, "y": "no"}], list[Point])
+
+
+def test_returns_that_nobody_can_build_is_said() -> None:
+    with pytest.raises(SerializationError, match=r"cannot be built|is not a"):
+        cross({"a": 1}, "not a type")
