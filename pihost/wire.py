@@ -17,6 +17,9 @@ from __future__ import annotations
 
 import struct
 
+if False:  # only a type checker reads this
+    from typing import Any
+
 MAGIC = 0x5149
 VERSION = 1
 HEADER = struct.Struct("<HBBQI")
@@ -48,7 +51,7 @@ def unpack_header(data: bytes | bytearray, offset: int = 0, limit: int = MAX_FRA
     return kind, ident, length
 
 
-def pack_value(text: bytes, buffers: list[bytes]) -> list[bytes]:
+def pack_value(text: bytes, buffers: list[Any]) -> list[Any]:
     """The parts of an encoded value: counts, buffer lengths, JSON text, buffers. To be joined or sent as they are."""
     head = _COUNTS.pack(len(text), len(buffers))
     if not buffers:

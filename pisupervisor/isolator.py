@@ -22,13 +22,14 @@ from pisupervisor.errors import (
     SerializationError,
 )
 from pisupervisor.launch import templates
+from pisupervisor.launch.planning import import_paths
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.sources import Code, CodeReader, check_target
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, Usage
-from pisupervisor.supervise import restart
+from pisupervisor.supervise import restart, spare
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.lifecycle import Event, State, next_state
@@ -96,6 +97,7 @@ class ProcessIsolator:
         self._last_exit: ExitInfo | None = None
         self._data: dict[str, Any] = {}
         self._reader = CodeReader()
+        self._known_importable: Callable[[str], bool] | None = None
         self._worker: _Worker | None = None
         self._template: templates.Template | None = acquire(options)
 
@@ -289,26 +291,45 @@ class ProcessIsolator:
             raise
 
     def _arguments(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
-        from pisupervisor.link.serializer import dump_call
+        from pisupervisor.link.arguments import dump_call
 
-        payload, needs_cloudpickle = dump_call(args, keywords)
+        same = self._same_python()
+        payload, needs_cloudpickle = dump_call(args, keywords, importable=self._importable(), python_minor_matches=same)
         if needs_cloudpickle:
             self._need_cloudpickle()
         return payload
 
     def _function(self, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
-        from pisupervisor.link.serializer import child_importable, dump_function
+        from pisupervisor.link.arguments import dump_function
 
         if not callable(function):
             from pisupervisor.errors import OptionsError
 
             raise OptionsError(f"expected a function, not {function!r}; for a file use invoke_method(path, target)")
         self._need_cloudpickle()
-        return dump_function(function, args, keywords, child_importable(self.options.import_paths))
+        return dump_function(function, args, keywords, self._importable())
+
+    def _importable(self) -> Callable[[str], bool]:
+        """Whether the child can import a module by name; what it cannot travels by value."""
+        if self._known_importable is None:
+            from pisupervisor.link.arguments import child_importable
+
+            template = self._open_template()
+            self._known_importable = child_importable(import_paths(self.options, template.interpreter))
+        return self._known_importable
+
+    def _open_template(self) -> templates.Template:
+        template = self._template
+        if template is None:
+            raise IsolatorClosed("this isolator is closed")
+        return template
+
+    def _same_python(self) -> bool:
+        return self._open_template().interpreter.version == sys.version_info[:2]
 
     def _need_cloudpickle(self) -> None:
-        template = self._template
-        if template is not None and template.cloudpickle is None:
+        template = self._open_template()
+        if template.cloudpickle is None:
             version = ".".join(map(str, template.interpreter.version))
             raise SerializationError(
                 f"functions cannot be sent to Python {version} from {sys.version_info[0]}.{sys.version_info[1]}: their byte"
@@ -319,13 +340,14 @@ class ProcessIsolator:
 
     def _start(self) -> None:
         """Launch a child. The state is "starting"."""
-        template = self._template
-        if template is None:
-            raise IsolatorClosed("this isolator is closed")
+        template = self._open_template()
         limit = self.options.start_timeout
-        child = Child(self.options, template)
+        deadline = None if limit is None else time.monotonic() + limit
         try:
-            child.launch(None if limit is None else time.monotonic() + limit, self._without)
+            child = None if self._without else spare.take(template, self.options, deadline)
+            if child is None:
+                child = Child(self.options, template)
+                child.launch(deadline, self._without)
         except BaseException:
             self._enter("launch_failed")
             raise
@@ -430,6 +452,8 @@ class ProcessIsolator:
         if worker is not None:
             worker.close()
         if template is not None:
+            if template.users > 1 and child is not None and not self._without:
+                spare.prepare(template, self.options)
             release(template)
 
     def __enter__(self) -> ProcessIsolator:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 from pisupervisor.errors import IsolatorClosed
 from pisupervisor.launch import planning
@@ -20,6 +20,12 @@ from pisupervisor.launch.interpreter import Interpreter, find_interpreter
 from pisupervisor.launch.zygote import PACKAGE, Zygote
 from pisupervisor.limits import cgroups
 from pisupervisor.options import IsolationOptions
+
+
+class Spare(Protocol):
+    """What a template must know of a spare child."""
+
+    def discard(self, why: str) -> object: ...
 
 
 class Template:
@@ -39,9 +45,15 @@ class Template:
             program=_program(options), host_environment=dict(os.environ),
         )  # fmt: skip
         cgroups.sweep(self.features.cgroups)
-        self.ids = IdBlock() if self.features.root else None
         self.host_links = read_links("self")
-        self.zygote = Zygote(self.plan, self.python)
+        self.spare: Spare | None = None  # a child made ready while nobody waited; see supervise.spare
+        self.ids = IdBlock() if self.features.root else None
+        try:
+            self.zygote = Zygote(self.plan, self.python)
+        except BaseException:
+            if self.ids is not None:
+                self.ids.close()
+            raise
 
     def usable_zygote(self) -> Zygote:
         """The zygote, a new one where the old has ended."""
@@ -52,6 +64,9 @@ class Template:
             return self.zygote
 
     def close(self) -> None:
+        spare, self.spare = self.spare, None
+        if spare is not None:
+            spare.discard("its template was closed")
         self.zygote.close()
         if self.ids is not None:
             self.ids.close()

@@ -10,7 +10,8 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -37,6 +38,7 @@ class Child:
         self.pid = 0  # of the payload, as this process numbers it
         self.init_pidfd = self.payload_pidfd = -1
         self.applied: dict[str, Applied] = {}
+        self.requesting = True  # until the plan is with the zygote
         self.exit_info: ExitInfo | None = None
         self.started = time.monotonic()
         self._ordered: tuple[ExitReason, str] | None = None
@@ -44,6 +46,9 @@ class Child:
         self._lock = threading.Lock()
         self._outer_id: int | None = None
         self._group: cgroups.ChildGroup | None = None
+        self.link: socket.socket
+        self.status: socket.socket
+        self._asked = False  # whether the zygote was given the plan
         self._cleanup: list[Callable[[], object]] = []
 
     # --- launch -----------------------------------------------------------------------------------------------
@@ -52,29 +57,51 @@ class Child:
         """Start it and wait until every wall is up and read back. Raises LaunchError or FeatureUnavailable; then
         nothing is left behind.
         """
+        self.request(without)
+        self.complete(deadline)
+
+    def request(self, without: tuple[str, ...] = ()) -> None:
+        """The first half: make the group, hand the plan to the zygote, do not wait."""
+        with self._undone_on_failure():
+            self._request(without)
+        self.requesting = False
+
+    def complete(self, deadline: float | None) -> None:
+        """The second half: wait until it is ready, and read back what holds."""
+        with self._undone_on_failure():
+            self._await_ready(self._zygote, deadline)
+            readings = attest.read(self.pid, self.template.host_links)
+            groups = self._group.read_back() if self._group is not None else {}
+            filtered = bool(self.template.plan.seccomp)
+            self.applied = attest.verify(
+                self._plan, self.options, readings, filtered=filtered, groups=groups, missing=self._missing
+            )
+            self.started = time.monotonic()
+
+    @contextmanager
+    def _undone_on_failure(self) -> Iterator[None]:
         try:
-            self._launch(deadline, without)
+            yield
         except BaseException:
-            self.kill(ExitReason.KILLED, "its launch failed")
-            self.finish()
+            self.discard("its launch failed")
             raise
 
-    def _launch(self, deadline: float | None, without: tuple[str, ...]) -> None:
-        missing = self._make_group(without)
+    def discard(self, why: str) -> ExitInfo:
+        """Kill it and give everything back."""
+        self.kill(ExitReason.KILLED, why)
+        return self.finish()
+
+    def _request(self, without: tuple[str, ...]) -> None:
+        self._missing = self._make_group(without)
         if self.template.ids is not None:
             self._outer_id = outer = self.template.ids.take()
             self._cleanup.append(partial(self.template.ids.give_back, outer))
-        plan = planning.child_plan(
+        self._plan = planning.child_plan(
             self.options, self.template.features, interpreter=self.template.interpreter, outer_id=self._outer_id,
             rlimits=rlimits.rlimit_plan(self.options.limits), cgroups=len(self._attach_fds()), without=without,
         )  # fmt: skip
-        zygote = self.template.usable_zygote()
-        self._send_plan(zygote, plan)
-        self._await_ready(zygote, deadline)
-        readings = attest.read(self.pid, self.template.host_links)
-        groups = self._group.read_back() if self._group is not None else {}
-        filtered = bool(self.template.plan.seccomp)
-        self.applied = attest.verify(plan, self.options, readings, filtered=filtered, groups=groups, missing=missing)
+        self._zygote = self.template.usable_zygote()
+        self._send_plan(self._zygote, self._plan)
 
     def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:
         """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
@@ -93,6 +120,7 @@ class Child:
         self._cleanup += [self.link.close, self.status.close]
         # The kernel then tells who sends READY: the payload's pid as we number it, which the child cannot forge.
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._asked = True
         with theirs, reports:
             zygote.launch(plan, [theirs.fileno(), reports.fileno(), *self._attach_fds()])
         if self._group is not None:
@@ -181,7 +209,7 @@ class Child:
         deadline = time.monotonic() + timeout
         if self.init_pidfd >= 0 or self._status.get("failed"):
             self._drain_status(deadline)
-        elif hasattr(self, "status"):
+        elif self._asked:
             self._abandon_launch(deadline)
         events, used = cgroups.GroupEvents(), cgroups.GroupUsage()
         if self._group is not None:

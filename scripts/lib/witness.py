@@ -37,7 +37,8 @@ class Witness:
         for pid in pids:
             if started := start_time(pid):
                 self._processes.add((pid, started))
-                self._groups |= cgroups(str(pid)) - own
+                # A process that is just dying shows the root of a hierarchy for a moment.
+                self._groups |= {g for g in cgroups(str(pid)) if not any(mine.is_relative_to(g) for mine in own)}
 
     @contextmanager
     def watching(self, isolator: ProcessIsolator) -> Iterator[None]:
@@ -61,20 +62,24 @@ class Witness:
             except IsolationError:  # it died meanwhile
                 return
 
-    def facts(self) -> list[tuple[str, bool]]:
-        """(what was found, whether that is as it should be), each looked up now."""
+    def facts(self, *, with_groups: bool) -> list[tuple[str, bool]]:
+        """(what was found, whether that is as it should be), each looked up now. Seeing nothing proves nothing."""
         alive = [pid for pid, started in self._processes if start_time(pid) == started]
         ours = descendants(os.getpid())
-        standing = [group for group in self._groups if group.exists()]
+        standing = [str(group) for group in self._groups if group.exists()]
         grown = resident() - self._resident
         left = available()
+        seen = bool(self._groups) or not with_groups
         host = f"host process {os.getpid()} alive, its resident memory grew by {grown / MEGABYTE:.1f} MB"
         processes = f"processes: {len(self._processes)} seen, {len(alive)} left; the host has {len(ours)} children"
         return [
             (host, grown < ALLOWED_GROWTH),
             (f"the machine has {left // MEGABYTE} MB available", left > self._available / 2),
-            (processes, not alive and not ours),
-            (f"cgroups: {len(self._groups)} seen, {len(standing)} left", not standing),
+            (processes, bool(self._processes) and not alive and not ours),
+            (
+                f"cgroups: {len(self._groups)} seen, {len(standing)} left {' '.join(standing)}".rstrip(),
+                not standing and seen,
+            ),
         ]
 
 

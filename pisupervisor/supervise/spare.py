@@ -1,0 +1,45 @@
+"""The next child, made ready while nobody waits: its launch is asked for when an isolator closes, taken by the next one.
+
+Only a template that others still hold open keeps one, and only one: programs that open an isolator for each request
+get a child that is there already, all others pay nothing. No thread is needed: the zygote works by itself.
+"""
+
+from __future__ import annotations
+
+from pisupervisor.errors import IsolationError
+from pisupervisor.launch.templates import Template
+from pisupervisor.options import IsolationOptions
+from pisupervisor.supervise.child import Child
+
+
+def prepare(template: Template, options: IsolationOptions) -> None:
+    """Ask for a spare child, unless there is one. It is a favour: what goes wrong here goes wrong for nobody."""
+    if options.debug or not template.zygote.alive():
+        return
+    child = Child(options, template)
+    with template.lock:
+        if template.spare is not None:
+            return
+        template.spare = child
+    try:
+        child.request()
+    except (IsolationError, OSError):
+        with template.lock:
+            template.spare = None
+
+
+def take(template: Template, options: IsolationOptions, deadline: float | None) -> Child | None:
+    """The spare child, complete and read back, if there is one for equal options. A dead one is cleared away."""
+    with template.lock:
+        child = template.spare
+        if not isinstance(child, Child) or child.requesting:
+            return None
+        template.spare = None
+    if child.options != options:
+        child.discard("other options were wanted")
+        return None
+    try:
+        child.complete(deadline)
+    except IsolationError:
+        return None
+    return child
