@@ -49,9 +49,9 @@ def enter_root(control: int, host: int) -> None:
 
 def report(control: int, failure: StepFailed) -> None:
     """Tell the host which step failed and end."""
-    import json
+    from pihost.jsontext import dump
 
-    os.write(control, json.dumps(failure.report()).encode())
+    os.write(control, dump(failure.report()))
     os._exit(1)
 
 

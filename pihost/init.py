@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import _signal
 import os
 import select
-import signal
 
 from pihost.confine import Fds
+from pihost.jsontext import dump
 
 
 def run(fds: Fds, payload: int, ready: int) -> None:
@@ -23,7 +23,7 @@ def run(fds: Fds, payload: int, ready: int) -> None:
         # Reap before the first wait: the payload may have died before the handler was there.
         ended = _reap(payload)
         if ended is not None:
-            os.write(fds.status, json.dumps(ended).encode())
+            os.write(fds.status, dump(ended))
             os._exit(0)
         if fds.host in {
             fd for fd, _events in poll.poll()
@@ -34,8 +34,8 @@ def run(fds: Fds, payload: int, ready: int) -> None:
 
 def _wake_on_children() -> int:
     wake, woken = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
-    signal.signal(signal.SIGCHLD, _nothing)
+    _signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    _signal.signal(_signal.SIGCHLD, _nothing)
     return wake
 
 

@@ -13,19 +13,18 @@ The end of the host (its pidfd) or of the control socket ends the zygote, and it
 
 from __future__ import annotations
 
-import array
+import _signal
+import _socket
 import fcntl
 import gc
-import json
 import os
 import select
-import signal
-import socket
 import struct
 import sys
 
 from pihost import confine, init, syscalls, wire
 from pihost.inside import serve
+from pihost.jsontext import dump
 from pihost.plan import ChildPlan, PlanError, TemplatePlan
 from pihost.root import StepFailed, write_proc
 
@@ -36,16 +35,16 @@ IMPORT = b"import "
 _MAX_FDS = 16
 _MAX_MESSAGE = 1 << 20
 _DEBUG = 10
-#: imported while nobody waits, so that a child finds them there: rendering tracebacks, source snippets. Not
+#: imported while nobody waits, so that children find them there. Not
 #: cloudpickle: it brings logging, whose fork hooks cost every child 0.35 ms; who sends closures asks for it (IMPORT).
-_WHEN_IDLE = ("traceback", "ast", "linecache")
+_WHEN_IDLE = ("pickle", "socket", "json", "traceback", "ast")
 _IDLE_AFTER = 3  # ms without a request
 
 
 def main(control: int, host: int) -> None:
     """Become a zygote: read the template plan, preload, say ready, serve until the host is gone."""
     os.closerange(max(control, host) + 1, 1 << 30)
-    sock = socket.socket(fileno=control)
+    sock = _socket.socket(fileno=control)
     plan = TemplatePlan.load(sock.recv(_MAX_MESSAGE))
     try:
         prepare(plan)
@@ -60,7 +59,7 @@ def prepare(plan: TemplatePlan) -> None:
     if not plan.own_ids:
         os.setgroups([])  # a child cannot: its user namespace denies setgroups
     syscalls.set_subreaper()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # else Python's handler would let a payload interrupt PID 1
+    _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # else Python's handler would let a payload interrupt PID 1
     sys.path[:] = plan.sys_path
     sys.argv[:] = [""]
     for name in plan.preload:
@@ -83,10 +82,10 @@ def settle() -> None:
 
 
 class Zygote:
-    def __init__(self, control: socket.socket, host: int, plan: TemplatePlan) -> None:
+    def __init__(self, control: _socket.socket, host: int, plan: TemplatePlan) -> None:
         self.control, self.host, self.plan = control, host, plan
         self.own_pidfd = os.pidfd_open(os.getpid())
-        self.children: dict[int, socket.socket] = {}  # PID 1's pidfd -> the child's status socket
+        self.children: dict[int, _socket.socket] = {}  # PID 1's pidfd -> the child's status socket
         self.idle_imports = list(_WHEN_IDLE)
         self.network_is_fresh = False
         self.poll = select.poll()
@@ -125,18 +124,16 @@ class Zygote:
 
     def handle_request(self) -> None:
         try:
-            data, ancillary, _flags, _address = self.control.recvmsg(_MAX_MESSAGE, socket.CMSG_SPACE(4 * _MAX_FDS))
+            data, ancillary, _flags, _address = self.control.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4 * _MAX_FDS))
         except ConnectionError:
             data = b""
         if not data:
             os._exit(0)  # the host closed us; our end is the death signal of every child
-        fds = array.array("i")
-        for _level, _kind, content in ancillary:
-            fds.frombytes(content[: len(content) - len(content) % 4])
+        fds = [fd for _level, _kind, content in ancillary for (fd,) in struct.iter_unpack("i", content)]
         if data.startswith(IMPORT):
             self.keep_warm(data[len(IMPORT) :].decode().split())
         else:
-            self.launch(data, list(fds))
+            self.launch(data, fds)
 
     def keep_warm(self, names: list[str]) -> None:
         for name in names:
@@ -151,7 +148,7 @@ class Zygote:
 
     def launch(self, data: bytes, fds: list[int]) -> None:
         link, status_fd, *cgroups = fds
-        status = socket.socket(fileno=status_fd)
+        status = _socket.socket(fileno=status_fd)
         go, say_go = os.pipe()
         pid = pidfd = -1
         try:
@@ -178,7 +175,8 @@ class Zygote:
         for fd in (link, go, say_go, *cgroups):
             os.close(fd)
         if pid > 0:
-            socket.send_fds(status, [json.dumps({"launched": pid}).encode()], [pidfd])
+            with_pidfd = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", pidfd))]
+            tell(status, {"launched": pid}, with_pidfd)
             self.children[pidfd] = status
             self.poll.register(pidfd, select.POLLIN)
         else:
@@ -234,9 +232,12 @@ class Zygote:
 
 
 def bring_loopback_up() -> None:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    probe = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+    try:
         # SIOCSIFFLAGS with IFF_UP: one ioctl, where a netlink library would cost more than a hundred launches
-        fcntl.ioctl(probe, 0x8914, struct.pack("16sh22x", b"lo", 1))
+        fcntl.ioctl(probe.fileno(), 0x8914, struct.pack("16sh22x", b"lo", 1))
+    finally:
+        probe.close()
 
 
 def map_ids(pid: int, plan: ChildPlan) -> None:
@@ -248,13 +249,13 @@ def map_ids(pid: int, plan: ChildPlan) -> None:
 def report_failure(status_fd: int, error: BaseException) -> None:
     failure = error if isinstance(error, StepFailed) else StepFailed("confine", error)
     try:
-        os.write(status_fd, json.dumps(failure.report()).encode())
+        os.write(status_fd, dump(failure.report()))
     except OSError:
         pass  # the host no longer listens; our end says the rest
 
 
-def tell(status: socket.socket, message: dict[str, object]) -> None:
+def tell(status: _socket.socket, message: dict[str, object], ancillary: Any = ()) -> None:
     try:
-        status.send(json.dumps(message).encode())
+        status.sendmsg([dump(message)], ancillary)
     except OSError:
         pass  # the host closed its end: it no longer wants to know

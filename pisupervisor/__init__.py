@@ -10,106 +10,50 @@ Names load when they are first used: importing this package costs next to nothin
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+TYPE_CHECKING = False  # typing itself costs 6 ms; type checkers know this name
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from pisupervisor.errors import (
         CallError as CallError,
-    )
-    from pisupervisor.errors import (
         CallTimeout as CallTimeout,
-    )
-    from pisupervisor.errors import (
         ChildTerminated as ChildTerminated,
-    )
-    from pisupervisor.errors import (
         CompileError as CompileError,
-    )
-    from pisupervisor.errors import (
         CpuLimitExceeded as CpuLimitExceeded,
-    )
-    from pisupervisor.errors import (
         FeatureUnavailable as FeatureUnavailable,
-    )
-    from pisupervisor.errors import (
         IsolationError as IsolationError,
-    )
-    from pisupervisor.errors import (
         IsolatorClosed as IsolatorClosed,
-    )
-    from pisupervisor.errors import (
         LaunchError as LaunchError,
-    )
-    from pisupervisor.errors import (
         MemoryLimitExceeded as MemoryLimitExceeded,
-    )
-    from pisupervisor.errors import (
         OptionsError as OptionsError,
-    )
-    from pisupervisor.errors import (
         OutputLimitExceeded as OutputLimitExceeded,
-    )
-    from pisupervisor.errors import (
         PidsLimitExceeded as PidsLimitExceeded,
-    )
-    from pisupervisor.errors import (
         ProfileError as ProfileError,
-    )
-    from pisupervisor.errors import (
         ProtocolError as ProtocolError,
-    )
-    from pisupervisor.errors import (
         RemoteError as RemoteError,
-    )
-    from pisupervisor.errors import (
         RestartLimitReached as RestartLimitReached,
-    )
-    from pisupervisor.errors import (
         SerializationError as SerializationError,
-    )
-    from pisupervisor.errors import (
         SyscallViolation as SyscallViolation,
-    )
-    from pisupervisor.errors import (
         TargetNotFound as TargetNotFound,
     )
-    from pisupervisor.futures import CallCancelled as CallCancelled
-    from pisupervisor.futures import IsolationFuture as IsolationFuture
-    from pisupervisor.isolator import ProcessIsolator as ProcessIsolator
-    from pisupervisor.isolator import Template as Template
+    from pisupervisor.futures import CallCancelled as CallCancelled, IsolationFuture as IsolationFuture
+    from pisupervisor.isolator import ProcessIsolator as ProcessIsolator, Template as Template
     from pisupervisor.launch.seccomp import SeccompProfile as SeccompProfile
     from pisupervisor.limits.cpuset import CpuSet as CpuSet
     from pisupervisor.options import (
         Filesystem as Filesystem,
-    )
-    from pisupervisor.options import (
         IoLimit as IoLimit,
-    )
-    from pisupervisor.options import (
         IsolationOptions as IsolationOptions,
-    )
-    from pisupervisor.options import (
         Limits as Limits,
-    )
-    from pisupervisor.options import (
         RestartPolicy as RestartPolicy,
-    )
-    from pisupervisor.options import (
         Security as Security,
     )
     from pisupervisor.results import (
         Applied as Applied,
-    )
-    from pisupervisor.results import (
         CallResult as CallResult,
-    )
-    from pisupervisor.results import (
         ExitInfo as ExitInfo,
-    )
-    from pisupervisor.results import (
         ExitReason as ExitReason,
-    )
-    from pisupervisor.results import (
         Usage as Usage,
     )
 

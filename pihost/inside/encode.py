@@ -22,11 +22,11 @@ never ``__class__`` or an overridden method. The host reads all this back in ``p
 
 from __future__ import annotations
 
-import json
 from binascii import b2a_base64
 from itertools import chain
 
 from pihost.inside.writers import HIGH, LOW, WRITERS, find_writer, is_clean, is_hashable, shown
+from pihost.jsontext import dump
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ _WAY_OUT = (
     'or, if you trust this child, ask for results="pickle"'
 )
 _TOO_MANY = f"the result has more than {MAX_ITEMS} items; return less, or a numpy array"
-_JSON = json.JSONEncoder(ensure_ascii=True, check_circular=False, allow_nan=False, separators=(",", ":"))
 
 
 class NotData(Exception):
@@ -77,7 +76,7 @@ def _quick_float(value: float) -> bytes | None:
 
 
 def _quick_str(value: str) -> bytes | None:
-    return _JSON.encode(value).encode("ascii") if is_clean(value) else None
+    return dump(value) if is_clean(value) else None
 
 
 def _quick_container(value: Any) -> bytes | None:
@@ -87,10 +86,10 @@ def _quick_container(value: Any) -> bytes | None:
     if not _is_plain(value):
         return None
     try:
-        text = _JSON.encode(value)
+        text = dump(value)
     except ValueError:  # nan or inf
         return None
-    return None if '"$":' in text or "\\ud" in text else text.encode("ascii")
+    return None if b'"$":' in text or b"\\ud" in text else text
 
 
 _QUICK: dict[type, Callable[[Any], bytes | None]] = {
@@ -138,7 +137,7 @@ class Walk:
         self.writers = dict(WRITERS)
 
     def run(self, value: Any) -> tuple[bytes, list[Any]]:
-        text = _JSON.encode(self.convert(value)).encode("ascii")
+        text = dump(self.convert(value))
         if self.items > MAX_ITEMS:
             raise NotData(_TOO_MANY)
         self.grow(len(text))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+# The C modules behind socket, pickle and signal: the packages would import enum and re, most of a zygote's start.
+import _pickle
+import _signal
 import _socket
-import array
-import json
 import os
-import pickle
-import signal
+import struct
 
 from pihost import wire
 from pihost.inside import encode, raised, resolve, run
 from pihost.inside.capture import Capture
+from pihost.jsontext import dump
 
 if False:  # typing costs 5 ms, and only a type checker reads this
     from collections.abc import Callable, Iterator
@@ -25,7 +26,7 @@ _HIDDEN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen
 def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
     """Answer calls until the host closes the link; the exit code of the payload."""
     if debug:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        os.kill(os.getpid(), _signal.SIGSTOP)
     worker = Worker(limits)
     own_pid = os.getpid()
     while True:
@@ -34,12 +35,12 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
             return 0
         kind, ident, body = frame
         if kind == wire.CALL:
-            answer = worker.answer(pickle.loads(body), link.take_fds)  # noqa: S301  from the host, which is trusted
+            answer = worker.answer(_pickle.loads(body), link.take_fds)
             if os.getpid() != own_pid:
                 os._exit(0)  # user code forked and let the copy return: only the original may answer
             link.send(answer[0], ident, answer[1])
         elif kind == wire.CODE:
-            worker.library.add(pickle.loads(body))  # noqa: S301
+            worker.library.add(_pickle.loads(body))
 
 
 class Link:
@@ -48,7 +49,7 @@ class Link:
     def __init__(self, fd: int) -> None:
         self.sock = _socket.socket(fileno=fd)  # socket.socket would turn its numbers into enums at every start
         self.pending = bytearray()
-        self.fds = array.array("i")
+        self.fds: list[int] = []
 
     def receive(self) -> tuple[int, int, bytes] | None:
         """The next frame, None at the end. The host's frames may be as long as their header says."""
@@ -70,12 +71,12 @@ class Link:
         # Always recvmsg: a plain recv would drop descriptors that ride on the bytes it takes.
         data, ancillary, _flags, _address = self.sock.recvmsg(size, _FD_SPACE)
         for _level, _kind, content in ancillary:
-            self.fds.frombytes(content)
+            self.fds += [fd for (fd,) in struct.iter_unpack("i", content)]
         self.pending += data
         return bool(data)
 
     def take_fds(self) -> list[int]:
-        fds, self.fds = list(self.fds), array.array("i")
+        fds, self.fds = self.fds, []
         return fds
 
     def send(self, kind: int, ident: int, parts: list[bytes]) -> None:
@@ -124,11 +125,11 @@ class Worker:
         except Unloadable as error:
             return refused("unloadable", str(error))
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the call, not the child
-            return wire.RAISED, [json.dumps(raised.describe_exception(error, _HIDDEN)).encode()]
+            return wire.RAISED, [dump(raised.describe_exception(error, _HIDDEN))]
 
     def pack(self, value: object) -> tuple[int, list[bytes]]:
         if self.limits["pickle"]:
-            return wire.PICKLED, [pickle.dumps(value, 5)]
+            return wire.PICKLED, [_pickle.dumps(value, 5)]
         text, buffers = encode.encode(value, self.limits["result"])
         return wire.RESULT, wire.pack_value(text, buffers)
 
@@ -162,10 +163,10 @@ class Unloadable(Exception):
 
 def load(data: bytes) -> Any:
     try:
-        return pickle.loads(data)  # noqa: S301  from the host
+        return _pickle.loads(data)
     except Exception as error:
         raise Unloadable(f"{type(error).__name__}: {error}") from error
 
 
 def refused(kind: str, message: str, **more: object) -> tuple[int, list[bytes]]:
-    return wire.REFUSED, [json.dumps({"kind": kind, "message": message[:8192], **more}).encode()]
+    return wire.REFUSED, [dump({"kind": kind, "message": message[:8192], **more})]

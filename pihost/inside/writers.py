@@ -118,7 +118,7 @@ def _write_dict(walk: Walk, value: dict[Any, Any]) -> Any:
         return walk.members(pairs)
     converted = walk.keys(keys)
     values = walk.each(item for _, item in pairs)
-    return _tag(walk, "dict", list(chain.from_iterable(zip(converted, values))))  # noqa: B905 - Python 3.9 has no strict=
+    return _tag(walk, "dict", list(chain.from_iterable(zip(converted, values))))
 
 
 def _write_bytes(walk: Walk, value: bytes) -> Any:

@@ -145,11 +145,20 @@ def _spawn(python: str, control: int, host: int) -> int:
 
 def _ensure_compiled() -> None:
     """The zygote reads pihost through a read-only mount and cannot keep compiled files: make them before, once."""
-    if os.path.exists(os.path.join(PACKAGE, "__pycache__", f"zygote.{sys.implementation.cache_tag}.pyc")):
+    folders = (PACKAGE, os.path.join(PACKAGE, "inside"))
+    if all(_is_compiled(entry) for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py")):
         return
     import compileall
 
     compileall.compile_dir(PACKAGE, quiet=2)  # no right to write there costs 30 ms a zygote, nothing else
+
+
+def _is_compiled(entry: os.DirEntry[str]) -> bool:
+    name = f"{entry.name[:-3]}.{sys.implementation.cache_tag}.pyc"
+    try:
+        return os.stat(os.path.join(os.path.dirname(entry.path), "__pycache__", name)).st_mtime >= entry.stat().st_mtime
+    except OSError:
+        return False
 
 
 def deadline_left(deadline: float | None) -> float | None:

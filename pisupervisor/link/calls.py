@@ -23,18 +23,18 @@ def unpack_answer(answer: Answer, *, pickled: bool, returns: Any = None) -> Any:
     Raises ProtocolError for what no honest child sends.
     """
     if answer.kind == wire.RESULT and not pickled:
-        from pisupervisor.link import serializer
+        from pisupervisor.link.serializer import build, decode
 
         try:
             text, buffers = wire.unpack_value(answer.body)
         except wire.BadFrame as error:
             raise ProtocolError(f"the child sent {error}") from None
-        value = serializer.decode(text, buffers)
-        return value if returns is None else serializer.build(value, returns)
+        value = decode(text, buffers)
+        return value if returns is None else build(value, returns)
     if answer.kind == wire.PICKLED and pickled:
-        from pisupervisor.link import serializer
+        from pisupervisor.link.serializer import load_pickled
 
-        return serializer.load_pickled(answer.body)
+        return load_pickled(answer.body)
     if answer.kind == wire.RAISED:
         from pisupervisor.link.remote_errors import remote_error
 

@@ -174,7 +174,20 @@ class Child:
     @property
     def ended(self) -> bool:
         """Whether PID 1 of the sandbox, and with it everything inside, is gone."""
-        return self.exit_info is not None or bool(select.select([self.init_pidfd], [], [], 0)[0])
+        return self.wait(0)
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until it has ended; False if it has not after ``timeout`` seconds."""
+        with self._lock:
+            if self.exit_info is not None:
+                return True
+            fd = os.dup(self.init_pidfd)  # another thread may take the account, and close ours, while this one waits
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            return bool(poll.poll(None if timeout is None else timeout * 1000))
+        finally:
+            os.close(fd)
 
     def kill(self, reason: ExitReason, message: str = "") -> None:
         """SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its namespace. The first order wins."""

@@ -20,6 +20,7 @@ TABLE: dict[tuple[State, Event], State] = {
     ("backoff", "restart"): "starting",
     ("backoff", "gave_up"): "failed",
     ("backoff", "close"): "stopped",
+    ("failed", "gave_up"): "failed",
     ("failed", "close"): "stopped",
     ("failed", "restart"): "starting",
     ("stopped", "close"): "stopped",

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pisupervisor import ProcessIsolator
+from pisupervisor import IsolationError, ProcessIsolator
 
 IMPORTS = "import socket, pickle, json, struct, select, signal"  # what a child has, too
 PLUGIN = "def answer():\n    return 42\n"
@@ -46,15 +46,18 @@ while message := os.read(0, 4096):
     os.write(1, b"r")
 """
 
-SPACED, ROW = "spaced", "in a row"
+SPACED, ROW, FRESH = "spaced", "in a row", "spaced, no spare"
 FIRST = "create + first result"
 BARE, IMPORT, WHOLE = "python -I -c pass", "python -I -c 'import pisupervisor'", "empty process to result and exit"
 BWRAP = "bwrap + python to first output"
 
-#: what is divided by what, and the target: at most. The last of each fork pair does the same work, without walls.
+#: what is divided by what, and the target: at most. None: only to compare.
 RATIOS = (
     (f"isolator {SPACED}: {FIRST}", BWRAP, 0.15),
     (f"isolator {ROW}: {FIRST}", BWRAP, 0.15),
+    (f"isolator {FRESH}: {FIRST}", BWRAP, 0.15),
+    (f"isolator {FRESH}: {FIRST}", f"plain fork {SPACED}: first byte", 3.5),
+    (f"isolator {FRESH}: {FIRST}", f"plain fork {SPACED}: first result", None),
     (f"isolator {SPACED}: {FIRST}", f"plain fork {SPACED}: first byte", 3.5),
     (f"isolator {SPACED}: {FIRST}", f"plain fork {SPACED}: first result", None),
     (f"isolator {ROW}: {FIRST}", f"plain fork {ROW}: first byte", 3.5),
@@ -66,20 +69,36 @@ RATIOS = (
 Samples = dict[str, list[float]]
 
 
-def measure_isolator(plugin: str, name: str, samples: Samples) -> None:
-    """One child on a warm zygote, step by step."""
+def open_isolator(plugin: str, name: str, samples: Samples) -> ProcessIsolator:
+    """One child on a warm zygote, up to its first result."""
     start = time.perf_counter()
     isolator = ProcessIsolator.create()
     created = time.perf_counter()
     value = isolator.invoke_method(plugin, "answer")
     done = time.perf_counter()
-    isolator.close()
-    closed = time.perf_counter()
     if value != 42:
         raise RuntimeError(f"the child answered {value!r}")
-    steps = {"create": created - start, "first result": done - created, FIRST: done - start, "close": closed - done}
-    for step, seconds in steps.items():
+    for step, seconds in (("create", created - start), ("first result", done - created), (FIRST, done - start)):
         samples.setdefault(f"isolator {name}: {step}", []).append(seconds)
+    return isolator
+
+
+def measure_isolator(plugin: str, name: str, samples: Samples) -> None:
+    """Opened and closed. Closing asks for a spare child, which the next one is handed if it had time to get ready."""
+    isolator = open_isolator(plugin, name, samples)
+    start = time.perf_counter()
+    isolator.close()
+    samples.setdefault(f"isolator {name}: close", []).append(time.perf_counter() - start)
+
+
+def measure_fresh(plugin: str, samples: Samples) -> None:
+    """Children that are surely launched on demand: nothing is closed in between, so only the first may get a spare."""
+    opened = [open_isolator(plugin, FRESH, {})]
+    for _ in range(BURST):
+        time.sleep(SPACING)
+        opened.append(open_isolator(plugin, FRESH, samples))
+    for isolator in opened:
+        isolator.close()
 
 
 def measure_process(name: str, command: list[str], samples: Samples, *, until_exit: bool) -> None:
@@ -142,6 +161,7 @@ def run_rounds(rounds: int, python: str, plugin: str) -> tuple[Samples, list[str
         keeper.invoke_method(plugin, "answer")
         for _ in range(rounds):
             repeat(measure_isolator, plugin, samples)
+            measure_fresh(plugin, samples)
             repeat(measure_fork, server, samples)
             for name, command in commands.items():
                 measure_process(name, command, samples, until_exit=name != BWRAP)
@@ -190,14 +210,15 @@ def show(result: dict[str, Any]) -> None:
     """The same for people."""
     print(f"Linux {result['kernel']}, Python {result['python']}, {result['cpu']}")
     print(f"All processes pinned to cpu {result['pinned_to_cpu'][0]}; {result['rounds']} interleaved rounds")
+    print(f"Except under '{FRESH}', an isolator may be handed a spare child that was launched since the last close")
     print(f"Every isolator holds: {' '.join(result['isolator_holds'])}\n")
-    print(f"{'milliseconds':42}{'median':>9}{'min':>9}{'max':>9}{'n':>6}")
+    print(f"{'milliseconds':46}{'median':>9}{'min':>9}{'max':>9}{'n':>6}")
     for name, row in result["milliseconds"].items():
-        print(f"{name:42}{row['median']:9.3f}{row['min']:9.3f}{row['max']:9.3f}{row['n']:6}")
-    print(f"\n{'ratio of medians':80}{'here':>6}  target")
+        print(f"{name:46}{row['median']:9.3f}{row['min']:9.3f}{row['max']:9.3f}{row['n']:6}")
+    print(f"\n{'ratio of medians':86}{'here':>6}  target")
     for row in result["ratios"]:
         target = f"at most {row['target']:g}" if row["target"] else "(the same work without walls)"
-        print(f"{row['of'] + ' / ' + row['to']:80}{row['ratio']:6.2f}  {target}")
+        print(f"{row['of'] + ' / ' + row['to']:86}{row['ratio']:6.2f}  {target}")
 
 
 def cpu_model() -> str:
@@ -215,8 +236,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="pisupervisor-bench-") as folder:
         plugin = os.path.join(folder, "plugin.py")
         Path(plugin).write_text(PLUGIN)
-        samples, walls = run_rounds(arguments.rounds, python, plugin)
-        result = report(samples, walls, arguments.rounds)
+        try:
+            result = report(*run_rounds(arguments.rounds, python, plugin), arguments.rounds)
+        except IsolationError as error:  # such as: this user cannot make cgroups
+            parser.exit(1, f"scripts/bench launch: {error}\n")
     if arguments.json:
         print(json.dumps(result, indent=2))
     else:

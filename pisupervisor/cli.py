@@ -1,0 +1,243 @@
+"""The command line: ``pisupervisor run`` and ``pisupervisor doctor``. Thin: arguments in, text and an exit code out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pisupervisor.isolator import ProcessIsolator
+    from pisupervisor.options import IsolationOptions
+    from pisupervisor.results import CallResult, ExitInfo
+
+FAILED, USAGE, TIMED_OUT, NOT_ENFORCED, NOT_FOUND, INTERRUPTED, OUT_OF_MEMORY = 1, 2, 124, 126, 127, 130, 137
+LARGEST_OWN_CODE = 125
+
+_EPILOG = """\
+exit codes of run: the target's own when it is an int from 0 to 125; 124 timeout, 137 memory limit, 126 a required
+protection is missing, 127 target not found, 1 exception, 2 bad usage, 130 interrupted
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: sys.argv) and return its exit code. Raises SystemExit(2) for bad usage."""
+    own, arguments = _split(sys.argv[1:] if argv is None else argv)
+    parsed = _parser().parse_args(own)
+    if arguments and parsed.command != "run":
+        _parser().error(f"{parsed.command} takes no arguments after --")
+    try:
+        if parsed.command == "doctor":
+            from pisupervisor.doctor import main as doctor
+
+            return doctor(as_json=parsed.json)
+        return _run(parsed, arguments)
+    except BrokenPipeError:  # who read our output has gone; the interpreter would complain again when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """What is ours, and what stands behind the first ``--`` for the target."""
+    if "--" not in argv:
+        return argv, []
+    at = argv.index("--")
+    return argv[:at], argv[at + 1 :]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"pisupervisor: error: {message}\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from pisupervisor import __version__
+
+    parser = _Parser(
+        prog="pisupervisor", description="Runs code nobody has to trust, in a fully confined child.", epilog=_EPILOG
+    )
+    parser.add_argument("--version", action="version", version=f"pisupervisor {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    run = commands.add_parser(
+        "run", help="run a function of a file, or a file as a script", epilog=_EPILOG, allow_abbrev=False,
+        usage="pisupervisor run FILE[:TARGET] [options] [-- ARGS]",
+        description="Call TARGET (function or Class.method) of FILE (.py, package folder, .zip, .whl or module name) with"
+        " ARGS as strings; without :TARGET run FILE as a script.",
+    )  # fmt: skip
+    _add_run_options(run)
+    doctor = commands.add_parser("doctor", help="what this host can enforce, proved in a real child")
+    doctor.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    return parser
+
+
+def _add_run_options(run: argparse.ArgumentParser) -> None:
+    option = run.add_argument
+    option("code", metavar="FILE[:TARGET]")
+    option("--memory", metavar="SIZE", help="such as 256M (default 512M)")
+    option("--cpus", type=float, metavar="CORES", help="such as 0.5 (default 1.0)")
+    option("--pids", type=int, metavar="N", help="processes and threads (default 64)")
+    option("--timeout", type=float, metavar="SECONDS", help="kill the child after so long (default: never)")
+    option("--network", choices=("none", "loopback", "host"), default="none", help="default: none")
+    option(
+        "--profile", default="default", metavar="NAME", help="default, strict, permissive or a seccomp profile's path"
+    )
+    option("--restart", action="store_true", help="start again, a few times, when the child crashes")
+    option("--json", action="store_true", help="print one JSON object with result, output and usage")
+    option("--degrade", action="append", default=[], metavar="NAME", help="accept that this protection is missing")
+    option("--import-path", action="append", default=[], metavar="DIR", help="folder that the target may import from")
+    option("--python", metavar="PATH", help="another interpreter, or the folder of a venv")
+
+
+# --- run -----------------------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """What came of a run: the exit code, why, and what is shown. ``error`` is None when the target returned."""
+
+    code: int
+    reason: str
+    value: Any = None
+    error: BaseException | None = None
+    stdout: str = ""
+    stderr: str = ""
+    truncated: bool = False
+    duration: float | None = None
+    cpu_time: float | None = None
+    peak_memory: int | None = None
+
+
+def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
+    import signal
+
+    signal.signal(signal.SIGTERM, _terminated)  # so that groups are removed then, too
+    file, target = split_code(parsed.code)
+    try:
+        outcome = _outcome_of(parsed, file, target, arguments)
+    except KeyboardInterrupt as interrupt:
+        outcome = Outcome(INTERRUPTED, "interrupted", error=interrupt)
+    from pisupervisor import cli_output
+
+    show = cli_output.show_json if parsed.json else cli_output.show_text
+    show(outcome, is_script=target is None)
+    return outcome.code
+
+
+def _terminated(number: int, _frame: object) -> NoReturn:
+    raise SystemExit(128 + number)
+
+
+def split_code(code: str) -> tuple[str, str | None]:
+    """``"plugin.py:Tools.shrink"`` -> ("plugin.py", "Tools.shrink"); no target where a file has that very name."""
+    file, colon, target = code.rpartition(":")
+    if not colon or os.path.exists(code):
+        return code, None
+    return file, target
+
+
+def _outcome_of(parsed: argparse.Namespace, file: str, target: str | None, arguments: list[str]) -> Outcome:
+    from pisupervisor.errors import IsolationError
+    from pisupervisor.isolator import ProcessIsolator
+
+    isolator = None
+    try:
+        with ProcessIsolator.create(_options(parsed)) as isolator:
+            if target is None:
+                return _script_outcome(_repeated(isolator, parsed.restart, _script(isolator, file, arguments)))
+            path = os.path.abspath(file) if os.path.isfile(file) else file  # a bare name would be taken for a module's
+            return _returned(isolator.execute(f"{path}:{target}", *arguments, idempotent=parsed.restart))
+    except IsolationError as error:
+        return _failure(error, isolator)
+
+
+def _options(parsed: argparse.Namespace) -> IsolationOptions:
+    from pisupervisor.options import IsolationOptions, Limits, RestartPolicy, Security
+
+    given = {name: getattr(parsed, name) for name in ("memory", "cpus", "pids") if getattr(parsed, name) is not None}
+    return IsolationOptions(
+        limits=Limits(**given), network=parsed.network, security=Security(seccomp=parsed.profile),
+        restart=RestartPolicy(mode="on-failure" if parsed.restart else "never"), call_timeout=parsed.timeout,
+        degrade=parsed.degrade, import_paths=parsed.import_path, python=parsed.python,
+    )  # fmt: skip
+
+
+def _script(isolator: ProcessIsolator, file: str, arguments: list[str]) -> Callable[[], ExitInfo]:
+    from pathlib import Path
+
+    return lambda: isolator.run_script(Path(file), arguments)
+
+
+def _repeated(isolator: ProcessIsolator, again: bool, call: Callable[[], ExitInfo]) -> ExitInfo:
+    """``run_script`` has no ``idempotent``: call it until the child survives, or the restart policy gives up."""
+    from pisupervisor.errors import ChildTerminated
+
+    while True:
+        try:
+            return call()
+        except ChildTerminated:
+            if not again:
+                raise
+
+
+def _returned(result: CallResult) -> Outcome:
+    value = result.value
+    own = type(value) is int and 0 <= value <= LARGEST_OWN_CODE
+    return Outcome(
+        value if own else 0, "returned", value, None, result.stdout, result.stderr, result.truncated, result.duration,
+        result.usage.cpu_time, result.usage.peak_memory,
+    )  # fmt: skip
+
+
+def _script_outcome(info: ExitInfo) -> Outcome:
+    code = info.exit_code if info.exit_code is not None else FAILED
+    return Outcome(
+        code if 0 <= code <= LARGEST_OWN_CODE else FAILED, info.reason.value, code, None, info.stdout, info.stderr,
+        info.truncated, info.duration, info.cpu_time, info.peak_memory,
+    )  # fmt: skip
+
+
+def _failure(error: Exception, isolator: ProcessIsolator | None) -> Outcome:
+    stdout, stderr = getattr(error, "stdout", ""), getattr(error, "stderr", "")
+    truncated = getattr(error, "truncated", False)
+    if getattr(error, "type_name", "") == "SystemExit":  # the way in which many a main() returns its code
+        code, said = _exit_of(getattr(error, "message", ""))
+        return Outcome(code, "exited", None, None, stdout, stderr + said, truncated)
+    code, reason = classify(error)
+    info = getattr(error, "exit_info", None)
+    if reason == "restart_limit" and isolator is not None:
+        info = isolator.wait_for_exit(0)  # the last of the crashes
+        code = OUT_OF_MEMORY if info.reason.value == "memory" else code
+    return Outcome(
+        code, reason if info is None else info.reason.value, None, error, stdout, stderr, truncated,
+        getattr(info, "duration", None), getattr(info, "cpu_time", None), getattr(info, "peak_memory", None),
+    )  # fmt: skip
+
+
+def classify(error: BaseException) -> tuple[int, str]:
+    """The exit code for an error of this library, and a word for it."""
+    from pisupervisor import errors
+
+    missing_file = isinstance(error.__cause__, (FileNotFoundError, NotADirectoryError))
+    if isinstance(error, errors.OptionsError) and missing_file:
+        return NOT_FOUND, "not_found"
+    table: tuple[tuple[type[BaseException], int, str], ...] = (
+        (errors.OptionsError, USAGE, "usage"), (errors.FeatureUnavailable, NOT_ENFORCED, "unavailable"),
+        (errors.LaunchError, NOT_ENFORCED, "launch"), (errors.CallTimeout, TIMED_OUT, "timeout"),
+        (errors.MemoryLimitExceeded, OUT_OF_MEMORY, "memory"), (errors.TargetNotFound, NOT_FOUND, "not_found"),
+        (errors.RemoteError, FAILED, "raised"), (errors.CompileError, FAILED, "compile"),
+        (errors.SerializationError, FAILED, "not_data"), (errors.ProtocolError, FAILED, "protocol"),
+        (errors.RestartLimitReached, FAILED, "restart_limit"),
+    )  # fmt: skip
+    return next(((code, reason) for kind, code, reason in table if isinstance(error, kind)), (FAILED, "failed"))
+
+
+def _exit_of(text: str) -> tuple[int, str]:
+    """Exit code, and what belongs on stderr, of a ``SystemExit`` whose ``str()`` is ``text``: as CPython would have it."""
+    if text in ("", "None"):
+        return 0, ""
+    if text.isascii() and text.isdigit() and len(text) < 4:
+        return (int(text) if int(text) <= LARGEST_OWN_CODE else FAILED), ""
+    return FAILED, f"{text}\n"

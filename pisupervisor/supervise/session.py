@@ -1,0 +1,265 @@
+"""One isolator's engine: its child, whose turn it is to call, and what happens when the child dies."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import sys
+import threading
+import time
+from typing import Any
+
+from pihost import wire
+from pisupervisor.errors import CallTimeout, IsolatorClosed, LaunchError, ProtocolError, RestartLimitReached
+from pisupervisor.launch.templates import Template, release
+from pisupervisor.link.calls import pack_call, unpack_answer
+from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
+from pisupervisor.link.sources import Code
+from pisupervisor.options import IsolationOptions
+from pisupervisor.results import ExitInfo, ExitReason, Usage
+from pisupervisor.supervise import restart, spare
+from pisupervisor.supervise.child import Child
+from pisupervisor.supervise.exits import termination
+from pisupervisor.supervise.lifecycle import Event, State, next_state
+
+_DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
+
+
+class Session:
+    """Belongs to one isolator, in one process. One call at a time; the thread that calls does the waiting."""
+
+    def __init__(self, options: IsolationOptions, template: Template, without: tuple[str, ...] = ()) -> None:
+        self.options, self.without = options, without
+        self.owner = os.getpid()
+        self.state: State = "starting"
+        self.child: Child | None = None
+        self.last_exit: ExitInfo | None = None
+        self._template: Template | None = template
+        self._connection: Connection | None = None
+        self._sent: set[str] = set()
+        self._crashes: list[float] = []
+        self._turn = threading.Lock()  # held for the time of one call
+        self._lock = threading.Lock()  # held for a change of state
+        self._closing = threading.Event()
+
+    @property
+    def template(self) -> Template:
+        """Raises IsolatorClosed after ``close``."""
+        template = self._template
+        if template is None:
+            raise IsolatorClosed("this isolator is closed")
+        return template
+
+    def check_open(self) -> None:
+        """Raises IsolatorClosed after ``close``, and in a fork of the application."""
+        if os.getpid() != self.owner:
+            raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
+        if self.state == "stopped":
+            raise IsolatorClosed("this isolator is closed")
+
+    # --- calls ------------------------------------------------------------------------------------------------
+
+    def call(
+        self, verb: str, *arguments: Any, code: Code | None = None, timeout: float | None = None, idempotent: bool = False,
+        capture: bool = False,
+    ) -> tuple[Answer, Child]:  # fmt: skip
+        """Have one call done, on a new child where the last has died. Raises CallTimeout, ChildTerminated,
+        ProtocolError, RestartLimitReached, IsolatorClosed, LaunchError.
+        """
+        limit = self.options.call_timeout if timeout is None else timeout
+        deadline = None if limit is None else time.monotonic() + limit
+        body = pack_call(verb, capture, *arguments)
+        self._take_turn(deadline)
+        try:
+            while True:
+                child, connection = self._ready_child(deadline)
+                try:
+                    return self._exchange(connection, code, body, deadline, capture), child
+                except LinkClosed:
+                    info = self.bury(child)
+                    if not idempotent or info.reason is ExitReason.KILLED:
+                        raise termination(info) from None
+                except DeadlinePassed:
+                    self._end(child, ExitReason.TIMEOUT, f"the call was still running after {limit:g} s")
+                    raise CallTimeout(f"the call was still running after {limit:g} s; its child was killed") from None
+                except ProtocolError as error:
+                    self._end(child, ExitReason.PROTOCOL, str(error))
+                    raise
+                except BaseException as error:  # such as KeyboardInterrupt: an answer nobody waits for must not come
+                    self._end(child, ExitReason.KILLED, f"the call was interrupted by {type(error).__name__}")
+                    raise
+        finally:
+            self._turn.release()
+
+    def _exchange(
+        self, connection: Connection, code: Code | None, body: bytes, deadline: float | None, capture: bool
+    ) -> Answer:
+        self._enter("call")
+        if code is not None and code.key not in self._sent:
+            connection.send(wire.CODE, pickle.dumps(code.payload(), 5), deadline=deadline)
+            self._sent.add(code.key)
+        answer = connection.call(body, deadline, int(self.options.limits.output) if capture else None)
+        self._enter("answered")
+        return answer
+
+    def value(self, answer: Answer, child: Child, returns: Any) -> Any:
+        """What ``answer`` says; a child that says what no honest one does is killed."""
+        try:
+            return unpack_answer(answer, pickled=self.options.results == "pickle", returns=returns)
+        except ProtocolError as error:
+            self._end(child, ExitReason.PROTOCOL, str(error))
+            raise
+
+    def _take_turn(self, deadline: float | None) -> None:
+        self.check_open()
+        left = -1 if deadline is None else max(0.0, deadline - time.monotonic())
+        if not self._turn.acquire(timeout=left):
+            raise CallTimeout("other calls were still running at the deadline; this one was not started")
+        try:
+            self.check_open()
+        except BaseException:
+            self._turn.release()
+            raise
+
+    # --- the child --------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Launch a child, or take the spare one. The state is "starting"."""
+        template, limit = self.template, self.options.start_timeout
+        deadline = None if limit is None else time.monotonic() + limit
+        try:
+            child = None if self.without else spare.take(template, self.options, deadline)
+            if child is None:
+                child = Child(self.options, template)
+                child.request(self.without)
+                _import_call_path()
+                child.complete(deadline)
+        except BaseException:
+            self._enter("launch_failed")
+            raise
+        self._adopt(child)
+        if self.options.debug:
+            line = (
+                f"pisupervisor: child {child.pid} is stopped before user code; debug it, then: kill -CONT {child.pid}\n"
+            )
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+    def _adopt(self, child: Child) -> None:
+        with self._lock:
+            closed = self.state == "stopped"  # by another thread, while this one launched
+            if not closed:
+                self._connection = Connection(child.link, int(self.options.limits.result))
+                self._sent, self.child = set(), child
+                self.state = next_state(self.state, "launched")
+        if closed:
+            child.discard("the isolator was closed")
+            raise IsolatorClosed("this isolator is closed")
+
+    def _ready_child(self, deadline: float | None) -> tuple[Child, Connection]:
+        """The child for the next call, started anew where the last one has died. Called with the turn held."""
+        child = self.child
+        if child is not None and child.ended:
+            self.bury(child)
+        if self.child is None:
+            self._restart(deadline)
+        child, connection = self.child, self._connection
+        if child is None or connection is None:
+            raise IsolatorClosed("this isolator is closed")
+        return child, connection
+
+    def _restart(self, deadline: float | None) -> None:
+        policy, info = self.options.restart, self.last_exit
+        if info is not None and not restart.permits(policy, info):
+            raise IsolatorClosed(f"the child {info.describe()}, and restart mode {policy.mode!r} starts no other")
+        now = time.monotonic()
+        delay = None if self.state == "failed" else restart.decide(policy, self._crashes, now)
+        if delay is None:
+            self._enter("gave_up")
+            last = info.describe() if info is not None else "its launch failed"
+            raise RestartLimitReached(f"{len(self._crashes)} crashes within {policy.within:g} s; the last: {last}")
+        if deadline is not None and now + delay > deadline:
+            raise CallTimeout(f"the child crashed, and the next one starts in {delay:.1f} s, after the deadline")
+        if self._closing.wait(delay):
+            raise IsolatorClosed("this isolator is closed")
+        self._enter("restart")
+        try:
+            self.start()
+        except LaunchError:
+            self._crashes.append(time.monotonic())
+            raise
+
+    def bury(self, child: Child) -> ExitInfo:
+        """Take the account of a child that is dying or closed its link, and remember it for the restart policy."""
+        if not child.wait(_DEATH_GRACE):
+            child.kill(ExitReason.PROTOCOL, "it closed its link and lived on")
+        info = child.finish()
+        with self._lock:
+            if self.child is not child:
+                return info
+            self.child = self._connection = None
+            self.last_exit = info
+            if restart.is_crash(info):
+                self._crashes = [*self._crashes, time.monotonic()][-self.options.restart.max_restarts - 1 :]
+            self.state = next_state(self.state, "child_died")
+        return info
+
+    def _end(self, child: Child, reason: ExitReason, message: str) -> None:
+        child.kill(reason, message)
+        self.bury(child)
+
+    def _enter(self, event: Event) -> None:
+        with self._lock:
+            self.state = next_state(self.state, event)
+
+    # --- from outside -----------------------------------------------------------------------------------------
+
+    def terminate(self) -> None:
+        self.check_open()
+        child = self.child
+        if child is not None:
+            child.kill(ExitReason.KILLED, "terminate() was called")
+            child.wait(_DEATH_GRACE * 4)
+
+    def kill_running(self, why: str) -> None:
+        """End the child of the call under way; that call raises ChildTerminated."""
+        child = self.child
+        if child is not None:
+            child.kill(ExitReason.KILLED, why)
+
+    def wait_for_exit(self, timeout: float | None) -> ExitInfo:
+        child = self.child
+        if child is None:
+            if self.last_exit is None:
+                raise IsolatorClosed("this isolator has had no child")
+            return self.last_exit
+        if not child.wait(timeout):
+            raise TimeoutError(f"the child is still running after {timeout:g} s")
+        return child.finish()
+
+    def usage(self) -> Usage:
+        child = self.child
+        return child.usage() if child is not None else Usage()
+
+    def close(self) -> None:
+        """Idempotent. In a fork of the application nothing happens: it must not end what belongs to the original."""
+        if os.getpid() != self.owner:
+            return
+        self._closing.set()
+        with self._lock:
+            self.state = next_state(self.state, "close")
+            child, self.child, self._connection = self.child, None, None
+            template, self._template = self._template, None
+        if child is not None:
+            self.last_exit = child.discard("the isolator was closed")
+        if template is not None:
+            if template.users > 1 and child is not None and not self.without:
+                spare.prepare(template, self.options)
+            release(template)
+
+
+def _import_call_path() -> None:
+    """What the first call will need, imported while the zygote works: 10 ms that nobody then waits for."""
+
+    import pisupervisor.link.arguments
+    import pisupervisor.link.serializer  # noqa: F401
