@@ -8,6 +8,8 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pisupervisor.cli import Outcome
 
 #: C0 (but tab and newline), DEL, C1, and the marks that reorder text: what a terminal obeys instead of showing.
@@ -23,7 +25,7 @@ def show_text(outcome: Outcome, *, is_script: bool) -> None:
     if outcome.truncated:
         emit(sys.stderr, "pisupervisor: note: the output was longer than the limit; the rest is lost\n")
     if outcome.error is not None:
-        emit(sys.stderr, f"pisupervisor: error: {_message(outcome)}\n")
+        emit(sys.stderr, f"pisupervisor: error: {_message(outcome).rstrip()}\n")
     elif outcome.value is not None and not is_script:
         emit(sys.stdout, f"{shown(outcome.value)}\n")
 
@@ -58,11 +60,11 @@ def escaped(text: str) -> str:
     return text.translate(_ESCAPES)
 
 
-def shown(value: Any) -> str:
-    """``str(value)``; integers of more digits than Python converts appear in hexadecimal."""
+def shown(value: Any, text: Callable[[Any], str] = str) -> str:
+    """``str(value)``, or what ``text`` makes of it; integers of more digits than Python converts are hexadecimal."""
     try:
-        return str(value)
-    except ValueError as error:  # the limit of sys.set_int_max_str_digits, maybe deep inside
+        return text(value)
+    except (ValueError, RecursionError) as error:  # the limit of sys.set_int_max_str_digits, maybe deep inside
         return hex(value) if isinstance(value, int) else f"<{type(value).__name__} that cannot be shown: {error}>"
 
 
@@ -77,19 +79,10 @@ def plain(value: Any, depth: int = 0) -> Any:
     if type(value) in (list, tuple) and depth < _DEEPEST:
         return [plain(item, depth + 1) for item in value]
     if type(value) is dict and depth < _DEEPEST:
-        return {key if isinstance(key, str) else _repr(key): plain(item, depth + 1) for key, item in value.items()}
-    return _repr(value)
-
-
-def _repr(value: Any) -> str:
-    return shown(value) if isinstance(value, (int, float)) else _safely_repr(value)
-
-
-def _safely_repr(value: Any) -> str:
-    try:
-        return repr(value)
-    except (ValueError, RecursionError) as error:
-        return f"<{type(value).__name__} that cannot be shown: {error}>"
+        return {
+            key if isinstance(key, str) else shown(key, repr): plain(item, depth + 1) for key, item in value.items()
+        }
+    return shown(value, repr)
 
 
 def _error_fields(outcome: Outcome) -> dict[str, Any]:

@@ -22,8 +22,7 @@ IsolationError
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+TYPE_CHECKING = False  # typing costs 2 ms of a program's start; type checkers know this name
 if TYPE_CHECKING:
     from pisupervisor.results import ExitInfo
 

@@ -6,29 +6,27 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
 
-from pisupervisor.errors import (
-    SerializationError,
-)
+from pisupervisor.errors import SerializationError
 from pisupervisor.launch import templates
-from pisupervisor.launch.planning import import_paths
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
-from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, Usage
-from pisupervisor.supervise.lifecycle import State
 
+# What is not needed to start a zygote is imported while that wakes up (see ``ProcessIsolator.__init__``).
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
     from types import TracebackType
+    from typing import Any
 
     from pisupervisor.futures import IsolationFuture
     from pisupervisor.link.sources import Code
+    from pisupervisor.results import Applied, CallResult, ExitInfo, Usage
+    from pisupervisor.supervise.lifecycle import State
     from pisupervisor.worker import Worker
 
 _ids = itertools.count(1)
-_CLOSED_LINK_GRACE = 0.25  # a child that closed its link but lives gets this long to die of what it was doing
 
 
 class Template:
@@ -161,6 +159,8 @@ class ProcessIsolator:
         """Run a file like ``python tool.py --fast``: ``argv`` without the name. The child lives on; the ExitInfo is the
         script's: its exit code, stdout and stderr.
         """
+        from pisupervisor.results import ExitInfo, ExitReason
+
         code = self._reader.read(path)
         result = self._captured(("script", code.key, [os.fspath(path), *argv]), code, timeout, int, False)
         return ExitInfo(
@@ -190,6 +190,8 @@ class ProcessIsolator:
     def _captured(
         self, call: tuple[Any, ...], code: Code | None, timeout: float | None, returns: Any, idempotent: bool
     ) -> CallResult:
+        from pisupervisor.results import CallResult, Usage
+
         started = time.monotonic()
         before = self._session.usage()
         verb, *rest = call
@@ -234,6 +236,7 @@ class ProcessIsolator:
     def _importable(self) -> Callable[[str], bool]:
         """Whether the child can import a module by name; what it cannot travels by value."""
         if self._known_importable is None:
+            from pisupervisor.launch.planning import import_paths
             from pisupervisor.link.arguments import child_importable
 
             template = self._session.template

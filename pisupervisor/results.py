@@ -5,7 +5,10 @@ from __future__ import annotations
 import signal as _signal
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class ExitReason(Enum):

@@ -9,58 +9,73 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from typing import Any, Protocol
 
 from pisupervisor.errors import IsolatorClosed
-from pisupervisor.launch import planning
-from pisupervisor.launch.attest import read_links
-from pisupervisor.launch.features import Features, probe
-from pisupervisor.launch.ids import IdBlock
 from pisupervisor.launch.interpreter import Interpreter, find_interpreter
 from pisupervisor.launch.zygote import PACKAGE, Zygote
-from pisupervisor.limits import cgroups
 from pisupervisor.options import IsolationOptions
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Protocol
 
-class Spare(Protocol):
-    """What a template must know of a spare child."""
+    from pisupervisor.launch.features import Features
+    from pisupervisor.launch.ids import IdBlock
 
-    def discard(self, why: str) -> object: ...
+    class Spare(Protocol):
+        """What a template must know of a spare child."""
+
+        def discard(self, why: str) -> object: ...
 
 
 class Template:
     """A zygote and what was found out for it. Made by ``acquire``; every user calls ``release`` once."""
 
     def __init__(self, options: IsolationOptions) -> None:
+        """Raises OptionsError, FeatureUnavailable or LaunchError; nothing is left behind then."""
         self.lock = threading.Lock()
         self.users = 0
+        self.spare: Spare | None = None  # a child made ready while nobody waited; see supervise.spare
+        self.ids: IdBlock | None = None
         self.interpreter: Interpreter = find_interpreter(_python(options))
+        self.python = self.interpreter.executable
+        program = _program(options)
+        self.zygote = Zygote(self.python)
+        try:
+            self._prepare(options, program)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, options: IsolationOptions, program: bytes) -> None:
+        # Imported while the interpreter wakes up: 8 ms.
+        from pisupervisor.launch import planning
+        from pisupervisor.launch.attest import read_links
+        from pisupervisor.launch.features import probe
+        from pisupervisor.launch.ids import IdBlock
+        from pisupervisor.limits import cgroups
+
         self.features: Features = probe()
         planning.required(options, self.features)
-        planning.lacking_limits(options, self.features.cgroups)  # before anything is started
+        planning.lacking_limits(options, self.features.cgroups)
         self.cloudpickle = _cloudpickle_folder() if self.interpreter.version == sys.version_info[:2] else None
-        self.python = self.interpreter.executable
         self.plan = planning.template_plan(
-            options, self.features, self.interpreter, package=PACKAGE, cloudpickle=self.cloudpickle,
-            program=_program(options), host_environment=dict(os.environ),
+            options, self.features, self.interpreter, package=PACKAGE, cloudpickle=self.cloudpickle, program=program,
+            host_environment=dict(os.environ),
         )  # fmt: skip
+        self.zygote.prepare(self.plan)
         cgroups.sweep(self.features.cgroups)
         self.host_links = read_links("self")
-        self.spare: Spare | None = None  # a child made ready while nobody waited; see supervise.spare
-        self.ids = IdBlock() if self.features.root else None
-        try:
-            self.zygote = Zygote(self.plan, self.python)
-        except BaseException:
-            if self.ids is not None:
-                self.ids.close()
-            raise
+        if self.features.root:
+            self.ids = IdBlock()
 
     def usable_zygote(self) -> Zygote:
         """The zygote, a new one where the old has ended."""
         with self.lock:
             if not self.zygote.alive():
                 self.zygote.close()
-                self.zygote = Zygote(self.plan, self.python)
+                self.zygote = Zygote(self.python)
+                self.zygote.prepare(self.plan)
             return self.zygote
 
     def close(self) -> None:

@@ -5,21 +5,24 @@ A zygote is exec'd, never forked from the host application, and shared by all is
 
 from __future__ import annotations
 
+import _socket  # not socket: importing that and json before the zygote is started would cost 3 ms
 import fcntl
-import json
 import os
 import select
 import signal
-import socket
+import struct
 import sys
 import time
-from typing import Any
 
 import pihost
 from pihost.plan import ChildPlan, TemplatePlan
 from pisupervisor.errors import IsolatorClosed, LaunchError
 
 PACKAGE = os.path.dirname(os.path.abspath(pihost.__file__))
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 _SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them at
 _CONTROL, _HOST = 3, 4
 _GRACE = 2.0
@@ -35,12 +38,13 @@ _REMEDIES = {
 class Zygote:
     """One running zygote. ``launch`` may be called from any thread; each child answers on a socket of its own."""
 
-    def __init__(self, plan: TemplatePlan, python: str) -> None:
+    def __init__(self, python: str) -> None:
+        """Start the interpreter. It waits for its plan (see ``prepare``), so that its wake-up costs nobody time."""
         _ensure_compiled()
         self.owner = os.getpid()
         self._confirmed = False
         host = os.pidfd_open(self.owner)
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         try:
             self.pid = _spawn(python, theirs.fileno(), host)
             self.pidfd = os.pidfd_open(self.pid)
@@ -51,10 +55,13 @@ class Zygote:
             theirs.close()
             os.close(host)
         self.control = ours
+
+    def prepare(self, plan: TemplatePlan) -> None:
+        """Tell it what to be."""
         dumped = plan.dump()
         try:
-            ours.send(dumped)  # once for the stage that builds the root,
-            ours.send(dumped)  # once for the zygote that wakes up inside it
+            self.control.send(dumped)  # once for the stage that builds the root,
+            self.control.send(dumped)  # once for the zygote that wakes up inside it
         except OSError:
             pass  # it has ended already; the first launch will say why
 
@@ -63,7 +70,8 @@ class Zygote:
         if os.getpid() != self.owner:
             raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
         try:
-            socket.send_fds(self.control, [plan.dump()], fds)
+            rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
+            self.control.sendmsg([plan.dump()], [rights])
         except OSError as error:
             raise self.explain_end(error.errno) from error
 
@@ -76,6 +84,8 @@ class Zygote:
 
     def explain_end(self, errno: int | None = None) -> LaunchError:
         """Why this zygote is gone: its own word, where it still could speak."""
+        import json
+
         self.control.settimeout(_GRACE)
         try:
             while data := self.control.recv(65536):

@@ -1,0 +1,196 @@
+"""``pisupervisor doctor``: what this host can enforce, proved by doing, and the remedy for what it cannot.
+
+Each protection is tried twice: in a child that has it, where the probe must be stopped, and in a control without it,
+where the same probe must get through. Only then is the verdict "holds".
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pisupervisor.errors import FeatureUnavailable, IsolationError
+from pisupervisor.options import PROTECTIONS, IsolationOptions, Limits
+
+if TYPE_CHECKING:
+    from pisupervisor.doctor_lab import Lab
+    from pisupervisor.doctor_probes import Probe
+    from pisupervisor.launch.features import Features
+    from pisupervisor.results import Applied
+
+Verdict = Literal["holds", "degraded", "unproved", "missing", "not asked"]
+_DEFECT = "this is a defect: do not rely on it, and report it with the kernel's version"
+_FULL_LANDLOCK = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One protection. ``how`` is the mechanism, ``proof`` what the control could do and the child could not."""
+
+    name: str
+    verdict: Verdict
+    how: str = ""
+    proof: str = ""
+    cause: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """``works``: the default options would; ``obstacle`` says why not. ``witness`` is what python-prctl read inside."""
+
+    host: Mapping[str, str]
+    findings: tuple[Finding, ...]
+    works: bool
+    obstacle: str
+    witness: Mapping[str, Any] | None
+    seconds: float
+
+
+def main(*, as_json: bool = False) -> int:
+    """Examine, print, and return the exit code: 0 when the default options would work here, else 1."""
+    from pisupervisor.doctor_report import as_text
+
+    report = examine()
+    if as_json:
+        import json
+
+        told = asdict(report)
+        told["protections"] = {finding.pop("name"): finding for finding in told.pop("findings")}
+        text = json.dumps(told, indent=2, default=str) + "\n"
+    else:
+        text = as_text(report)
+    sys.stdout.write(text)
+    return 0 if report.works else 1
+
+
+def examine() -> Report:
+    """Look at this host. What goes wrong on the way becomes part of the report."""
+    from pisupervisor.doctor_host import facts
+    from pisupervisor.launch import features
+
+    started = time.monotonic()
+    found = features.probe()
+    lacking = missing_here(found)
+    findings, witness = _find(found, lacking)
+    obstacle = _obstacle(findings)
+    return Report(
+        host=facts(found), findings=findings, works=not obstacle, obstacle=obstacle, witness=witness,
+        seconds=round(time.monotonic() - started, 3),
+    )  # fmt: skip
+
+
+def missing_here(features: Features) -> dict[str, Finding]:
+    """What cannot hold here as far as the host's features tell, by name, with cause and remedy."""
+    from pisupervisor.launch import planning
+    from pisupervisor.limits import cgroups
+
+    everything = cgroups.wanted_limits(Limits(cpu_weight=100, cpuset="0"))
+    lacking = {
+        one.feature: _missing(one.feature, one.why, one.remedy) for one in cgroups.missing(features.cgroups, everything)
+    }
+    io = features.cgroups.places["blkio"]
+    if not io.usable:
+        lacking["io"] = _missing("io", io.why, cgroups.remedy(features.cgroups, "io"))
+    while True:
+        try:
+            planning.required(IsolationOptions(degrade=tuple(lacking)), features)
+            break
+        except FeatureUnavailable as error:
+            lacking[error.feature] = _unavailable(error)
+    try:
+        from pisupervisor.launch.seccomp import compile_profile
+
+        compile_profile("default")
+    except FeatureUnavailable as error:
+        lacking["seccomp"] = _unavailable(error)
+    return lacking
+
+
+def _missing(name: str, cause: str, remedy: str, how: str = "") -> Finding:
+    return Finding(name=name, verdict="missing", how=how, cause=cause, remedy=remedy)
+
+
+def _unavailable(error: FeatureUnavailable) -> Finding:
+    return _missing(error.feature, str(error).partition("\n")[0], error.remedy)
+
+
+def _find(features: Features, lacking: dict[str, Finding]) -> tuple[tuple[Finding, ...], Mapping[str, Any] | None]:
+    from pisupervisor.doctor_lab import Lab
+
+    try:
+        with Lab(features, tuple(lacking)) as lab:
+            applied = lab.survey()
+            found = _probe_all(lab, lacking, applied)
+            return tuple(found[name] for name in PROTECTIONS), _ask_witness(lab)
+    except (IsolationError, OSError) as error:
+        cause = f"no child can be started here: {str(error).partition(chr(10))[0]}"
+        remedy = getattr(error, "remedy", None) or "see the cause"
+        return tuple(lacking.get(name) or _missing(name, cause, remedy) for name in PROTECTIONS), None
+
+
+def _probe_all(lab: Lab, lacking: Mapping[str, Finding], applied: Mapping[str, Applied]) -> dict[str, Finding]:
+    from pisupervisor.doctor_probes import probes
+
+    found = dict(lacking)
+    for probe in probes(lab.scene):
+        if probe.name not in found:
+            found[probe.name] = _judge(lab, probe, applied[probe.name])
+    where = "no folder that this user may write to lies on a block device of its own (tmpfs, overlay?)"
+    found.setdefault("io", Finding(name="io", verdict="not asked", cause=where))
+    return found
+
+
+def _judge(lab: Lab, probe: Probe, applied: Applied) -> Finding:
+    """Try it with and without the protection. Whatever happens on the way is a finding."""
+    name, how = probe.name, applied.how
+    if not applied.holds:
+        return _missing(name, f"read back as not holding: {applied.detail}", _DEFECT)
+    if name == "swap" and not lab.features.cgroups.swap_on:
+        return Finding(name=name, verdict="holds", how=how, proof="there is none to use")
+    try:
+        got, control = lab.attempt(probe), lab.control(probe)
+    except Exception as error:  # a doctor that crashes helps nobody
+        cause = f"the probe itself failed: {type(error).__name__}: {error}".partition("\n")[0]
+        return Finding(name=name, verdict="unproved", how=how, cause=cause, remedy="run the doctor once more")
+    if got:
+        return _missing(name, f"the probe got through: it {'; '.join(got)}", _DEFECT, how)
+    if not control:
+        cause = "the control was stopped too, so there is nothing to compare with"
+        return Finding(name=name, verdict="unproved", how=how, cause=cause)
+    return _full_or_less(lab.features, Finding(name=name, verdict="holds", how=how, proof="; ".join(control)))
+
+
+def _full_or_less(features: Features, finding: Finding) -> Finding:
+    """Landlock grew: older versions hold, but less."""
+    if finding.name != "landlock" or features.landlock_abi >= _FULL_LANDLOCK:
+        return finding
+    less = "no scopes for abstract sockets and signals" + ("" if features.landlock_abi >= 4 else ", no rules for TCP")
+    cause = f"this kernel's Landlock is version {features.landlock_abi}: {less}; namespaces hold these by themselves"
+    return Finding(
+        name=finding.name, verdict="degraded", how=finding.how, proof=finding.proof, cause=cause,
+        remedy="Linux 6.12 or newer has all of it",
+    )  # fmt: skip
+
+
+def _ask_witness(lab: Lab) -> Mapping[str, Any] | None:
+    try:
+        return lab.ask_witness()
+    except Exception as error:  # as above
+        return {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
+
+
+def _obstacle(findings: tuple[Finding, ...]) -> str:
+    """Why the default options would not work here; empty when they would."""
+    from pisupervisor.isolator import ProcessIsolator
+
+    try:
+        with ProcessIsolator.create() as isolator:
+            asked = {name for name, entry in isolator.applied.items() if entry.asked not in (None, False, ())}
+    except (IsolationError, OSError) as error:
+        return str(error).partition("\n")[0]
+    broken = [finding.name for finding in findings if finding.verdict == "missing" and finding.name in asked]
+    return f"probes got through: {', '.join(broken)}" if broken else ""

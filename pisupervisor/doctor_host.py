@@ -1,0 +1,81 @@
+"""What ``pisupervisor doctor`` says of the host itself: facts to read beside the verdicts, none of them a proof."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pisupervisor.launch.features import Features
+    from pisupervisor.limits.cgroups import CgroupHost
+
+#: switches that decide whether an ordinary user gets namespaces; most kernels lack the second and third
+_SWITCHES = (
+    "user/max_user_namespaces", "kernel/unprivileged_userns_clone", "kernel/apparmor_restrict_unprivileged_userns",
+)  # fmt: skip
+
+
+def facts(features: Features) -> dict[str, str]:
+    """Name to text, in the order in which they are shown. Never raises."""
+    host = os.uname()
+    return {
+        "kernel": f"{features.kernel} {host.machine}",
+        "python": f"{sys.version.split()[0]} ({sys.executable})",
+        "libseccomp": _libseccomp(host.machine),
+        "user": "root" if features.root else f"uid {features.uid}",
+        "user namespaces": _switches(),
+        "cgroups": _cgroups(features.cgroups),
+        "swap": "on" if features.cgroups.swap_on else "none",
+        "landlock": f"ABI {features.landlock_abi}" if features.landlock_abi else "not there, or not switched on",
+        "security modules": _line("/sys/kernel/security/lsm") or "cannot be read",
+        "container": _container(),
+        "init": "systemd" if os.path.isdir("/run/systemd/system") else f"{_line('/proc/1/comm') or 'unknown'}",
+    }
+
+
+def _line(path: str) -> str:
+    """The first line of a file, "" where it cannot be read."""
+    try:
+        with open(path, errors="replace") as file:
+            return file.readline().strip()
+    except OSError:
+        return ""
+
+
+def _libseccomp(machine: str) -> str:
+    from pisupervisor.launch.seccomp import _libseccomp_version
+
+    name = _libseccomp_version(machine)
+    return name.rpartition(".so.")[2] if name else "no libseccomp.so.2 in the usual folders"
+
+
+def _switches() -> str:
+    found = [f"{name.replace('/', '.')}={value}" for name in _SWITCHES if (value := _line(f"/proc/sys/{name}"))]
+    return " ".join(found) or "no switches found"
+
+
+def _cgroups(host: CgroupHost) -> str:
+    """The mode, and the controllers in which groups can be made, by directory."""
+    usable: dict[str, list[str]] = {}
+    for controller, place in host.places.items():
+        if place.usable and place.directory:
+            usable.setdefault(place.directory, []).append(controller)
+    if not usable:
+        return f"{host.mode}; no group can be made"
+    return f"{host.mode}; groups go to " + ", ".join(
+        f"{directory} ({' '.join(controllers)})" for directory, controllers in usable.items()
+    )
+
+
+def _container() -> str:
+    """Best effort: a container does not have to say that it is one."""
+    for path, kind in (("/.dockerenv", "docker"), ("/run/.containerenv", "podman")):
+        if os.path.exists(path):
+            return f"{kind} (there is {path})"
+    told = _line("/run/systemd/container")
+    if told:
+        return f"{told} (says /run/systemd/container)"
+    group = _line("/proc/1/cgroup")
+    kind = next((word for word in ("docker", "kubepods", "lxc", "libpod") if word in group), "")
+    return f"{kind} (from the cgroup of process 1)" if kind else "no sign of one (best effort)"

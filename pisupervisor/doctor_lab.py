@@ -1,0 +1,235 @@
+"""Where the doctor's probes run: children with every wall, controls that lack one, and a bare interpreter beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from pisupervisor import doctor_probes
+from pisupervisor.doctor_probes import Probe
+from pisupervisor.errors import ChildTerminated, OptionsError
+from pisupervisor.isolator import ProcessIsolator, Template
+from pisupervisor.launch.features import Features
+from pisupervisor.limits.blockdev import block_device
+from pisupervisor.options import Filesystem, IsolationOptions, Limits, RestartPolicy, Security
+
+SCOPES_SINCE = 6  # the version of Landlock that can keep a process from abstract sockets outside
+_PATIENCE = 10.0  # seconds for one probe; the slowest takes half a second
+_INSIDE = "/doctor"  # where the child sees what the probes need
+_SERVER = """
+import json, sys
+for line in sys.stdin:
+    names = {}
+    try:
+        exec(json.loads(line), names)
+        answer = {"got": names["got"]}
+    except BaseException as error:
+        answer = {"error": repr(error)}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class ProbeFailed(Exception):
+    """A probe could not be carried out: that says nothing about what it was to try."""
+
+
+class Plain:
+    """A bare interpreter without any wall: the control for what only the host's side can show, and a decoy to find."""
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-I", "-S", "-c", _SERVER]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+
+    def run(self, source: str) -> Any:
+        """What ``source`` leaves in ``got``. Raises ProbeFailed."""
+        reader, writer = self.process.stdout, self.process.stdin
+        assert reader is not None
+        assert writer is not None
+        try:
+            writer.write(json.dumps(source) + "\n")
+            writer.flush()
+        except BrokenPipeError:
+            raise ProbeFailed("the control's interpreter has ended") from None
+        line = reader.readline() if select.select([reader], [], [], _PATIENCE)[0] else ""
+        answer = json.loads(line or '{"error": "no answer"}')
+        if "error" in answer:
+            raise ProbeFailed(f"in the control: {answer['error']}")
+        return answer["got"]
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+class Lab:
+    """A context manager. ``degrade`` names what is known to be missing here."""
+
+    def __init__(self, features: Features, degrade: tuple[str, ...]) -> None:
+        self.features, self.degrade = features, degrade
+        self.scene: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Lab:
+        with self._stack:
+            self.plain = Plain()
+            self._stack.callback(self.plain.close)
+            self.scene = self._make_scene()
+            self.options = self._base_options()
+            self._make_segment()
+            for network in ("none", "host"):  # one zygote for each, kept for all probes
+                self._stack.enter_context(Template(self.options, network=network))
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def _make_scene(self) -> dict[str, Any]:
+        """What the probes look for, and their constants."""
+        folder, block = self._files()
+        path, token = os.path.join(folder, "secret"), os.urandom(16).hex()
+        with open(path, "w") as file:
+            file.write(token)
+        os.chmod(path, 0o644)  # open to every user: what keeps the child out must be the walls
+        listener = self._stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        abstract = self._stack.enter_context(socket.socket(socket.AF_UNIX))
+        abstract.bind(f"\0pisupervisor-doctor-{os.getpid()}-{token}")
+        abstract.listen()
+        scoped = self.features.landlock_abi >= SCOPES_SINCE
+        return {
+            "HOST": os.uname().nodename, "BOOT": time.clock_gettime(time.CLOCK_BOOTTIME), "PATH": path, "TOKEN": token,
+            "PORT": listener.getsockname()[1], "SOCKET": "\0" + abstract.getsockname()[1:].decode() if scoped else None,
+            "DECOY": self.plain.process.pid, "KEY": int(token[:7], 16) | 1, "FIRST": min(os.sched_getaffinity(0)),
+            "BLOCK": block, "IO_PATH": f"{_INSIDE}/block", "WITNESS_PATH": f"{_INSIDE}/witness",
+        }  # fmt: skip
+
+    def _files(self) -> tuple[str, str | None]:
+        """A folder of ours, and a file in it of which parts can be read from a disk (None where no folder lies on one)."""
+        folders = [folder for folder in (tempfile.gettempdir(), "/var/tmp", os.getcwd()) if os.access(folder, os.W_OK)]
+        on_disk = next((folder for folder in folders if _lies_on_disk(folder)), None)
+        made = tempfile.TemporaryDirectory(prefix="pisupervisor-doctor-", dir=on_disk)
+        folder = self._stack.enter_context(made)
+        os.chmod(folder, 0o755)
+        if on_disk is None or "io" in self.degrade:
+            return folder, None
+        block = os.path.join(folder, "block")
+        with open(block, "wb") as file:
+            file.write(os.urandom(1 << 19))
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(block, 0o644)
+        return folder, block
+
+    def _base_options(self) -> IsolationOptions:
+        shown = [(self.scene["BLOCK"], self.scene["IO_PATH"])] if self.scene["BLOCK"] else []
+        shown += [(path, f"{self.scene['WITNESS_PATH']}/{os.path.basename(path)}") for path in _witness_files()]
+        hostname = "pihost" if self.scene["HOST"] != "pihost" else "pihost-2"
+        return IsolationOptions(
+            filesystem=Filesystem(read_only=shown), degrade=self.degrade, restart=RestartPolicy(mode="never"),
+            security=Security(seccomp=None if "seccomp" in self.degrade else "default", hostname=hostname),
+        )  # fmt: skip
+
+    # --- probes -----------------------------------------------------------------------------------------------
+
+    def survey(self) -> dict[str, Any]:
+        """``applied`` of a child with every protection that can hold here. Raises what its launch raises."""
+        with ProcessIsolator.create(replace(self.options, limits=doctor_probes.all_at_once(self.scene))) as isolator:
+            return dict(isolator.applied)
+
+    def attempt(self, probe: Probe) -> list[str]:
+        """What the probe could do in a child with the protection."""
+        if probe.source == doctor_probes.RIVALS:
+            return self._compete(probe.options["limits"])
+        return self._in_child(probe, probe.options, ())
+
+    def control(self, probe: Probe) -> list[str]:
+        """What it could do without the protection."""
+        if probe.source == doctor_probes.RIVALS:
+            return self._compete(probe.control["limits"])
+        if probe.plain:
+            return _checked(self.plain.run(self.constants() + probe.source))
+        return self._in_child(probe, probe.control, probe.without)
+
+    def _make_segment(self) -> None:
+        """Shared memory of the host for the ipc probe to find; it goes with the lab."""
+        self.plain.run(self.constants() + doctor_probes.IPC_MAKE)
+        self._stack.callback(self.plain.run, self.constants() + doctor_probes.IPC_REMOVE)
+
+    def constants(self) -> str:
+        return "".join(f"{name} = {value!r}\n" for name, value in self.scene.items())
+
+    def _in_child(self, probe: Probe, changes: Any, without: tuple[str, ...]) -> list[str]:
+        with ProcessIsolator(replace(self.options, **changes), without=without) as isolator:
+            isolator._start()
+            try:
+                return _checked(isolator.run_source(f"{self.constants()}{probe.source}\ngot", timeout=_PATIENCE).value)
+            except ChildTerminated as error:
+                if error.exit_info.reason.value not in probe.killed:
+                    raise
+                return []
+
+    def _compete(self, limits: Limits) -> list[str]:
+        """A child with ``limits`` and one of weight 1000 on one CPU: did the first get its half?"""
+        with self._burning(limits) as subject, self._burning(Limits(cpu_weight=1000)) as rival:
+            time.sleep(0.05)
+            before = [_cpu_time(isolator) for isolator in (subject, rival)]
+            time.sleep(0.3)
+            used = [_cpu_time(one) - then for one, then in zip((subject, rival), before, strict=True)]
+        share = used[0] / (sum(used) or 1.0)
+        return [f"got {share:.0%} of what two children on one CPU used"] if share > 0.25 else []
+
+    def _burning(self, limits: Limits) -> ProcessIsolator:
+        isolator = ProcessIsolator.create(replace(self.options, limits=limits))
+        isolator.submit_call(isolator.run_source, self.constants() + doctor_probes.RIVAL)
+        return isolator
+
+    def ask_witness(self) -> dict[str, Any] | None:
+        """What python-prctl reads inside; None where it is not installed."""
+        if not _witness_files():
+            return None
+        with ProcessIsolator.create(self.options) as isolator:
+            found = isolator.run_source(f"{self.constants()}{doctor_probes.WITNESS}\ngot", timeout=_PATIENCE).value
+        return dict(found)
+
+
+def _checked(got: Any) -> list[str]:
+    if not isinstance(got, list) or not all(isinstance(item, str) for item in got):
+        raise ProbeFailed(f"it answered {got!r}"[:200])
+    return got
+
+
+def _cpu_time(isolator: ProcessIsolator) -> float:
+    used = isolator.resource_usage().cpu_time
+    if used is None:
+        raise ProbeFailed("nobody counts CPU time here")
+    return used
+
+
+def _lies_on_disk(folder: str) -> bool:
+    try:
+        block_device(folder)
+    except OptionsError:
+        return False
+    return True
+
+
+def _witness_files() -> list[str]:
+    """The two modules of python-prctl; empty where it is not installed."""
+    from importlib.util import find_spec
+
+    specs = [find_spec(name) for name in ("prctl", "_prctl")]
+    return [spec.origin for spec in specs if spec is not None and spec.origin] if all(specs) else []
