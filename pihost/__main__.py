@@ -31,8 +31,11 @@ def enter_root(control: int, host: int) -> None:
     from pihost import root
     from pihost.plan import PlanError, TemplatePlan
 
+    data = os.read(control, 1 << 20)
+    if not data:
+        return  # the host thought better of it
     try:
-        plan = TemplatePlan.load(os.read(control, 1 << 20))
+        plan = TemplatePlan.load(data)
         root.build(plan)
     except PlanError as error:
         report(control, root.StepFailed("plan", error))

@@ -38,6 +38,8 @@ class Bind:
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:
         target = base + self.target
+        if self.fd < 0:
+            self.open()
         if os.path.isdir(f"/proc/self/fd/{self.fd}"):
             os.makedirs(target, exist_ok=True)
         else:

@@ -45,7 +45,10 @@ def main(control: int, host: int) -> None:
     """Become a zygote: read the template plan, preload, say ready, serve until the host is gone."""
     os.closerange(max(control, host) + 1, 1 << 30)
     sock = _socket.socket(fileno=control)
-    plan = TemplatePlan.load(sock.recv(_MAX_MESSAGE))
+    data = sock.recv(_MAX_MESSAGE)
+    if not data:
+        return  # the host thought better of it
+    plan = TemplatePlan.load(data)
     try:
         prepare(plan)
     except StepFailed as failure:

@@ -29,12 +29,15 @@ def main(argv: list[str] | None = None) -> int:
     parsed = _parser().parse_args(own)
     if arguments and parsed.command != "run":
         _parser().error(f"{parsed.command} takes no arguments after --")
+    _end_cleanly()
     try:
         if parsed.command == "doctor":
             from pisupervisor.doctor import main as doctor
 
             return doctor(as_json=parsed.json)
         return _run(parsed, arguments)
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:  # who read our output has gone; the interpreter would complain again when it flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
@@ -46,6 +49,16 @@ def _split(argv: list[str]) -> tuple[list[str], list[str]]:
         return argv, []
     at = argv.index("--")
     return argv[:at], argv[at + 1 :]
+
+
+def _end_cleanly() -> None:
+    """Groups are removed and children ended on SIGTERM too: this process is ours."""
+    import signal
+
+    def end(number: int, _frame: object) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -111,9 +124,6 @@ class Outcome(NamedTuple):
 
 
 def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
-    import signal
-
-    signal.signal(signal.SIGTERM, _terminated)  # so that groups are removed then, too
     file, target = split_code(parsed.code)
     try:
         outcome = _outcome_of(parsed, file, target, arguments)
@@ -124,10 +134,6 @@ def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
     show = cli_output.show_json if parsed.json else cli_output.show_text
     show(outcome, is_script=target is None)
     return outcome.code
-
-
-def _terminated(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def split_code(code: str) -> tuple[str, str | None]:
@@ -146,7 +152,7 @@ def _outcome_of(parsed: argparse.Namespace, file: str, target: str | None, argum
     try:
         with ProcessIsolator.create(_options(parsed)) as isolator:
             if target is None:
-                return _script_outcome(_repeated(isolator, parsed.restart, _script(isolator, file, arguments)))
+                return _script_outcome(_repeated(parsed.restart, _script(isolator, file, arguments)))
             path = os.path.abspath(file) if os.path.isfile(file) else file  # a bare name would be taken for a module's
             return _returned(isolator.execute(f"{path}:{target}", *arguments, idempotent=parsed.restart))
     except IsolationError as error:
@@ -170,7 +176,7 @@ def _script(isolator: ProcessIsolator, file: str, arguments: list[str]) -> Calla
     return lambda: isolator.run_script(Path(file), arguments)
 
 
-def _repeated(isolator: ProcessIsolator, again: bool, call: Callable[[], ExitInfo]) -> ExitInfo:
+def _repeated(again: bool, call: Callable[[], ExitInfo]) -> ExitInfo:
     """``run_script`` has no ``idempotent``: call it until the child survives, or the restart policy gives up."""
     from pisupervisor.errors import ChildTerminated
 

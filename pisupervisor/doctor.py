@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from pisupervisor.errors import FeatureUnavailable, IsolationError
+from pisupervisor.errors import FeatureUnavailable, IsolationError, LaunchError, OptionsError
 from pisupervisor.options import PROTECTIONS, IsolationOptions, Limits
 
 if TYPE_CHECKING:
@@ -85,7 +85,6 @@ def examine() -> Report:
 
 def missing_here(features: Features) -> dict[str, Finding]:
     """What cannot hold here as far as the host's features tell, by name, with cause and remedy."""
-    from pisupervisor.launch import planning
     from pisupervisor.limits import cgroups
 
     everything = cgroups.wanted_limits(Limits(cpu_weight=100, cpuset="0"))
@@ -95,27 +94,31 @@ def missing_here(features: Features) -> dict[str, Finding]:
     io = features.cgroups.places["blkio"]
     if not io.usable:
         lacking["io"] = _missing("io", io.why, cgroups.remedy(features.cgroups, "io"))
-    while True:
-        try:
-            planning.required(IsolationOptions(degrade=tuple(lacking)), features)
-            break
-        except FeatureUnavailable as error:
-            lacking[error.feature] = _unavailable(error)
-    try:
-        from pisupervisor.launch.seccomp import compile_profile
-
-        compile_profile("default")
-    except FeatureUnavailable as error:
-        lacking["seccomp"] = _unavailable(error)
+    while (error := _refusal(features, tuple(lacking))) is not None:
+        lacking[error.feature] = _missing(error.feature, _first_line(error), error.remedy)
     return lacking
+
+
+def _refusal(features: Features, degrade: tuple[str, ...]) -> FeatureUnavailable | None:
+    """The next protection that the kernel or libseccomp cannot give."""
+    from pisupervisor.launch import planning
+    from pisupervisor.launch.seccomp import compile_profile
+
+    try:
+        planning.required(IsolationOptions(degrade=degrade), features)
+        if "seccomp" not in degrade:
+            compile_profile("default")
+    except FeatureUnavailable as error:
+        return error
+    return None
 
 
 def _missing(name: str, cause: str, remedy: str, how: str = "") -> Finding:
     return Finding(name=name, verdict="missing", how=how, cause=cause, remedy=remedy)
 
 
-def _unavailable(error: FeatureUnavailable) -> Finding:
-    return _missing(error.feature, str(error).partition("\n")[0], error.remedy)
+def _first_line(error: object) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _find(features: Features, lacking: dict[str, Finding]) -> tuple[tuple[Finding, ...], Mapping[str, Any] | None]:
@@ -123,45 +126,55 @@ def _find(features: Features, lacking: dict[str, Finding]) -> tuple[tuple[Findin
 
     try:
         with Lab(features, tuple(lacking)) as lab:
-            applied = lab.survey()
-            found = _probe_all(lab, lacking, applied)
+            lab.check()
+            found = _probe_all(lab, lacking)
             return tuple(found[name] for name in PROTECTIONS), _ask_witness(lab)
     except (IsolationError, OSError) as error:
-        cause = f"no child can be started here: {str(error).partition(chr(10))[0]}"
+        cause = f"no child can be started here: {_first_line(error)}"
         remedy = getattr(error, "remedy", None) or "see the cause"
         return tuple(lacking.get(name) or _missing(name, cause, remedy) for name in PROTECTIONS), None
 
 
-def _probe_all(lab: Lab, lacking: Mapping[str, Finding], applied: Mapping[str, Applied]) -> dict[str, Finding]:
+def _probe_all(lab: Lab, lacking: Mapping[str, Finding]) -> dict[str, Finding]:
     from pisupervisor.doctor_probes import probes
 
     found = dict(lacking)
     for probe in probes(lab.scene):
         if probe.name not in found:
-            found[probe.name] = _judge(lab, probe, applied[probe.name])
+            found[probe.name] = _try(lab, probe)
     where = "no folder that this user may write to lies on a block device of its own (tmpfs, overlay?)"
     found.setdefault("io", Finding(name="io", verdict="not asked", cause=where))
     return found
 
 
-def _judge(lab: Lab, probe: Probe, applied: Applied) -> Finding:
+def _try(lab: Lab, probe: Probe) -> Finding:
     """Try it with and without the protection. Whatever happens on the way is a finding."""
-    name, how = probe.name, applied.how
-    if not applied.holds:
-        return _missing(name, f"read back as not holding: {applied.detail}", _DEFECT)
-    if name == "swap" and not lab.features.cgroups.swap_on:
-        return Finding(name=name, verdict="holds", how=how, proof="there is none to use")
+    if probe.name == "swap" and not lab.features.cgroups.swap_on:
+        return Finding(name=probe.name, verdict="holds", proof="the host has no swap, so none can be used")
     try:
-        got, control = lab.attempt(probe), lab.control(probe)
+        got, applied = lab.attempt(probe)
+        control = lab.control(probe)
+        if not got and not control:  # a busy machine may starve the control: once more
+            control = lab.control(probe)
+    except (LaunchError, FeatureUnavailable, OptionsError) as error:
+        return _missing(probe.name, _first_line(error), getattr(error, "remedy", None) or _DEFECT)
     except Exception as error:  # a doctor that crashes helps nobody
-        cause = f"the probe itself failed: {type(error).__name__}: {error}".partition("\n")[0]
-        return Finding(name=name, verdict="unproved", how=how, cause=cause, remedy="run the doctor once more")
+        cause = f"the probe itself failed: {type(error).__name__}: {_first_line(error)}"
+        return Finding(name=probe.name, verdict="unproved", cause=cause, remedy="run the doctor once more")
+    return _judge(lab.features, probe.name, got, control, applied)
+
+
+def _judge(features: Features, name: str, got: list[str], control: list[str], applied: Applied) -> Finding:
+    """The verdict on what a probe could do (``got``) where the protection is, and where it is not. Pure."""
     if got:
-        return _missing(name, f"the probe got through: it {'; '.join(got)}", _DEFECT, how)
+        return _missing(name, f"the probe got through: it {'; '.join(got)}", _DEFECT, applied.how)
+    if not applied.holds:
+        return _missing(name, f"read back as not holding: {applied.detail}", _DEFECT, applied.how)
     if not control:
         cause = "the control was stopped too, so there is nothing to compare with"
-        return Finding(name=name, verdict="unproved", how=how, cause=cause)
-    return _full_or_less(lab.features, Finding(name=name, verdict="holds", how=how, proof="; ".join(control)))
+        return Finding(name=name, verdict="unproved", how=applied.how, cause=cause)
+    proof = f"without it, the probe {'; '.join(control)}"
+    return _full_or_less(features, Finding(name=name, verdict="holds", how=applied.how, proof=proof))
 
 
 def _full_or_less(features: Features, finding: Finding) -> Finding:
@@ -180,7 +193,7 @@ def _ask_witness(lab: Lab) -> Mapping[str, Any] | None:
     try:
         return lab.ask_witness()
     except Exception as error:  # as above
-        return {"failed": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        return {"failed": f"{type(error).__name__}: {_first_line(error)}"}
 
 
 def _obstacle(findings: tuple[Finding, ...]) -> str:
@@ -191,6 +204,6 @@ def _obstacle(findings: tuple[Finding, ...]) -> str:
         with ProcessIsolator.create() as isolator:
             asked = {name for name, entry in isolator.applied.items() if entry.asked not in (None, False, ())}
     except (IsolationError, OSError) as error:
-        return str(error).partition("\n")[0]
+        return _first_line(error)
     broken = [finding.name for finding in findings if finding.verdict == "missing" and finding.name in asked]
     return f"probes got through: {', '.join(broken)}" if broken else ""

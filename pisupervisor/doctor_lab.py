@@ -22,6 +22,7 @@ from pisupervisor.isolator import ProcessIsolator, Template
 from pisupervisor.launch.features import Features
 from pisupervisor.limits.blockdev import block_device
 from pisupervisor.options import Filesystem, IsolationOptions, Limits, RestartPolicy, Security
+from pisupervisor.results import Applied
 
 SCOPES_SINCE = 6  # the version of Landlock that can keep a process from abstract sockets outside
 _PATIENCE = 10.0  # seconds for one probe; the slowest takes half a second
@@ -104,7 +105,7 @@ class Lab:
         path, token = os.path.join(folder, "secret"), os.urandom(16).hex()
         with open(path, "w") as file:
             file.write(token)
-        os.chmod(path, 0o644)  # open to every user: what keeps the child out must be the walls
+        os.chmod(path, 0o644)
         listener = self._stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         abstract = self._stack.enter_context(socket.socket(socket.AF_UNIX))
         abstract.bind(f"\0pisupervisor-doctor-{os.getpid()}-{token}")
@@ -123,7 +124,7 @@ class Lab:
         on_disk = next((folder for folder in folders if _lies_on_disk(folder)), None)
         made = tempfile.TemporaryDirectory(prefix="pisupervisor-doctor-", dir=on_disk)
         folder = self._stack.enter_context(made)
-        os.chmod(folder, 0o755)
+        os.chmod(folder, 0o755)  # noqa: S103  open to every user, as the files in it: only the walls keep a child out
         if on_disk is None or "io" in self.degrade:
             return folder, None
         block = os.path.join(folder, "block")
@@ -145,24 +146,23 @@ class Lab:
 
     # --- probes -----------------------------------------------------------------------------------------------
 
-    def survey(self) -> dict[str, Any]:
-        """``applied`` of a child with every protection that can hold here. Raises what its launch raises."""
-        with ProcessIsolator.create(replace(self.options, limits=doctor_probes.all_at_once(self.scene))) as isolator:
-            return dict(isolator.applied)
+    def check(self) -> None:
+        """Start a child, so that a host where none can be started is known as such. Raises what its launch raises."""
+        ProcessIsolator.create(self.options).close()
 
-    def attempt(self, probe: Probe) -> list[str]:
-        """What the probe could do in a child with the protection."""
+    def attempt(self, probe: Probe) -> tuple[list[str], Applied]:
+        """What the probe could do in a child with the protection, and how that was read back."""
         if probe.source == doctor_probes.RIVALS:
-            return self._compete(probe.options["limits"])
+            return self._compete(probe, probe.options["limits"])
         return self._in_child(probe, probe.options, ())
 
     def control(self, probe: Probe) -> list[str]:
         """What it could do without the protection."""
         if probe.source == doctor_probes.RIVALS:
-            return self._compete(probe.control["limits"])
+            return self._compete(probe, probe.control["limits"])[0]
         if probe.plain:
             return _checked(self.plain.run(self.constants() + probe.source))
-        return self._in_child(probe, probe.control, probe.without)
+        return self._in_child(probe, probe.control, probe.without)[0]
 
     def _make_segment(self) -> None:
         """Shared memory of the host for the ipc probe to find; it goes with the lab."""
@@ -172,25 +172,28 @@ class Lab:
     def constants(self) -> str:
         return "".join(f"{name} = {value!r}\n" for name, value in self.scene.items())
 
-    def _in_child(self, probe: Probe, changes: Any, without: tuple[str, ...]) -> list[str]:
+    def _in_child(self, probe: Probe, changes: Any, without: tuple[str, ...]) -> tuple[list[str], Applied]:
         with ProcessIsolator(replace(self.options, **changes), without=without) as isolator:
             isolator._start()
+            applied = isolator.applied[probe.name]
             try:
-                return _checked(isolator.run_source(f"{self.constants()}{probe.source}\ngot", timeout=_PATIENCE).value)
+                result = isolator.run_source(f"{self.constants()}{probe.source}\ngot", timeout=_PATIENCE)
             except ChildTerminated as error:
                 if error.exit_info.reason.value not in probe.killed:
                     raise
-                return []
+                return [], applied
+            return _checked(result.value), applied
 
-    def _compete(self, limits: Limits) -> list[str]:
+    def _compete(self, probe: Probe, limits: Limits) -> tuple[list[str], Applied]:
         """A child with ``limits`` and one of weight 1000 on one CPU: did the first get its half?"""
         with self._burning(limits) as subject, self._burning(Limits(cpu_weight=1000)) as rival:
             time.sleep(0.05)
             before = [_cpu_time(isolator) for isolator in (subject, rival)]
             time.sleep(0.3)
             used = [_cpu_time(one) - then for one, then in zip((subject, rival), before, strict=True)]
+            applied = subject.applied[probe.name]
         share = used[0] / (sum(used) or 1.0)
-        return [f"got {share:.0%} of what two children on one CPU used"] if share > 0.25 else []
+        return [f"got {share:.0%} of what two children on one CPU used"] if share > 0.25 else [], applied
 
     def _burning(self, limits: Limits) -> ProcessIsolator:
         isolator = ProcessIsolator.create(replace(self.options, limits=limits))

@@ -65,12 +65,6 @@ def _limits(**changes: Any) -> dict[str, Any]:
     return {"limits": Limits(**changes)}
 
 
-def all_at_once(scene: Mapping[str, Any]) -> Limits:
-    """Every limit that there is, for the child whose protections are read back."""
-    io = [IoLimit(device=scene["BLOCK"], read_bps="1M")] if scene["BLOCK"] else []
-    return Limits(cpu_weight=100, cpuset=str(scene["FIRST"]), io=io)
-
-
 _MEMORY = """
 block = b"x" * (64 << 20)
 got = [f"took {len(block) >> 20} MiB of memory"]

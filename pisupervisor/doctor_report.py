@@ -35,17 +35,13 @@ def as_text(report: Report) -> str:
 
 
 def _entry(head: str, text: str) -> list[str]:
-    return textwrap.wrap(text or "-", WIDTH, initial_indent=head, subsequent_indent=" " * len(head)) or [head]
+    return textwrap.wrap(
+        text or "-", WIDTH, initial_indent=head, subsequent_indent=" " * len(head), break_on_hyphens=False
+    )
 
 
 def _evidence(finding: Finding) -> str:
-    if finding.proof:
-        return (
-            f"{finding.how or 'held'}; without it, the probe {finding.proof}"
-            if finding.name != "swap"
-            else (f"{finding.how}; {finding.proof}")
-        )
-    return finding.how or "see below"
+    return "; ".join(text for text in (finding.how, finding.proof) if text) or "see below"
 
 
 def _witness(report: Report) -> list[str]:

@@ -232,8 +232,8 @@ def test_devices_are_denied_before_five_are_allowed() -> None:
 
 
 def test_a_rate_of_zero_is_refused() -> None:
-    with pytest.raises(OptionsError, match="no limit to the kernel"):
-        list(v1_files.io_writes(GroupLimits(io=(IoLimit(device="/", read_iops=0),))))
+    with pytest.raises(OptionsError, match="no limit"):
+        IoLimit(device="/", read_iops=0)
 
 
 @pytest.mark.linux

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 from typing import Any
 
 from pihost import mounts, syscalls
 from pihost.plan import ChildPlan, TemplatePlan
-from pisupervisor.errors import FeatureUnavailable
+from pisupervisor.errors import FeatureUnavailable, OptionsError
 from pisupervisor.launch.features import Features
 from pisupervisor.launch.interpreter import Interpreter
 from pisupervisor.limits.cgroups import CgroupHost, missing, wanted_limits
@@ -150,6 +151,19 @@ def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str
         aside = f"{OURS}/aside/{number}" if _below(target, SCRATCH) else target
         found.append((source, aside, target, flags))
     return found
+
+
+def check_writable(options: IsolationOptions, features: Features) -> None:
+    """Raises OptionsError for a writable bind that the child's id could not write: better now than as EACCES inside."""
+    for source, _target in options.filesystem.shown("writable"):
+        found = os.stat(source)
+        if features.root and not found.st_mode & stat.S_IWOTH:
+            raise OptionsError(
+                f"writable: {source} is not writable for others, and a child's id outside is its own; chmod o+w {source}"
+                " (a folder that only root and the children can reach is enough), or run the application as its owner"
+            )
+        if not features.root and not os.access(source, os.W_OK):
+            raise OptionsError(f"writable: {source} is not writable for uid {features.uid}")
 
 
 def _own_mounts(options: IsolationOptions, interpreter: Interpreter) -> list[list[Any]]:

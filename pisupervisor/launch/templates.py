@@ -57,6 +57,7 @@ class Template:
 
         self.features: Features = probe()
         planning.required(options, self.features)
+        planning.check_writable(options, self.features)
         planning.lacking_limits(options, self.features.cgroups)
         self.cloudpickle = _cloudpickle_folder() if self.interpreter.version == sys.version_info[:2] else None
         self.plan = planning.template_plan(

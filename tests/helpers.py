@@ -1,0 +1,172 @@
+"""What many tests share: is anything left behind, processes as seen from outside, and sources on disk."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from pisupervisor import IsolationOptions, ProcessIsolator
+from pisupervisor.limits.detect import detect
+from pisupervisor.limits.directories import PARENT
+
+linux = pytest.mark.linux
+
+
+class Leftovers(NamedTuple):
+    """Everything that a launch could leave behind in this process or on this machine."""
+
+    descendants: frozenset[int]
+    fds: frozenset[tuple[int, str]]
+    threads: frozenset[str]
+    groups: frozenset[str]
+    mounts: frozenset[str]
+    temporary: frozenset[str]
+
+
+def leftovers() -> Leftovers:
+    gc.collect()
+    return Leftovers(
+        frozenset(descendants(os.getpid())), frozenset(open_fds().items()),
+        frozenset(os.listdir("/proc/self/task")), frozenset(own_groups()),
+        frozenset(Path("/proc/self/mountinfo").read_text().splitlines()),
+        frozenset(name for name in os.listdir(tempfile.gettempdir()) if "pisupervisor" in name),
+    )  # fmt: skip
+
+
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """What is there after the block is what was there before it."""
+    before = leftovers()
+    yield
+    after = leftovers()
+    for name, was, is_now in zip(Leftovers._fields, before, after, strict=True):
+        assert is_now == was, f"{name}: new {set(is_now - was)}, gone {set(was - is_now)}"
+
+
+def open_fds() -> dict[int, str]:
+    """Number -> what it is, of this process, without the one that reading this takes."""
+    found = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue
+    return found
+
+
+def own_groups() -> list[str]:
+    """Every cgroup that this process made and has not removed."""
+    bases = [Path(base) / PARENT for base in detect().directories()]
+    return [str(path) for base in bases if base.is_dir() for path in base.glob(f"{os.getpid()}-*")]
+
+
+def descendants(pid: int) -> list[int]:
+    """Children, their children, and so on; zombies too."""
+    parents = {int(name): parent for name in os.listdir("/proc") if name.isdigit() and (parent := parent_of(name))}
+    found, level = [], [pid]
+    while level:
+        level = [child for child, parent in parents.items() if parent in level]
+        found += level
+    return found
+
+
+def parent_of(pid: int | str) -> int:
+    """0 when there is no such process."""
+    return int((stat_of(pid) or ["", "0"])[1])
+
+
+def state_of(pid: int) -> str:
+    """R, S, T, Z ... of /proc/PID/stat; empty when there is no such process."""
+    return (stat_of(pid) or [""])[0]
+
+
+def stat_of(pid: int | str) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """/proc/PID/status by field."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
+
+
+def init_of(isolator: ProcessIsolator) -> int:
+    """PID 1 of the sandbox, as the host numbers it."""
+    assert isolator.pid is not None
+    return parent_of(isolator.pid)
+
+
+def zygote_of(isolator: ProcessIsolator) -> int:
+    return isolator._session.template.zygote.pid
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
+    """Whether the condition came true within that time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
+def resident() -> int:
+    """Bytes of this process that are in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def start_without(*steps: str, **changes: object) -> ProcessIsolator:
+    """An isolator whose launch left out these steps (names of pihost.confine, "pid namespace" and so on, "limits")."""
+    isolator = ProcessIsolator(IsolationOptions(**changes), without=steps)  # type: ignore[arg-type]
+    try:
+        isolator._start()
+    except BaseException:
+        isolator.close()
+        raise
+    return isolator
+
+
+def write(folder: Path, name: str, source: str) -> Path:
+    """A file of Python source, indented as suits the test."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(textwrap.dedent(source))
+    return path
+
+
+def in_thread(work: Callable[[], object]) -> None:
+    """Do something in a thread that has ended when this returns."""
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+def in_fork(work: Callable[[], object]) -> str:
+    """What a fork of this process gets from ``work``: its result, or the error's class, as text."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            said = str(work())
+        except BaseException as error:
+            said = type(error).__name__
+        os.write(writer, said.encode())
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        said = pipe.read()
+    os.waitpid(pid, 0)
+    return said

@@ -1,0 +1,57 @@
+"""The life of an isolator: every pair of state and event is in the table, or is a defect that says so."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+
+from pisupervisor.supervise.lifecycle import TABLE, Event, State, next_state
+
+STATES, EVENTS = get_args(State), get_args(Event)
+PAIRS = [(state, event) for state in STATES for event in EVENTS]
+
+
+@pytest.mark.parametrize(("state", "event"), PAIRS)
+def test_listed_or_refused(state: State, event: Event) -> None:
+    if (state, event) in TABLE:
+        assert next_state(state, event) == TABLE[state, event]
+    else:
+        with pytest.raises(RuntimeError, match=f"{state!r} cannot see {event!r}"):
+            next_state(state, event)
+
+
+def test_the_table_speaks_of_known_states_and_events_only() -> None:
+    assert {state for state, _ in TABLE} | set(TABLE.values()) <= set(STATES)
+    assert {event for _, event in TABLE} == set(EVENTS)
+
+
+def test_the_states_are_the_public_ones() -> None:
+    assert STATES == ("starting", "ready", "busy", "paused", "stopping", "backoff", "stopped", "failed")
+
+
+def test_a_closed_isolator_stays_closed() -> None:
+    assert {TABLE[pair] for pair in TABLE if pair[0] == "stopped"} == {"stopped"}
+
+
+def test_every_state_that_is_reached_can_be_closed() -> None:
+    reached = {"starting", *TABLE.values()}
+    assert all(TABLE[state, "close"] == "stopped" for state in reached)  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("events", "end"),
+    [
+        (("launched", "call", "answered", "close"), "stopped"),
+        (("launched", "call", "child_died", "restart", "launched"), "ready"),
+        (("launch_failed", "restart", "launched"), "ready"),
+        (("launched", "child_died", "gave_up"), "failed"),
+        (("launched", "child_died", "gave_up", "restart", "launched"), "ready"),
+        (("close", "launched", "child_died", "close"), "stopped"),
+    ],
+)
+def test_lives(events: tuple[Event, ...], end: State) -> None:
+    state: State = "starting"
+    for event in events:
+        state = next_state(state, event)
+    assert state == end

@@ -1,0 +1,63 @@
+"""Everything the README shows runs as printed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+PROGRAMS = [block for block in BLOCKS if block.startswith("# run\n")]
+COMMANDS = re.findall(r"^\$ pisupervisor (run .*)$", README, re.MULTILINE)
+
+
+def plugin_folder(folder: Path) -> Path:
+    for block in BLOCKS:
+        if block.startswith("# file: "):
+            folder.joinpath(block.split("\n", 1)[0].removeprefix("# file: ")).write_text(block)
+    return folder
+
+
+def test_the_readme_has_programs_and_commands() -> None:
+    assert len(PROGRAMS) == 3
+    assert len(COMMANDS) == 1
+    assert all(block.startswith(("# run\n", "# file: ")) for block in BLOCKS), "a block that no test runs"
+
+
+@pytest.mark.linux
+@pytest.mark.root
+@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_program_runs_as_printed(program: str, tmp_path: Path) -> None:
+    script = plugin_folder(tmp_path) / "program.py"
+    script.write_text(program)
+    done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for printed in re.findall(r"print\(.*\)\s+# (.*)", program):
+        if printed.startswith(("b'", "[Errno")):
+            assert printed in done.stdout
+
+
+@pytest.mark.linux
+@pytest.mark.root
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs_as_printed(command: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pisupervisor", *command.split()], cwd=plugin_folder(tmp_path), capture_output=True, text=True,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "0123456789" in done.stdout
+
+
+def test_numbers_of_the_profile_are_those_of_the_readme() -> None:
+    import json
+
+    profile = json.loads((Path(__file__).parents[1] / "seccomp_profiles" / "default.json").read_text())
+    allowed = {name for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]}
+    said = re.search(r"about (\d+) of 470", README)
+    assert said is not None
+    assert abs(len(allowed) - int(said[1])) <= 15
