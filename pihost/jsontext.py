@@ -23,7 +23,9 @@ def _encoder() -> Callable[[object, int], Any]:
         return lambda value, _indent: slow.iterencode(value)
     # markers, default, encoder, indent, key separator, item separator, sort_keys, skipkeys, allow_nan
     fast: Any = make_encoder
-    made: Callable[[object, int], Any] = fast(None, _refuse, encode_basestring_ascii, None, ":", ",", False, False, False)
+    made: Callable[[object, int], Any] = fast(
+        None, _refuse, encode_basestring_ascii, None, ":", ",", False, False, False
+    )
     return made
 
 

@@ -14,7 +14,9 @@ The end of the host (its pidfd) or of the control socket ends the zygote, and it
 from __future__ import annotations
 
 import _signal
+import _sitebuiltins
 import _socket
+import builtins
 import fcntl
 import gc
 import os
@@ -65,6 +67,8 @@ def prepare(plan: TemplatePlan) -> None:
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # else Python's handler would let a payload interrupt PID 1
     sys.path[:] = plan.sys_path
     sys.argv[:] = [""]
+    for name in ("exit", "quit"):  # what site would have put there, and scripts use
+        setattr(builtins, name, _sitebuiltins.Quitter(name, "end of file"))
     for name in plan.preload:
         try:
             __import__(name)

@@ -162,7 +162,7 @@ class ProcessIsolator:
         from pisupervisor.results import ExitInfo, ExitReason
 
         code = self._reader.read(path)
-        result = self._captured(("script", code.key, [os.fspath(path), *argv]), code, timeout, int, False)
+        result = self._captured(("script", code.key, [*argv]), code, timeout, int, False)
         return ExitInfo(
             exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,
             cpu_time=result.usage.cpu_time, peak_memory=result.usage.peak_memory, stderr_tail=result.stderr[-4096:],

@@ -23,7 +23,7 @@ from pisupervisor.cli_output import escaped, plain, shown
 
 TOP = Path(__file__).parent.parent
 COMMAND = [sys.executable, "-m", "pisupervisor"]
-PLUGIN = '''
+PLUGIN = """
 import os, sys
 
 class Tools:
@@ -57,7 +57,7 @@ def folders():
     return helper.NAME
 def crash_once():
     os.kill(os.getpid(), 11)
-'''
+"""
 TOOL = """
 import sys
 print(sys.argv[1:])
@@ -355,7 +355,13 @@ def test_a_child_does_not_drive_the_terminal(plugin: str) -> None:
     master, slave = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": str(TOP)}
     done = subprocess.run(
-        [*COMMAND, "run", f"{plugin}:drive"], cwd=TOP, env=environment, stdout=slave, stderr=slave, timeout=60, check=False
+        [*COMMAND, "run", f"{plugin}:drive"],
+        cwd=TOP,
+        env=environment,
+        stdout=slave,
+        stderr=slave,
+        timeout=60,
+        check=False,
     )
     os.close(slave)
     shown_there = os.read(master, 1 << 16)

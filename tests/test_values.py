@@ -21,8 +21,7 @@ import zoneinfo
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pihost.inside import encode as child
 from pisupervisor.link import serializer

@@ -12,6 +12,8 @@ from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied
 
 _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+_LIMITS = frozenset(("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "devices"))
+_STEP_OF = {"capabilities": "bounding set", "seccomp": "no_new_privs"}  # steps whose absence shows under another name
 _FIELDS = ("Uid:", "Cap", "NoNewPrivs:", "Seccomp")
 _REMEDY = "this is a defect or an attack: report it with the kernel's version"
 
@@ -69,7 +71,7 @@ def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, fi
     applied["capabilities"] = _capabilities(readings.status)
     _check_ids(plan, readings)
     for name, entry in applied.items():
-        lacking = not entry.holds and entry.asked not in (None, False)
+        lacking = not entry.holds and entry.asked is not None and entry.asked is not False  # swap=0 is asked for
         if lacking and name not in options.degrade and not _left_out(name, plan):
             raise LaunchError(f"{name} was planned but does not hold ({entry.detail})", step="attest", remedy=_REMEDY)
     return applied
@@ -77,7 +79,8 @@ def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, fi
 
 def _left_out(name: str, plan: ChildPlan) -> bool:
     """Whether an ablation test asked for exactly this layer to be missing."""
-    return name in plan.without or f"{name} namespace" in plan.without
+    steps = {name, f"{name} namespace", _STEP_OF.get(name, "limits" if name in _LIMITS else name)}
+    return bool(steps & set(plan.without))
 
 
 def _namespace(name: str, options: IsolationOptions, readings: Readings) -> Applied:
