@@ -102,4 +102,9 @@ def _message(outcome: Outcome) -> str:
     """The error's text. The library's errors end with their remedy where there is one."""
     if isinstance(outcome.error, KeyboardInterrupt):
         return "interrupted; the child was ended"
-    return str(outcome.error)
+    hint = (
+        "\n          on this command line: --degrade NAME, for each such name"
+        if outcome.reason == "unavailable"
+        else ""
+    )
+    return f"{outcome.error}{hint}"

@@ -98,9 +98,19 @@ def _ask(executable: str) -> tuple[tuple[int, int], str, str, str, list[str]]:
             f"{executable} does not start: {error}", step="interpreter", errno=number, remedy=remedy
         ) from None
     try:
-        version, prefix, base, stdlib, packages = ast.literal_eval(done.stdout)
+        answer = ast.literal_eval(done.stdout)
     except (ValueError, SyntaxError):
+        answer = None
+    if not _is_answer(answer):
         said = (done.stderr or done.stdout).strip()[-300:]
         message = f"{executable} is no working Python (exit code {done.returncode}): {said}"
-        raise LaunchError(message, step="interpreter", remedy=remedy) from None
-    return tuple(version), prefix, base, stdlib, packages
+        raise LaunchError(message, step="interpreter", remedy=remedy)
+    version, prefix, base, stdlib, packages = answer
+    return version, prefix, base, stdlib, packages
+
+
+def _is_answer(found: object) -> bool:
+    """Whether that is what ``_QUESTION`` prints, and not what some other program does."""
+    if not isinstance(found, tuple) or [type(part) for part in found] != [tuple, str, str, str, list]:
+        return False
+    return [type(part) for part in found[0]] == [int, int]

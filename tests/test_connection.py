@@ -1,0 +1,304 @@
+"""Talking to one child, here a peer on a socketpair that says whatever a hostile one could."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import tracemalloc
+from collections.abc import Callable, Iterator
+
+import pytest
+from helpers import open_fds
+
+from pihost import wire
+from pisupervisor.errors import ProtocolError
+from pisupervisor.link import connection as module
+from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
+
+LARGEST = 1 << 20
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[Connection, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield Connection(ours, LARGEST), theirs
+
+
+def frame(kind: int = wire.RESULT, ident: int = 1, body: bytes = b"body") -> bytes:
+    return wire.pack_header(kind, ident, len(body)) + body
+
+
+def refused(pair: tuple[Connection, socket.socket], said: bytes, match: str) -> None:
+    link, peer = pair
+    peer.sendall(said)
+    with pytest.raises(ProtocolError, match=match):
+        link.call(b"x")
+
+
+def in_background(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work)
+    thread.start()
+    return thread
+
+
+def test_a_call_and_its_answer(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    peer.sendall(frame(body=b"42"))
+    assert link.call(b"question")[:2] == (wire.RESULT, b"42")
+    assert peer.recv(100) == frame(wire.CALL, 1, b"question")
+
+
+def test_an_answer_in_pieces_and_a_byte_at_a_time(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    said = frame(wire.PIECE, 1, b"one ") + frame(wire.PIECE, 1, b"two ") + frame(wire.RAISED, 1, b"three")
+    thread = in_background(lambda: [peer.sendall(bytes([byte])) for byte in said])
+    answer = link.call(b"x")
+    thread.join()
+    assert (answer.kind, answer.body) == (wire.RAISED, b"one two three")
+
+
+def test_calls_are_numbered(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    for ident in (1, 2, 3):
+        peer.sendall(frame(ident=ident))
+        link.call(b"x")
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "not a frame of ours"),
+        (b"\0" * 16, "not a frame of ours"),
+        (wire.HEADER.pack(wire.MAGIC, 2, wire.RESULT, 1, 1), "version 2"),
+        (wire.HEADER.pack(wire.MAGIC, 1, wire.RESULT, 1, 0), "a frame of 0 bytes"),
+        (wire.HEADER.pack(wire.MAGIC, 1, wire.RESULT, 1, wire.MAX_FRAME + 1), "are allowed"),
+        (frame(kind=99), "kind 99"),
+        (frame(kind=0), "kind 0"),
+        (frame(kind=wire.CALL), "which no child may send"),
+        (frame(kind=wire.CODE), "which no child may send"),
+        (frame(kind=wire.OUTPUT), "which no child may send"),
+        (frame(kind=wire.READY), "ready said twice"),
+        (frame(ident=0), "an answer to call 0"),
+        (frame(ident=2), "an answer to call 2"),
+        (frame(ident=(1 << 64) - 1), "an answer to call"),
+        (frame(wire.PIECE, 1) + frame(wire.RESULT, 2), "an answer to call 2"),
+    ],
+)
+def test_what_is_no_answer(pair: tuple[Connection, socket.socket], said: bytes, match: str) -> None:
+    refused(pair, said, match)
+
+
+def test_a_lie_about_the_length_allocates_nothing(pair: tuple[Connection, socket.socket]) -> None:
+    tracemalloc.start()
+    try:
+        refused(pair, wire.HEADER.pack(wire.MAGIC, 1, wire.RESULT, 1, 0xFFFFFFFF), "are allowed")
+        assert tracemalloc.get_traced_memory()[1] < 1 << 18
+    finally:
+        tracemalloc.stop()
+
+
+def test_pieces_without_end_stop_at_the_bound(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+
+    def flood() -> None:
+        try:
+            while True:
+                peer.sendall(frame(wire.PIECE, 1, bytes(1 << 16)))
+        except OSError:
+            pass
+
+    thread = in_background(flood)
+    with pytest.raises(ProtocolError, match=f"more than {LARGEST + (1 << 16)} bytes"):
+        link.call(b"x")
+    link.link.close()
+    thread.join()
+
+
+def test_an_answer_said_twice_is_not_the_next_calls(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    peer.sendall(frame(body=b"first") + frame(body=b"again"))
+    assert link.call(b"x").body == b"first"
+    with pytest.raises(ProtocolError, match="an answer to call 1, where 2"):
+        link.call(b"y")
+
+
+@pytest.mark.parametrize(
+    "said", [b"", frame()[:7], frame()[:16], frame()[:-1], frame(wire.PIECE), frame(wire.PIECE) + frame()[:3]]
+)
+def test_an_end_anywhere_is_an_end(pair: tuple[Connection, socket.socket], said: bytes) -> None:
+    link, peer = pair
+    peer.sendall(said)
+    peer.shutdown(socket.SHUT_WR)
+    with pytest.raises(LinkClosed):
+        link.call(b"x")
+
+
+def test_a_peer_that_is_gone(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    peer.close()
+    with pytest.raises(LinkClosed):
+        link.call(bytes(1 << 20))
+
+
+def test_a_slow_writer_holds_nobody(pair: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_FRAME_TIME", 0.3)
+    link, peer = pair
+    stop = threading.Event()
+
+    def trickle() -> None:
+        for byte in frame(body=bytes(1000)):
+            peer.send(bytes([byte]))
+            if stop.wait(0.02):
+                return
+
+    thread, started = in_background(trickle), time.monotonic()
+    with pytest.raises(ProtocolError, match=r"not whole after 0\.3 s"):
+        link.call(b"x")
+    assert 0.25 < time.monotonic() - started < 1.0
+    stop.set()
+    thread.join()
+
+
+def test_thinking_before_the_first_byte_is_allowed(
+    pair: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FRAME_TIME", 0.05)
+    link, peer = pair
+    timer = threading.Timer(0.3, peer.sendall, (frame(),))
+    timer.start()
+    assert link.call(b"x").body == b"body"
+    timer.join()
+
+
+@pytest.mark.parametrize("said", [b"", frame()[:5], frame()[:-1]])
+@pytest.mark.parametrize("output", [None, 100])
+def test_the_deadline(pair: tuple[Connection, socket.socket], said: bytes, output: int | None) -> None:
+    link, peer = pair
+    peer.sendall(said)
+    started = time.monotonic()
+    with pytest.raises(DeadlinePassed):
+        link.call(b"x", started + 0.1, output)
+    assert 0.09 < time.monotonic() - started < 0.5
+
+
+def test_the_deadline_holds_for_a_peer_that_does_not_read(pair: tuple[Connection, socket.socket]) -> None:
+    link, _peer = pair
+    with pytest.raises(DeadlinePassed):
+        link.call(bytes(1 << 24), time.monotonic() + 0.1)
+
+
+def test_a_deadline_of_one_call_is_not_the_next_ones(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    peer.sendall(frame())
+    link.call(b"x", time.monotonic() + 0.05)
+    timer = threading.Timer(0.15, peer.sendall, (frame(ident=2),))
+    timer.start()
+    assert link.call(b"y").body == b"body"
+    timer.join()
+
+
+@pytest.mark.parametrize("output", [None, 100])
+def test_descriptors_that_a_child_attaches_are_dropped(
+    pair: tuple[Connection, socket.socket], output: int | None
+) -> None:
+    link, peer = pair
+    before = open_fds()
+    ident = 1 if output is None else 2
+    socket.send_fds(peer, [frame(ident=ident)], [0, 1, 2] * 20)
+    link.call(b"x", output=output)
+    assert open_fds() == before
+
+
+# --- output ------------------------------------------------------------------------------------------------------
+
+
+def receive_pipes(peer: socket.socket) -> list[int]:
+    """The write ends of stdout and stderr, as a child gets them with the OUTPUT frame."""
+    received: list[int] = []
+    while not received:
+        received = socket.recv_fds(peer, 4096, 2)[1]
+    return received
+
+
+def writing(peer: socket.socket, *chunks: tuple[int, bytes]) -> threading.Thread:
+    """Plays a child that writes these (0 for stdout, 1 for stderr) and then answers call 2."""
+
+    def play() -> None:
+        pipes = receive_pipes(peer)
+        for which, data in chunks:
+            rest = memoryview(data)
+            while rest:
+                rest = rest[os.write(pipes[which], rest) :]
+        peer.sendall(frame(ident=2))
+        for pipe in pipes:
+            os.close(pipe)
+
+    return in_background(play)
+
+
+def test_output_is_kept_by_stream(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    before = open_fds()
+    thread = writing(peer, (0, b"out"), (1, b"err"), (0, b"more"))
+    answer = link.call(b"x", output=100)
+    thread.join()
+    assert (answer.stdout, answer.stderr, answer.truncated) == (b"outmore", b"err", False)
+    assert open_fds() == before
+
+
+@pytest.mark.parametrize(("size", "truncated"), [(100, False), (101, True)])
+def test_the_bound_is_exact(pair: tuple[Connection, socket.socket], size: int, truncated: bool) -> None:
+    link, peer = pair
+    thread = writing(peer, (1, bytes(size)))
+    answer = link.call(b"x", output=100)
+    thread.join()
+    assert (len(answer.stderr), answer.truncated) == (100, truncated)
+
+
+def test_a_flood_is_read_and_thrown_away(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    thread = writing(peer, (0, b"x" * (8 << 20)))
+    tracemalloc.start()
+    answer = link.call(b"x", output=1000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    thread.join()
+    assert (answer.stdout, answer.truncated) == (b"x" * 1000, True)
+    assert peak < 1 << 20
+
+
+def test_who_writes_on_after_the_answer_is_not_waited_for(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    stop = threading.Event()
+
+    def play() -> None:
+        out, err = receive_pipes(peer)
+        os.set_blocking(out, False)
+        peer.sendall(frame(ident=2))
+        while not stop.is_set():
+            try:
+                os.write(out, bytes(1 << 16))
+            except OSError:
+                continue
+        os.close(out)
+        os.close(err)
+
+    thread, started = in_background(play), time.monotonic()
+    assert link.call(b"x", output=1000).kind == wire.RESULT
+    assert time.monotonic() - started < 5.0
+    stop.set()
+    thread.join()
+
+
+@pytest.mark.parametrize("said", [b"", b"junk that is no frame", frame(ident=7)])
+def test_pipes_are_closed_whatever_happens(pair: tuple[Connection, socket.socket], said: bytes) -> None:
+    link, peer = pair
+    before = open_fds()
+    peer.sendall(said)
+    peer.shutdown(socket.SHUT_WR)
+    with pytest.raises((ProtocolError, LinkClosed)):
+        link.call(b"x", output=10)
+    assert open_fds() == before
