@@ -44,9 +44,9 @@ def _line(path: str) -> str:
 
 
 def _libseccomp(machine: str) -> str:
-    from pisupervisor.launch.seccomp import _libseccomp_version
+    from pisupervisor.launch.seccomp import libseccomp_version
 
-    name = _libseccomp_version(machine)
+    name = libseccomp_version(machine)
     return name.rpartition(".so.")[2] if name else "no libseccomp.so.2 in the usual folders"
 
 

@@ -24,11 +24,27 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing costs 2 ms of a program's start; type checkers know this name
 if TYPE_CHECKING:
+    from typing import Self
+
     from pisupervisor.results import ExitInfo
 
 
 class IsolationError(Exception):
-    """Base of everything this library raises on purpose."""
+    """Base of everything this library raises on purpose.
+
+    Where a call's output is captured, ``stdout`` and ``stderr`` are what it wrote before it failed; ``truncated``: it
+    wrote more than the limit.
+    """
+
+    stdout: str = ""
+    stderr: str = ""
+    truncated: bool = False
+
+    def with_output(self, stdout: bytes, stderr: bytes, truncated: bool) -> Self:
+        """This error, telling what the call wrote."""
+        self.stdout, self.stderr = stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
+        self.truncated = truncated
+        return self
 
 
 class OptionsError(IsolationError, ValueError):

@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
-from pisupervisor.errors import SerializationError
+from pisupervisor.errors import IsolationError, SerializationError
 from pisupervisor.launch import templates
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
@@ -81,7 +81,6 @@ class ProcessIsolator:
         self._data: dict[str, Any] = {}
         self._known_importable: Callable[[str], bool] | None = None
         self._worker: Worker | None = None
-        self._applied: Mapping[str, Applied] = {}
 
     @classmethod
     def create(cls, options: IsolationOptions | None = None, **changes: Any) -> ProcessIsolator:
@@ -197,7 +196,11 @@ class ProcessIsolator:
         verb, *rest = call
         answer, child = self._session.call(verb, *rest, code=code, timeout=timeout, idempotent=idempotent, capture=True)
         used = child.usage()
-        value = self._session.value(answer, child, returns)
+        try:
+            value = self._session.value(answer, child, returns)
+        except IsolationError as error:
+            error.with_output(answer.stdout, answer.stderr, answer.truncated)
+            raise
         cpu = None if used.cpu_time is None else max(0.0, used.cpu_time - (before.cpu_time or 0.0))
         return CallResult(
             value=value, stdout=answer.stdout.decode("utf-8", "replace"), stderr=answer.stderr.decode("utf-8", "replace"),
@@ -298,10 +301,7 @@ class ProcessIsolator:
     @property
     def applied(self) -> Mapping[str, Applied]:
         """What holds of each protection, as the host read it back when the present (or last) child was started."""
-        child = self._session.child
-        if child is not None:
-            self._applied = child.applied
-        return self._applied
+        return self._session.applied
 
     def resource_usage(self) -> Usage:
         """CPU seconds and peak memory of the present child and all it started."""

@@ -165,11 +165,11 @@ def _cache_key(source: bytes) -> str:
     """Everything the program depends on; the kernel's release only where a rule asks for it."""
     host = os.uname()
     release = host.release if b"minKernel" in source else ""
-    parts = (_FORMAT, host.machine.encode(), release.encode(), _libseccomp_version(host.machine).encode(), source)
+    parts = (_FORMAT, host.machine.encode(), release.encode(), libseccomp_version(host.machine).encode(), source)
     return seccomp_cache.sha256(b"\0".join(parts)).hex()
 
 
-def _libseccomp_version(machine: str) -> str:
+def libseccomp_version(machine: str) -> str:
     """The name behind libseccomp.so.2, such as ``libseccomp.so.2.5.4``; "" where it lies elsewhere."""
     for path in _LIBSECCOMP:
         try:

@@ -31,7 +31,6 @@ _REMEDIES = {
     " and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0 (or run as root)",
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
     "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
-    "mounts": "an outer container must not mask /proc: run it with an unmasked one",
 }
 
 
@@ -112,6 +111,8 @@ def failure(message: dict[str, Any]) -> LaunchError:
     """A reported step as an error. The sender is trusted code, but beside user code: only text and a number are taken."""
     step, number = str(message.get("failed"))[:200], message.get("errno")
     remedy = next((text for name, text in _REMEDIES.items() if step.startswith(name)), None)
+    if step == "mounts" and "/proc" in str(message.get("detail")):
+        remedy = "an outer container must not mask /proc: run it with an unmasked one (docker: --security-opt systempaths=unconfined)"
     if step.startswith("preload"):
         remedy = "a preloaded module must be importable in the child: name its folder in import_paths"
     return LaunchError(

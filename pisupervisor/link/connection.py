@@ -41,6 +41,7 @@ class Connection:
         self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
         self._ident = 0
         self._pending = bytearray()
+        self.written = (b"", b"", False)  # by the last call whose output was asked for: stdout, stderr, truncated
 
     def send(self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None) -> int:
         """Send one frame; its id. Descriptors ride on the body, which the child always reads with room for them."""
@@ -66,14 +67,17 @@ class Connection:
 
         Raises LinkClosed, DeadlinePassed (the child is then in an unknown state: kill it) or ProtocolError (likewise).
         """
+        self.written = (b"", b"", False)
         if output is None:
             return self._receive(self.send(wire.CALL, body, deadline=deadline), deadline)
         with _Output(output) as captured:
             self.send(wire.OUTPUT, b"\0", captured.writers)
             captured.close_writers()
-            ident = self.send(wire.CALL, body, deadline=deadline)
-            answer = self._receive(ident, deadline, captured)
-            captured.drain()
+            try:
+                answer = self._receive(self.send(wire.CALL, body, deadline=deadline), deadline, captured)
+            finally:
+                captured.drain()
+                self.written = (captured.text(0), captured.text(1), captured.truncated)
             return answer._replace(stdout=captured.text(0), stderr=captured.text(1), truncated=captured.truncated)
 
     def _receive(self, ident: int, deadline: float | None, captured: _Output | None = None) -> Answer:

@@ -7,6 +7,7 @@ import pickle
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from pihost import wire
@@ -16,7 +17,7 @@ from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.sources import Code
 from pisupervisor.options import IsolationOptions
-from pisupervisor.results import ExitInfo, ExitReason, Usage
+from pisupervisor.results import Applied, ExitInfo, ExitReason, Usage
 from pisupervisor.supervise import restart, spare
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.exits import termination
@@ -34,6 +35,7 @@ class Session:
         self.state: State = "starting"
         self.child: Child | None = None
         self.last_exit: ExitInfo | None = None
+        self.applied: Mapping[str, Applied] = {}
         self._template: Template | None = template
         self._connection: Connection | None = None
         self._sent: set[str] = set()
@@ -78,10 +80,11 @@ class Session:
                 except LinkClosed:
                     info = self.bury(child)
                     if not idempotent or info.reason is ExitReason.KILLED:
-                        raise termination(info) from None
+                        raise termination(info).with_output(*connection.written) from None
                 except DeadlinePassed:
                     self._end(child, ExitReason.TIMEOUT, f"the call was still running after {limit:g} s")
-                    raise CallTimeout(f"the call was still running after {limit:g} s; its child was killed") from None
+                    message = f"the call was still running after {limit:g} s; its child was killed"
+                    raise CallTimeout(message).with_output(*connection.written) from None
                 except ProtocolError as error:
                     self._end(child, ExitReason.PROTOCOL, str(error))
                     raise
@@ -150,7 +153,7 @@ class Session:
             closed = self.state == "stopped"  # by another thread, while this one launched
             if not closed:
                 self._connection = Connection(child.link, int(self.options.limits.result))
-                self._sent, self.child = set(), child
+                self._sent, self.child, self.applied = set(), child, child.applied
                 self.state = next_state(self.state, "launched")
         if closed:
             child.discard("the isolator was closed")
