@@ -112,7 +112,7 @@ def failure(message: dict[str, Any]) -> LaunchError:
     step, number = str(message.get("failed"))[:200], message.get("errno")
     remedy = next((text for name, text in _REMEDIES.items() if step.startswith(name)), None)
     if step == "mounts" and "/proc" in str(message.get("detail")):
-        remedy = "an outer container must not mask /proc: run it with an unmasked one (docker: --security-opt systempaths=unconfined)"
+        remedy = "an outer container must not mask /proc (docker: --security-opt systempaths=unconfined)"
     if step.startswith("preload"):
         remedy = "a preloaded module must be importable in the child: name its folder in import_paths"
     return LaunchError(
