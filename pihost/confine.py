@@ -59,12 +59,13 @@ def run(
             raise StepFailed(name, error) from error
 
 
-def close_inherited(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
+def close_inherited(_plan: ChildPlan, fds: Fds, kernel: Any) -> None:
     start = 3
     for fd in fds.all():
-        os.closerange(start, fd)
+        if start < fd:
+            kernel.close_range(start, fd - 1)
         start = fd + 1
-    os.closerange(start, 1 << 30)
+    kernel.close_range(start, syscalls.LAST_FD)
 
 
 def join_cgroup(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:

@@ -31,7 +31,7 @@ _MOUNT_ATTR = {MS_RDONLY: 1, MS_NOSUID: 2, MS_NODEV: 4, MS_NOEXEC: 8}
 # Numbers from 424 on are the same on every architecture.
 _SYS_PIVOT_ROOT = 155 if _X86 else 41
 _SYS_SECCOMP = 317 if _X86 else 277
-_SYS_CLONE3 = 435
+_SYS_CLONE3, _SYS_CLOSE_RANGE = 435, 436
 _SYS_MOUNT_SETATTR = 442
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 
@@ -39,6 +39,7 @@ _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 1, 4, 24, 28
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
 _LAST_POSSIBLE_CAPABILITY = 63
+LAST_FD = (1 << 32) - 1
 # noroot, no_setuid_fixup, keep_caps off, no_ambient_raise: each set and locked.
 _SECUREBITS_LOCKED = 0b1110_1111
 
@@ -85,6 +86,11 @@ def clone(flags: int) -> tuple[int, int]:
     if pid < 0:
         raise OSError(number, os.strerror(number), "clone3")
     return pid, pidfd.value
+
+
+def close_range(first: int, last: int) -> None:
+    """Close the fds from first to last. os.closerange of Python 3.9 tries every number: 37 s for all of them."""
+    _syscall("close_range", _SYS_CLOSE_RANGE, ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0))
 
 
 def unshare(flags: int) -> None:

@@ -37,8 +37,8 @@ IMPORT = b"import "
 _MAX_FDS = 16
 _MAX_MESSAGE = 1 << 20
 _DEBUG = 10
-#: imported while nobody waits, so that children find them there. Not
-#: cloudpickle: it brings logging, whose fork hooks cost every child 0.35 ms; who sends closures asks for it (IMPORT).
+#: imported while nobody waits, so that children find them there. Not cloudpickle: it brings logging, whose fork hooks
+#: cost every child 0.35 ms; a host that sends closures asks for it (IMPORT).
 _WHEN_IDLE = ("pickle", "socket", "json", "traceback", "ast")
 _FREE_NETWORKS = 16
 _IDLE_AFTER = 3  # ms without a request
@@ -46,7 +46,7 @@ _IDLE_AFTER = 3  # ms without a request
 
 def main(control: int, host: int) -> None:
     """Become a zygote: read the template plan, preload, say ready, serve until the host is gone."""
-    os.closerange(max(control, host) + 1, 1 << 30)
+    syscalls.close_range(max(control, host) + 1, syscalls.LAST_FD)
     sock = _socket.socket(fileno=control)
     data = sock.recv(_MAX_MESSAGE)
     if not data:
@@ -235,6 +235,8 @@ class Zygote:
             raise StepFailed("fork", error) from error
 
     def become_payload(self, plan: ChildPlan, fds: confine.Fds, say_ready: int) -> int:
+        if say_ready == confine.LINK:
+            say_ready = os.dup(say_ready)  # the link is about to take its number
         confine.run(confine.PAYLOAD, plan, fds)
         gc.enable()
         link = serve.Link(confine.LINK)

@@ -254,6 +254,7 @@ class ProcessIsolator:
                 f"functions cannot be sent to Python {version} from {sys.version_info[0]}.{sys.version_info[1]}: their byte"
                 " code differs; use invoke_method with a file", direction="to child",
             )  # fmt: skip
+        template.warm_cloudpickle()
 
     # --- life -------------------------------------------------------------------------------------------------
 

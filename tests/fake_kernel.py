@@ -12,7 +12,7 @@ from typing import Any
 NEW_FD = 77
 
 _OS_CALLS = {
-    "chdir": None, "close": None, "closerange": None, "dup": NEW_FD, "dup2": None, "open": NEW_FD, "read": b"1",
+    "chdir": None, "close": None, "dup": NEW_FD, "dup2": None, "open": NEW_FD, "read": b"1",
     "setpriority": None, "setsid": None, "umask": 0, "write": 1, "setrlimit": None,
 }  # fmt: skip
 
@@ -36,8 +36,14 @@ class Recorder:
         self.note("clone", flags)
         return 4711, NEW_FD
 
+    def close_range(self, first: int, last: int) -> None:
+        self.note("close_range", first, last)
+
     def unshare(self, flags: int) -> None:
         self.note("unshare", flags)
+
+    def setns(self, fd: int, kind: int) -> None:
+        self.note("setns", fd, kind)
 
     def mount(self, source: str, target: str, kind: str, flags: int, data: str = "") -> None:
         self.note("mount", source, target, kind, flags, data)

@@ -60,8 +60,9 @@ def interfaces():
     import struct
 
     found = {}
+    names = [line.partition(":")[0].strip() for line in text("/proc/self/net/dev").splitlines()[2:]]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _number, name in socket.if_nameindex():
+        for name in names:
             flags = fcntl.ioctl(probe, 0x8913, struct.pack("16sh22x", name.encode(), 0))
             found[name] = bool(struct.unpack_from("16xh", flags)[0] & 1)
     return found

@@ -70,7 +70,7 @@ def test_the_order_is_the_documented_one() -> None:
 def test_what_the_kernel_is_asked_in_that_order(kernel: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = acts(BEFORE_FORK, kernel)
     order = [
-        "closerange", "write", "read", "unshare", "set_ids", "set_dumpable", "set_death_signal", "mount", "unshare",
+        "close_range", "write", "read", "unshare", "set_ids", "set_dumpable", "set_death_signal", "mount", "unshare",
         "sethostname", "dup2", "setrlimit", "drop_bounding_set", "lock_securebits", "drop_capabilities",
         "set_no_new_privs", "landlock_ruleset", "landlock_allow", "landlock_restrict",
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def test_the_reasons_given_for_the_order(before: str, after: str) -> None:
 def test_all_but_ours_is_closed(kernel: Recorder) -> None:
     acts(BEFORE_FORK[:1], kernel)
     ranges = [call[1:] for call in kernel.calls]
-    kept = [fd for fd in range(3, 100) if not any(low <= fd < high for low, high in ranges)]
+    kept = [fd for fd in range(3, 100) if not any(low <= fd <= high for low, high in ranges)]
     assert kept == FDS.all() == [5, 7, 8, 11, 12, 20, 21]
 
 

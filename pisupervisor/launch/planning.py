@@ -85,7 +85,9 @@ def template_plan(
         root.append(["bind", cloudpickle, f"{OURS}/cloudpickle", mounts.READ_ONLY])
     root += _devices() + _etc(options)
     root += [["folder", "/tmp"], ["folder", "/dev/shm"], ["folder", "/proc"], ["bind", "/proc", "/proc", 0]]
-    root += [["bind", source, place, flags] for source, place, _final, flags in binds(options, interpreter)]
+    for source, place, final, flags in binds(options, interpreter):
+        # Also where it belongs: what is preloaded is imported here, before a child's own scratch covers it.
+        root += [["bind", source, where, flags] for where in dict.fromkeys((place, final))]
     return TemplatePlan(
         root=root,
         own_ids=[] if features.root else [features.uid, features.gid],

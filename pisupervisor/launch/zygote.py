@@ -87,6 +87,8 @@ class Zygote:
 
         self.control.settimeout(_GRACE)
         try:
+            # Its end with our plans unread makes the first recv fail (ECONNRESET), before what it still said.
+            self.control.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
             while data := self.control.recv(65536):
                 message = json.loads(data)
                 if "failed" in message:

@@ -1,0 +1,85 @@
+"""Whether this machine has the thing that a check tries to reach. Absent is not blocked: such a check is skipped."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+from collections.abc import Callable, Iterable
+
+import box
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def absent(check: str) -> str:
+    """Why the check could prove nothing here; empty where it can."""
+    probe = _PROBES.get(check)
+    return probe() if probe is not None else ""
+
+
+def _system_call(number: int, *arguments: int) -> Callable[[], str]:
+    def probe() -> str:
+        ctypes.set_errno(0)
+        result = _libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+        lacking = result < 0 and ctypes.get_errno() == errno.ENOSYS
+        return f"the kernel has no system call {number}" if lacking else ""
+
+    return probe
+
+
+def _one_of(paths: Iterable[str]) -> Callable[[], str]:
+    wanted = list(paths)
+    return lambda: "" if any(map(os.path.exists, wanted)) else f"the host has none of {', '.join(wanted)}"
+
+
+def _queue() -> str:
+    fd = _libc.mq_open(f"/{box.PROBE}".encode(), os.O_RDONLY)
+    if fd < 0:
+        return "the host could make no POSIX queue"
+    os.close(fd)
+    return ""
+
+
+def _families() -> str:
+    for family in (socket.AF_VSOCK, socket.AF_NETLINK, socket.AF_PACKET):
+        try:
+            kind = socket.SOCK_STREAM if family == socket.AF_VSOCK else socket.SOCK_RAW
+            socket.socket(family, kind).close()
+        except OSError:
+            continue
+        return ""
+    return "the kernel has none of the families"
+
+
+def _setuid_su() -> str:
+    try:
+        return "" if os.stat("/usr/bin/su").st_mode & 0o4000 else "/usr/bin/su is not setuid"
+    except OSError:
+        return "there is no /usr/bin/su"
+
+
+_PROC = (
+    "kcore kallsyms keys key-users timer_list sched_debug interrupts iomem diskstats modules config.gz cmdline".split()
+)
+_DEV = "vda mem kmem port kmsg fuse net/tun kvm vsock loop-control ptmx tty console rtc hwrng userfaultfd".split()
+_PROBES: dict[str, Callable[[], str]] = {
+    "N08": _one_of([f"/run/{box.PROBE}.sock"]),
+    "N10": _queue,
+    "N11": _one_of([f"/dev/shm/{box.PROBE}"]),
+    "F07": _system_call(430, 0, 0),
+    "K10": _system_call(438, -1, -1, 0),
+    "K11": _system_call(323, -1),
+    "K12": _system_call(425, 0, 0),
+    "K13": _system_call(250, 0, -4, 0),
+    "K21": _families,
+    "K28": _setuid_su,
+    "N15": _system_call(435, 0, 0),
+    "P01": _one_of(["/proc/sys/kernel/core_pattern"]),
+    "P02": _one_of(["/proc/sysrq-trigger"]),
+    "P03": _one_of(f"/proc/{name}" for name in _PROC),
+    "P04": _one_of(["/sys/kernel", "/sys/class/net", "/sys/fs/cgroup"]),
+    "P06": _one_of(f"/dev/{name}" for name in _DEV),
+    "P09": _one_of(["/sys/kernel/uevent_helper", "/proc/sys/kernel/modprobe", "/proc/sys/kernel/panic"]),
+}
