@@ -9,9 +9,6 @@ from __future__ import annotations
 import os
 import sys
 
-if False:  # only a type checker reads this
-    from pihost.root import StepFailed
-
 
 def main() -> None:
     package = os.path.dirname(os.path.abspath(__file__))
@@ -29,6 +26,7 @@ def main() -> None:
 def enter_root(control: int, host: int) -> None:
     """Read the template plan, build its root, and exec the interpreter that is inside it."""
     from pihost import root
+    from pihost.jsontext import dump  # now: once the root is built, nothing of the host's can be imported any more
     from pihost.plan import PlanError, TemplatePlan
 
     data = os.read(control, 1 << 20)
@@ -38,23 +36,21 @@ def enter_root(control: int, host: int) -> None:
         plan = TemplatePlan.load(data)
         root.build(plan)
     except PlanError as error:
-        report(control, root.StepFailed("plan", error))
+        report(control, dump(root.StepFailed("plan", error).report()))
     except root.StepFailed as failure:
-        report(control, failure)
+        report(control, dump(failure.report()))
     try:
         arguments = [plan.interpreter, "-I", "-S", plan.package, "zygote", str(control), str(host)]
         os.set_inheritable(control, True)
         os.set_inheritable(host, True)
         os.execve(plan.interpreter, arguments, plan.environment)  # noqa: S606
     except OSError as error:
-        report(control, root.StepFailed("interpreter", error))
+        report(control, dump(root.StepFailed("interpreter", error).report()))
 
 
-def report(control: int, failure: StepFailed) -> None:
+def report(control: int, failure: bytes) -> None:
     """Tell the host which step failed and end."""
-    from pihost.jsontext import dump
-
-    os.write(control, dump(failure.report()))
+    os.write(control, failure)
     os._exit(1)
 
 

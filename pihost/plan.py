@@ -38,6 +38,10 @@ class Plan:
     def dump(self) -> bytes:
         return marshal.dumps({name: getattr(self, name) for name in self.FIELDS}, 2)
 
+    def replaced(self, **changes: object) -> Plan:
+        """A copy with other values for some fields."""
+        return type(self)(**{**{name: getattr(self, name) for name in self.FIELDS}, **changes})
+
     @classmethod
     def load(cls: type[_AnyPlan], data: bytes) -> _AnyPlan:
         values = marshal.loads(data)  # noqa: S302  from our own host only
@@ -59,7 +63,8 @@ class TemplatePlan(Plan):
     own_ids      ``[uid, gid]`` of an ordinary user, who needs a user namespace to mount at all; empty for root
     interpreter  path inside the new root
     package      folder of pihost inside the new root
-    sys_path     import path inside
+    sys_path     import path of the zygote: the standard library and our own package
+    import_paths what a payload may import from as well; the zygote, which is privileged, only while it preloads
     preload      modules imported before the first child
     environment  the whole environment
     seccomp      filter program, empty for none
@@ -69,13 +74,14 @@ class TemplatePlan(Plan):
 
     FIELDS = {
         "root": (list, list), "own_ids": (list, int), "interpreter": str, "package": str, "sys_path": _TEXTS,
-        "preload": _TEXTS, "environment": dict, "seccomp": bytes, "network": str, "log_level": int,
+        "import_paths": _TEXTS, "preload": _TEXTS, "environment": dict, "seccomp": bytes, "network": str, "log_level": int,
     }  # fmt: skip
     root: list[list[Any]]
     own_ids: list[int]
     interpreter: str
     package: str
     sys_path: list[str]
+    import_paths: list[str]
     preload: list[str]
     environment: dict[str, str]
     seccomp: bytes

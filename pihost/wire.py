@@ -25,6 +25,7 @@ VERSION = 1
 HEADER = struct.Struct("<HBBQI")
 MAX_FRAME = 4 << 20  #: largest body a child may send in one frame; the host's own frames are not bounded by it
 PIECE_SIZE = 1 << 20
+MAX_BUFFERS = 1000  #: binary buffers beside the text of one value
 
 CODE, CALL, OUTPUT = 1, 2, 3
 READY, RESULT, PICKLED, RAISED, REFUSED, PIECE = 64, 65, 66, 67, 68, 69
@@ -65,6 +66,8 @@ def unpack_value(body: bytes) -> tuple[bytes, list[memoryview]]:
     if len(body) < _COUNTS.size:
         raise BadFrame("a value without its counts")
     text_length, count = _COUNTS.unpack_from(body)
+    if count > MAX_BUFFERS:
+        raise BadFrame(f"a value of {count} buffers ({MAX_BUFFERS} are allowed)")
     start = _COUNTS.size + 8 * count
     if start + text_length > len(body):
         raise BadFrame("a value shorter than it says")

@@ -70,11 +70,15 @@ def prepare(plan: TemplatePlan) -> None:
     sys.argv[:] = [""]
     for name in ("exit", "quit"):  # what site would have put there, and scripts use
         setattr(builtins, name, _sitebuiltins.Quitter(name, "end of file"))
+    sys.path += plan.import_paths
     for name in plan.preload:
         try:
             __import__(name)
-        except Exception as error:
+        except BaseException as error:  # SystemExit too: a silent end would explain nothing
             raise StepFailed(f"preload {name}", error) from error
+    # From here on the zygote, which has rights, imports nothing of the user's: even the standard library tries names
+    # that a folder of the user's could hold (pickle: org.python.core).
+    sys.path[:] = plan.sys_path
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise StepFailed(
@@ -238,6 +242,7 @@ class Zygote:
         if say_ready == confine.LINK:
             say_ready = os.dup(say_ready)  # the link is about to take its number
         confine.run(confine.PAYLOAD, plan, fds)
+        sys.path += self.plan.import_paths
         gc.enable()
         link = serve.Link(confine.LINK)
         link.send(wire.READY, 0, [b"1"])

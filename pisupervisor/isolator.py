@@ -8,7 +8,7 @@ import sys
 import time
 from dataclasses import replace
 
-from pisupervisor.errors import IsolationError, SerializationError
+from pisupervisor.errors import SerializationError
 from pisupervisor.launch import templates
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
@@ -112,10 +112,9 @@ class ProcessIsolator:
         """
         code = self._code(path, target)
         arguments = self._arguments(args, {**keywords, **(kwargs or {})})
-        answer, child = self._session.call(
-            "method", code.key, target, arguments, code=code, timeout=timeout, idempotent=idempotent
-        )
-        return self._session.value(answer, child, returns)
+        return self._session.call(
+            "method", code.key, target, arguments, code=code, timeout=timeout, idempotent=idempotent, returns=returns
+        ).value
 
     def invoke(
         self, function: Callable[..., Any], /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -125,8 +124,7 @@ class ProcessIsolator:
         changes nothing here. Parameters and errors as for ``invoke_method``.
         """
         payload = self._function(function, args, {**keywords, **(kwargs or {})})
-        answer, child = self._session.call("function", payload, timeout=timeout, idempotent=idempotent)
-        return self._session.value(answer, child, returns)
+        return self._session.call("function", payload, timeout=timeout, idempotent=idempotent, returns=returns).value
 
     def execute(
         self, function: Callable[..., Any] | str, /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -192,20 +190,16 @@ class ProcessIsolator:
         from pisupervisor.results import CallResult, Usage
 
         started = time.monotonic()
-        before = self._session.usage()
         verb, *rest = call
-        answer, child = self._session.call(verb, *rest, code=code, timeout=timeout, idempotent=idempotent, capture=True)
-        used = child.usage()
-        try:
-            value = self._session.value(answer, child, returns)
-        except IsolationError as error:
-            error.with_output(answer.stdout, answer.stderr, answer.truncated)
-            raise
-        cpu = None if used.cpu_time is None else max(0.0, used.cpu_time - (before.cpu_time or 0.0))
+        done = self._session.call(
+            verb, *rest, code=code, timeout=timeout, idempotent=idempotent, capture=True, returns=returns
+        )
+        used, answer = done.after, done.answer
+        cpu = None if used.cpu_time is None else max(0.0, used.cpu_time - (done.before.cpu_time or 0.0))
         return CallResult(
-            value=value, stdout=answer.stdout.decode("utf-8", "replace"), stderr=answer.stderr.decode("utf-8", "replace"),
-            truncated=answer.truncated, duration=time.monotonic() - started,
-            usage=Usage(cpu_time=cpu, peak_memory=used.peak_memory),
+            value=done.value, stdout=answer.stdout.decode("utf-8", "replace"),
+            stderr=answer.stderr.decode("utf-8", "replace"), truncated=answer.truncated,
+            duration=time.monotonic() - started, usage=Usage(cpu_time=cpu, peak_memory=used.peak_memory),
         )  # fmt: skip
 
     def _start(self) -> None:
@@ -283,8 +277,9 @@ class ProcessIsolator:
 
     def __del__(self) -> None:
         session = getattr(self, "_session", None)
-        if session is not None and session.state != "stopped":  # the last net: nobody called close()
-            self.close()
+        if session is None or session.state == "stopped" or sys.is_finalizing():
+            return  # when the application ends, all children end with it
+        self.close()  # the last net: nobody else called it
 
     # --- looking ----------------------------------------------------------------------------------------------
 

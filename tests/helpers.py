@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import tempfile
 import textwrap
 import threading
 import time
@@ -30,7 +29,6 @@ class Leftovers(NamedTuple):
     threads: frozenset[str]
     groups: frozenset[str]
     mounts: frozenset[str]
-    temporary: frozenset[str]
 
 
 def leftovers() -> Leftovers:
@@ -39,18 +37,21 @@ def leftovers() -> Leftovers:
         frozenset(descendants(os.getpid())), frozenset(open_fds().items()),
         frozenset(os.listdir("/proc/self/task")), frozenset(own_groups()),
         frozenset(Path("/proc/self/mountinfo").read_text().splitlines()),
-        frozenset(name for name in os.listdir(tempfile.gettempdir()) if "pisupervisor" in name),
     )  # fmt: skip
 
 
 @contextmanager
 def nothing_left() -> Iterator[None]:
-    """What is there after the block is what was there before it."""
+    """Nothing is there after the block that was not there before it. The kernel may take a moment to forget a thread."""
     before = leftovers()
     yield
-    after = leftovers()
-    for name, was, is_now in zip(Leftovers._fields, before, after, strict=True):
-        assert is_now == was, f"{name}: new {set(is_now - was)}, gone {set(was - is_now)}"
+    wait_until(lambda: not new_since(before), 1.0)
+    assert new_since(before) == {}
+
+
+def new_since(before: Leftovers) -> dict[str, set[object]]:
+    pairs = zip(Leftovers._fields, before, leftovers(), strict=True)
+    return {name: set(is_now - was) for name, was, is_now in pairs if is_now - was}
 
 
 def open_fds() -> dict[int, str]:
@@ -64,10 +65,10 @@ def open_fds() -> dict[int, str]:
     return found
 
 
-def own_groups() -> list[str]:
-    """Every cgroup that this process made and has not removed."""
+def own_groups(pid: int | None = None) -> list[str]:
+    """Every cgroup that this process (or another) made and that is still there."""
     bases = [Path(base) / PARENT for base in detect().directories()]
-    return [str(path) for base in bases if base.is_dir() for path in base.glob(f"{os.getpid()}-*")]
+    return [str(path) for base in bases if base.is_dir() for path in base.glob(f"{pid or os.getpid()}-*")]
 
 
 def descendants(pid: int) -> list[int]:

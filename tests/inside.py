@@ -28,7 +28,9 @@ def facts():
         "proc": sorted(os.listdir("/proc")),
         "fds": {name: link("/proc/self/fd/" + name) for name in fd_names()},
         "clocks": (time.clock_gettime(time.CLOCK_MONOTONIC), time.clock_gettime(time.CLOCK_BOOTTIME)),
-        "rlimits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name[:7] == "RLIMIT_"},
+        "rlimits": {
+            name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name[:7] == "RLIMIT_"
+        },
         "interfaces": interfaces(),
         "nice": os.getpriority(os.PRIO_PROCESS, 0),
         "argv": list(sys.argv),
@@ -121,6 +123,11 @@ def can_unshare(flags):
 def can_set_hostname(name):
     libc = ctypes.CDLL(None, use_errno=True)
     return "done" if libc.sethostname(name.encode(), len(name)) == 0 else errno.errorcode[ctypes.get_errno()]
+
+
+def can_bind():
+    with socket.socket() as probe:
+        return attempt(probe.bind, ("0.0.0.0", 0))
 
 
 def listen():
@@ -227,7 +234,7 @@ def eat_in_children(count, size):
         pid = os.fork()
         if pid == 0:
             try:
-                eat(size, 2.0)
+                eat(size, 1.0)
             finally:
                 os._exit(0)
         children.append(pid)

@@ -145,9 +145,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("call", "step"), REFUSED.items())
-def test_a_refused_step_is_named_and_the_rest_not_done(
-    call: str, step: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refused_step_is_named_and_the_rest_not_done(call: str, step: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recorder = install(monkeypatch, Recorder(failing=call))
     with pytest.raises(StepFailed) as caught:
         confine.run(BEFORE_FORK, plan(), FDS, recorder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import socket
 import threading
@@ -21,7 +22,10 @@ LARGEST = 1 << 20
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[Connection, socket.socket]]:
+def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Connection, socket.socket]]:
+    """A connection whose calls are numbered from 1, and the peer."""
+    numbers = itertools.count(1)
+    monkeypatch.setattr(os, "urandom", lambda size: next(numbers).to_bytes(size, "little"))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Connection(ours, LARGEST), theirs
@@ -60,11 +64,21 @@ def test_an_answer_in_pieces_and_a_byte_at_a_time(pair: tuple[Connection, socket
     assert (answer.kind, answer.body) == (wire.RAISED, b"one two three")
 
 
-def test_calls_are_numbered(pair: tuple[Connection, socket.socket]) -> None:
+def test_calls_are_told_apart(pair: tuple[Connection, socket.socket]) -> None:
     link, peer = pair
     for ident in (1, 2, 3):
         peer.sendall(frame(ident=ident))
         link.call(b"x")
+
+
+def test_nobody_can_answer_a_call_before_it_is_made() -> None:
+    """Code that a call left behind in the child cannot guess the id of the next one."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        link = Connection(ours, LARGEST)
+        idents = {link.send(wire.CALL, b"x") for _ in range(100)}
+    assert len(idents) == 100
+    assert max(idents) > 1 << 60
 
 
 @pytest.mark.parametrize(
@@ -206,8 +220,7 @@ def test_descriptors_that_a_child_attaches_are_dropped(
 ) -> None:
     link, peer = pair
     before = open_fds()
-    ident = 1 if output is None else 2
-    socket.send_fds(peer, [frame(ident=ident)], [0, 1, 2] * 20)
+    socket.send_fds(peer, [frame()], [0, 1, 2] * 20)
     link.call(b"x", output=output)
     assert open_fds() == before
 
@@ -224,7 +237,7 @@ def receive_pipes(peer: socket.socket) -> list[int]:
 
 
 def writing(peer: socket.socket, *chunks: tuple[int, bytes]) -> threading.Thread:
-    """Plays a child that writes these (0 for stdout, 1 for stderr) and then answers call 2."""
+    """Plays a child that writes these (0 for stdout, 1 for stderr) and then answers."""
 
     def play() -> None:
         pipes = receive_pipes(peer)
@@ -232,7 +245,7 @@ def writing(peer: socket.socket, *chunks: tuple[int, bytes]) -> threading.Thread
             rest = memoryview(data)
             while rest:
                 rest = rest[os.write(pipes[which], rest) :]
-        peer.sendall(frame(ident=2))
+        peer.sendall(frame())
         for pipe in pipes:
             os.close(pipe)
 
@@ -277,7 +290,7 @@ def test_who_writes_on_after_the_answer_is_not_waited_for(pair: tuple[Connection
     def play() -> None:
         out, err = receive_pipes(peer)
         os.set_blocking(out, False)
-        peer.sendall(frame(ident=2))
+        peer.sendall(frame())
         while not stop.is_set():
             try:
                 os.write(out, bytes(1 << 16))

@@ -48,9 +48,7 @@ def explain(status: dict[str, Any], events: GroupEvents, ordered: ExitReason | N
         ({}, QUIET, ExitReason.KILLED, ExitReason.KILLED),
     ],
 )
-def test_reasons(
-    status: dict[str, Any], events: GroupEvents, ordered: ExitReason | None, reason: ExitReason
-) -> None:
+def test_reasons(status: dict[str, Any], events: GroupEvents, ordered: ExitReason | None, reason: ExitReason) -> None:
     assert explain(status, events, ordered).reason is reason
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import init_of, nothing_left, parent_of, state_of, wait_until, write, zygote_of
+from helpers import descendants, init_of, nothing_left, own_groups, parent_of, state_of, wait_until, write, zygote_of
 
 from pisupervisor import (
     IsolationOptions,
@@ -68,23 +68,26 @@ def test_an_isolator_that_nobody_closed() -> None:
         ProcessIsolator.create().run_source("1")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGSTOP])
-def test_the_start_timeout(signum: int) -> None:
+def test_the_start_timeout() -> None:
     """parity: 1, 2"""
     with nothing_left(), Template() as template:
-        with template.create() as isolator:
-            zygote = zygote_of(isolator)
-        os.kill(zygote, signum)
+        assert template._template is not None
+        zygote = template._template.zygote.pid
+        os.kill(zygote, signal.SIGSTOP)
         started = time.monotonic()
         try:
             with pytest.raises(LaunchError) as caught:
                 ProcessIsolator.create(start_timeout=0.5)
             took = time.monotonic() - started
+            assert not own_groups()
         finally:
             os.kill(zygote, signal.SIGCONT)
         assert caught.value.step == "start_timeout"
         assert "0.5 s" in str(caught.value)
         assert 0.4 < took < 1.0
+        with template.create() as isolator:
+            assert isolator.run_source("1").value == 1
+            assert len(descendants(zygote)) == 2, "what was asked for in vain did not come late"
 
 
 def test_a_preload_that_takes_too_long(tmp_path: Path) -> None:
@@ -177,7 +180,9 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         found = given.invoke_method(INSIDE, "facts")["environment"]
         assert (found["SHARED"], found["GIVEN"], "HOST_SECRET" in found) == ("yes", "too", False)
         for where in ("/proc/self/environ", "/proc/1/environ"):
-            assert "hunter2" not in given.run_source(f"try: s = open({where!r}).read()\nexcept OSError: s = ''\ns").value
+            assert (
+                "hunter2" not in given.run_source(f"try: s = open({where!r}).read()\nexcept OSError: s = ''\ns").value
+            )
 
 
 def test_debug_stops_before_user_code(capfd: pytest.CaptureFixture[str]) -> None:
@@ -193,9 +198,7 @@ def test_debug_stops_before_user_code(capfd: pytest.CaptureFixture[str]) -> None
         assert future.result(5) == 2
 
 
-def test_steps_are_logged_at_debug_only(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_are_logged_at_debug_only(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """parity: 18"""
     monkeypatch.delenv("PISUPERVISOR_LOG_LEVEL", raising=False)
     with ProcessIsolator.create():

@@ -69,7 +69,16 @@ def test_every_field_is_documented(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [(0, 0), (7, 7), ("12", 12), ("1K", 1024), ("256M", 256 << 20), ("3GB", 3 << 30), ("1.5M", 3 << 19), ("2kib", 2048)],
+    [
+        (0, 0),
+        (7, 7),
+        ("12", 12),
+        ("1K", 1024),
+        ("256M", 256 << 20),
+        ("3GB", 3 << 30),
+        ("1.5M", 3 << 19),
+        ("2kib", 2048),
+    ],
 )
 def test_sizes(text: int | str, size: int) -> None:
     assert parse_size(text, "memory") == size

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pihost import mounts, syscalls
-from pisupervisor.errors import FeatureUnavailable
+from pisupervisor.errors import FeatureUnavailable, OptionsError
 from pisupervisor.launch import planning
 from pisupervisor.launch.features import NAMESPACES, Features
 from pisupervisor.launch.interpreter import Interpreter
@@ -171,12 +171,26 @@ def test_what_belongs_below_tmp_is_put_aside_first(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     options = IsolationOptions(filesystem=Filesystem(read_only=[(str(data), "/tmp/in")], writable=[(str(data), "/w")]))
-    assert planning.binds(options, SYSTEM) == [
-        (str(data), "/pis/aside/0", "/tmp/in", mounts.READ_ONLY), (str(data), "/w", "/w", mounts.WRITABLE),
+    assert sorted(planning.binds(options, SYSTEM)) == [
+        (str(data), "/pis/aside/1", "/tmp/in", mounts.READ_ONLY), (str(data), "/w", "/w", mounts.WRITABLE),
     ]  # fmt: skip
+    shown = [entry[2] for entry in template(options).root if entry[:2] == ["bind", str(data)]]
+    assert shown == ["/w", "/pis/aside/1", "/tmp/in"], "also in its place, for what is preloaded from there"
     own = child(options).mounts
-    assert own[-1] == ["bind", "/pis/aside/0", "/tmp/in", 0]
+    assert own[-1] == ["bind", "/pis/aside/1", "/tmp/in", 0]
     assert [entry[:2] for entry in own[:3]] == [["tmpfs", "/tmp"], ["tmpfs", "/dev/shm"], ["proc", "/proc"]]
+
+
+def test_what_lies_deeper_comes_later_and_nothing_twice(tmp_path: Path) -> None:
+    """Else a writable folder would cover a read-only part of it."""
+    part, whole = (str(tmp_path), "/w/part"), (str(tmp_path), "/w")
+    options = IsolationOptions(filesystem=Filesystem(read_only=[part], writable=[whole]))
+    assert [final for _, _, final, _ in planning.binds(options, SYSTEM)] == ["/w", "/w/part"]
+    options = IsolationOptions(filesystem=Filesystem(read_only=[whole], writable=[whole]))
+    with pytest.raises(OptionsError, match="two things are to be shown at /w"):
+        planning.binds(options, SYSTEM)
+    same = IsolationOptions(import_paths=[tmp_path], filesystem=Filesystem(read_only=[tmp_path]))
+    assert len(planning.binds(same, SYSTEM)) == 1
 
 
 def test_usr_is_not_shown_twice() -> None:
@@ -191,7 +205,8 @@ def test_scratch_has_a_size_and_a_number_of_files() -> None:
 def test_a_relocated_interpreter_is_seen_in_a_place_of_its_own() -> None:
     plan = template(IsolationOptions(), HOME)
     assert plan.interpreter == "/py/bin/python3"
-    assert plan.sys_path == ["/py/lib/python3.12", "/py/lib/python3.12/lib-dynload", "/pis", *HOME.packages]
+    assert plan.sys_path == ["/py/lib/python3.12", "/py/lib/python3.12/lib-dynload", "/pis"]
+    assert plan.import_paths == [*HOME.packages], "apart: the zygote is privileged and imports nothing from there"
 
 
 # --- landlock ----------------------------------------------------------------------------------------------------
@@ -217,7 +232,9 @@ def test_no_rule_allows_what_the_version_does_not_know_or_making_devices(abi: in
 
 def test_write_only_where_scratch_or_a_writable_bind_is(tmp_path: Path) -> None:
     (tmp_path / "f").write_text("")
-    shown = Filesystem(writable=[(str(tmp_path), "/w"), (str(tmp_path / "f"), "/file")], read_only=[(str(tmp_path), "/r")])
+    shown = Filesystem(
+        writable=[(str(tmp_path), "/w"), (str(tmp_path / "f"), "/file")], read_only=[(str(tmp_path), "/r")]
+    )
     rules = dict(child(IsolationOptions(filesystem=shown)).landlock)
     assert {path for path, access in rules.items() if access & planning.WRITE_FILE} == {
         "/dev", "/tmp", "/dev/shm", "/w", "/file",
@@ -248,7 +265,9 @@ def test_the_environment_starts_from_four_names() -> None:
 
 
 def test_what_is_inherited_and_what_is_said_wins() -> None:
-    options = IsolationOptions(inherit_environment=["TZ", "NOT_SET", "BOTH"], environment={"BOTH": "mine", "PATH": "/x"})
+    options = IsolationOptions(
+        inherit_environment=["TZ", "NOT_SET", "BOTH"], environment={"BOTH": "mine", "PATH": "/x"}
+    )
     found = template(options, host_environment={"TZ": "UTC", "BOTH": "host"}).environment
     assert (found["TZ"], found["BOTH"], found["PATH"], "NOT_SET" in found) == ("UTC", "mine", "/x", False)
 

@@ -66,6 +66,11 @@ def test_what_counts_as_a_crash(info: ExitInfo, crash: bool) -> None:
     assert is_crash(info) is crash
 
 
+def test_a_clean_exit_in_a_call_is_a_crash() -> None:
+    assert is_crash(ended(ExitReason.EXITED, 0), in_call=True)
+    assert not is_crash(ended(ExitReason.TIMEOUT), in_call=True)
+
+
 @pytest.mark.parametrize(
     ("mode", "reason", "code", "allowed"),
     [
@@ -80,4 +85,5 @@ def test_what_counts_as_a_crash(info: ExitInfo, crash: bool) -> None:
     ],
 )
 def test_modes(mode: str, reason: ExitReason, code: int | None, allowed: bool) -> None:
-    assert permits(RestartPolicy(mode=mode), ended(reason, code)) is allowed  # type: ignore[arg-type]
+    info = ended(reason, code)
+    assert permits(RestartPolicy(mode=mode), info, crashed=is_crash(info)) is allowed  # type: ignore[arg-type]

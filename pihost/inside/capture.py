@@ -12,23 +12,38 @@ from pihost import syscalls
 
 
 class Capture:
-    """``with Capture(out, err):`` sends fds 1 and 2 to the given pipes, which it owns, and back to nowhere."""
+    """``with Capture([out, err]):`` sends fds 1 and 2 to the given pipes, which it owns, and back to nowhere."""
 
-    def __init__(self, out: int, err: int) -> None:
-        self.pipes = (out, err)
+    def __init__(self, pipes: list[int]) -> None:
+        self.pipes = pipes
 
     def __enter__(self) -> None:
         flush()
+        if len(self.pipes) != 2:  # the kernel hands over as many as there is room for
+            for pipe in self.pipes:
+                os.close(pipe)
+            raise OSError(24, "Too many open files: none left for what the call would write")
         for target, pipe in zip((1, 2), self.pipes):
             os.dup2(pipe, target)
             os.close(pipe)
 
     def __exit__(self, *_error: object) -> None:
         flush()
-        null = os.open("/dev/null", os.O_WRONLY)
-        os.dup2(null, 1)
-        os.dup2(null, 2)
-        os.close(null)
+        null = _open_null()
+        for fd in {1, 2} - {null}:
+            os.dup2(null, fd)
+        if null > 2:
+            os.close(null)
+        else:
+            os.set_inheritable(null, True)
+
+
+def _open_null() -> int:
+    try:
+        return os.open("/dev/null", os.O_RDWR)
+    except OSError:  # user code has used up all descriptors
+        os.closerange(1, 3)
+        return os.open("/dev/null", os.O_RDWR)
 
 
 def flush() -> None:

@@ -25,6 +25,7 @@ from __future__ import annotations
 from binascii import b2a_base64
 from itertools import chain
 
+from pihost import wire
 from pihost.inside.writers import HIGH, LOW, WRITERS, find_writer, is_clean, is_hashable, shown
 from pihost.jsontext import dump
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 MAX_DEPTH = 100
 MAX_ITEMS = 2_000_000  # values, and containers once more: never less than the host counts in the text
-MAX_BUFFERS = 1000  # what comes after travels as base64: each costs a header and a system call's share
+MAX_BUFFERS = wire.MAX_BUFFERS  # what comes after travels as base64: each costs a header and a system call's share
 INLINE = 512  # bytes; a buffer costs more than this many in bookkeeping
 
 _WAY_OUT = (

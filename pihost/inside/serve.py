@@ -111,7 +111,7 @@ class Worker:
         verb, capture, arguments = call[0], call[1], call[2:]
         try:
             if capture:
-                with Capture(*take_fds()):
+                with Capture(take_fds()):
                     value = VERBS[verb](self, *arguments)
             else:
                 value = VERBS[verb](self, *arguments)

@@ -93,8 +93,8 @@ def template_plan(
         own_ids=[] if features.root else [features.uid, features.gid],
         interpreter=interpreter.inside(interpreter.executable),
         package=f"{OURS}/pihost",
-        sys_path=[interpreter.inside(interpreter.stdlib), interpreter.inside(interpreter.stdlib) + "/lib-dynload", OURS]
-        + import_paths(options, interpreter),
+        sys_path=[interpreter.inside(interpreter.stdlib), interpreter.inside(interpreter.stdlib) + "/lib-dynload", OURS],
+        import_paths=import_paths(options, interpreter),
         preload=list(options.preload),
         environment=_environment(options, interpreter, host_environment),
         seccomp=program,
@@ -141,13 +141,18 @@ def import_paths(options: IsolationOptions, interpreter: Interpreter) -> list[st
 def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str, str, str, int]]:
     """(source, place in the template, final place, flags) of the user's binds.
 
-    What belongs below a scratch folder is put aside first: the child's own tmpfs would cover it.
+    What belongs below a scratch folder is put aside first: the child's own tmpfs would cover it. Parents come before
+    what is bound inside them, whatever list they stand in: a writable folder must not cover a read-only part of it.
+    Raises OptionsError for two binds at one place.
     """
     wanted = [(path, path, mounts.READ_ONLY) for path in import_paths(options, interpreter)]
     wanted += [(source, target, mounts.READ_ONLY) for source, target in options.filesystem.shown("read_only")]
     wanted += [(source, target, mounts.WRITABLE) for source, target in options.filesystem.shown("writable")]
-    found = []
+    wanted = sorted(dict.fromkeys(wanted), key=lambda bind: bind[1].count("/"))
+    found: list[tuple[str, str, str, int]] = []
     for number, (source, target, flags) in enumerate(wanted):
+        if any(target == other for _source, _aside, other, _flags in found):
+            raise OptionsError(f"filesystem: two things are to be shown at {target}")
         if flags == mounts.READ_ONLY and source == target and target.startswith("/usr/"):
             continue  # /usr is there as a whole
         aside = f"{OURS}/aside/{number}" if _below(target, SCRATCH) else target

@@ -89,6 +89,9 @@ class ChildGroup(Protocol):
     def kill(self, timeout: float = 5.0) -> bool:
         """SIGKILL every member until the group is empty; False if ``timeout`` seconds did not suffice."""
 
+    def let_die(self) -> None:
+        """Lift the CPU quota: its members are killed, and dying takes CPU time too."""
+
     def remove(self) -> bool:
         """Close the fds and remove the directories; True when all is gone. Again is harmless."""
 

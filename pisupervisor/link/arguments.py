@@ -140,6 +140,8 @@ def _value_pickler() -> Any:
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, _CODE):
                 self.claim(_module_of(obj))
+            elif (type(obj).__module__, type(obj).__name__[-4:]) == ("msgspec._core", "Info"):
+                return type(None), ()  # what ``returns=`` made msgspec keep on the class; each side makes its own
             return super().reducer_override(obj)
 
         def claim(self, name: str) -> None:

@@ -9,6 +9,7 @@ from pihost import wire
 from pisupervisor.errors import CallError, CompileError, ProtocolError, SerializationError, TargetNotFound
 from pisupervisor.link.connection import Answer
 
+_MAX_REPORT = 1 << 20  # bytes; an honest one has at most 72 KiB of text, escaped to six times that
 _IMPORT_HINT = "what the child may import is what was given: name the folder in import_paths=[...]"
 
 
@@ -44,15 +45,22 @@ def unpack_answer(answer: Answer, *, pickled: bool, returns: Any = None) -> Any:
     raise ProtocolError(f"an answer of kind {answer.kind} was not asked for")
 
 
+def plain(text: str) -> str:
+    """Text of a child with its control characters spelt out: it must not drive a terminal."""
+    from pisupervisor.link.remote_errors import CONTROLS
+
+    return text.translate(CONTROLS)
+
+
 def refusal(payload: dict[str, Any]) -> Exception:
     """The error for a call that was refused before or after user code ran. Only text and a line number are taken."""
-    kind, message = payload.get("kind"), str(payload.get("message"))[:8192]
+    kind, message = payload.get("kind"), plain(str(payload.get("message"))[:8192])
     if kind == "not_found":
         return TargetNotFound(message)
     if kind == "compile":
         file, line = payload.get("file"), payload.get("line")
         return CompileError(
-            message, file=file[:4096] if isinstance(file, str) else None, line=line if isinstance(line, int) else None
+            message, file=plain(file[:4096]) if isinstance(file, str) else None, line=line if isinstance(line, int) else None
         )
     if kind == "not_data":
         return SerializationError(message, direction="from child")
@@ -65,6 +73,8 @@ def refusal(payload: dict[str, Any]) -> Exception:
 def _mapping(body: bytes) -> dict[str, Any]:
     from msgspec import DecodeError, json
 
+    if len(body) > _MAX_REPORT:
+        raise ProtocolError(f"an error report of {len(body)} bytes ({_MAX_REPORT} are allowed)")
     try:
         return json.decode(body, type=dict[str, Any])
     except (DecodeError, ValueError, RecursionError):

@@ -45,7 +45,8 @@ class Connection:
 
     def send(self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None) -> int:
         """Send one frame; its id. Descriptors ride on the body, which the child always reads with room for them."""
-        self._ident += 1
+        if kind == wire.CALL:
+            self._ident = int.from_bytes(os.urandom(8), "little")  # an answer given before its call cannot guess it
         header = wire.pack_header(kind, self._ident, len(body))
         try:
             if fds:

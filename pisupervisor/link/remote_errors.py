@@ -27,7 +27,9 @@ _BUILTINS: tuple[type[Exception], ...] = (
 )  # fmt: skip
 
 # A terminal obeys these: a child's text may not move the cursor of whoever reads the host's log.
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {
+    code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they reorder what is read
+}
 
 
 class _AlsoBuiltin(RemoteError):
@@ -104,7 +106,7 @@ def _text(fields: dict[str, Any], name: str, limit: int) -> str:
     text = fields.get(name)
     if type(text) is not str or len(text) > limit:
         raise ProtocolError(f"an exception whose {name} is no text of at most {limit} characters")
-    return text.translate(_CONTROLS)
+    return text.translate(CONTROLS)
 
 
 def _number(fields: dict[str, Any], name: str) -> int | None:

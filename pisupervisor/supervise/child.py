@@ -19,7 +19,7 @@ from pihost import wire
 from pisupervisor.errors import LaunchError
 from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
-from pisupervisor.launch.zygote import Zygote, deadline_left, failure
+from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
 from pisupervisor.limits import cgroups, rlimits
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitInfo, ExitReason, Usage
@@ -27,7 +27,9 @@ from pisupervisor.supervise.exits import explain_exit
 
 _CREDENTIALS = struct.Struct("3i")
 _END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
-_SPIN = 0.05
+_LAUNCH_GRACE = 0.2  # the same for a launch that failed: a zygote that hangs must not hold the caller as well
+_SPIN = 0.02
+_QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 
 
 class Child:
@@ -83,13 +85,13 @@ class Child:
         try:
             yield
         except BaseException:
-            self.discard("its launch failed")
+            self.discard("its launch failed", _LAUNCH_GRACE)
             raise
 
-    def discard(self, why: str) -> ExitInfo:
+    def discard(self, why: str, grace: float = _END_GRACE) -> ExitInfo:
         """Kill it and give everything back."""
         self.kill(ExitReason.KILLED, why)
-        return self.finish()
+        return self.finish(grace)
 
     def _request(self, without: tuple[str, ...]) -> None:
         self._missing = self._make_group(without)
@@ -139,8 +141,8 @@ class Child:
                 raise LaunchError(message, step="start_timeout", remedy=remedy)
             if self.status.fileno() in ready:
                 self._read_launch_report(zygote)
-            elif self.link.fileno() in ready:
-                self._read_ready()
+            elif self.link.fileno() in ready and not self._read_ready():
+                poll.unregister(self.link)  # closed: the status socket will say why
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
 
     def _read_launch_report(self, zygote: Zygote) -> None:
@@ -157,17 +159,20 @@ class Child:
             self._status.update(message)
             raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
 
-    def _read_ready(self) -> None:
+    def _read_ready(self) -> bool:
         data, ancillary, _flags, _address = self.link.recvmsg(
             wire.HEADER.size + 1, socket.CMSG_SPACE(_CREDENTIALS.size)
         )
+        if not data:
+            return False
         if len(data) != wire.HEADER.size + 1 or wire.unpack_header(data)[0] != wire.READY:
-            raise LaunchError("the child closed its link before it was ready", step="payload")
+            raise LaunchError("the child said something else than that it is ready", step="payload")
         for _level, kind, content in ancillary:
             if kind == socket.SCM_CREDENTIALS:
                 self.pid = _CREDENTIALS.unpack(content)[0]
                 self.payload_pidfd = os.pidfd_open(self.pid)
                 self._cleanup.append(partial(os.close, self.payload_pidfd))
+        return True
 
     # --- death ------------------------------------------------------------------------------------------------
 
@@ -194,13 +199,12 @@ class Child:
         with self._lock:
             if self.exit_info is not None:
                 return
+            if self.init_pidfd >= 0 and has_ended(self.init_pidfd):
+                return  # of something else, and that is the first cause
             if self._ordered is None:
                 self._ordered = (reason, message)
             if self.init_pidfd >= 0:
-                try:
-                    signal.pidfd_send_signal(self.init_pidfd, signal.SIGKILL)
-                except ProcessLookupError:
-                    pass
+                _send_kill(self.init_pidfd)
 
     def signal_payload(self, number: int) -> None:
         """Send a signal to the payload alone; nothing happens when it has ended."""
@@ -221,6 +225,9 @@ class Child:
     def _account(self, timeout: float) -> ExitInfo:
         deadline = time.monotonic() + timeout
         if self.init_pidfd >= 0 or self._status.get("failed"):
+            self._drain_status(min(deadline, time.monotonic() + _QUICK_END))
+            if "gone" not in self._status and self._group is not None:
+                self._group.let_die()
             self._drain_status(deadline)
         elif self._asked:
             self._abandon_launch(deadline)
@@ -264,7 +271,7 @@ class Child:
             if not data:
                 return
             if fds:
-                signal.pidfd_send_signal(fds[0], signal.SIGKILL)
+                _send_kill(fds[0])
                 os.close(fds[0])
             self._status.update(json.loads(data))
 
@@ -284,6 +291,13 @@ class Child:
 
     def events(self) -> cgroups.GroupEvents:
         return self._group.events() if self._group is not None else cgroups.GroupEvents()
+
+
+def _send_kill(pidfd: int) -> None:
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
 def _usage_from_proc(pid: int) -> Usage:

@@ -11,8 +11,9 @@ from pisupervisor.results import ExitInfo, ExitReason
 ORDERED = frozenset((ExitReason.TIMEOUT, ExitReason.KILLED))
 
 
-def is_crash(info: ExitInfo) -> bool:
-    return info.reason not in ORDERED and not (info.reason is ExitReason.EXITED and info.exit_code == 0)
+def is_crash(info: ExitInfo, *, in_call: bool = False) -> bool:
+    """Whether nobody wanted this end. In the middle of a call that is so whatever the exit code says."""
+    return info.reason not in ORDERED and (in_call or info.reason is not ExitReason.EXITED or info.exit_code != 0)
 
 
 def decide(policy: RestartPolicy, crashes: Sequence[float], now: float) -> float | None:
@@ -29,8 +30,8 @@ def decide(policy: RestartPolicy, crashes: Sequence[float], now: float) -> float
     return max(0.0, recent[-1] + delay - now)
 
 
-def permits(policy: RestartPolicy, info: ExitInfo) -> bool:
+def permits(policy: RestartPolicy, info: ExitInfo, *, crashed: bool) -> bool:
     """Whether the policy's mode starts a new child after this end. What the supervisor ordered is always made good."""
     if policy.mode == "never":
         return False
-    return policy.mode == "always" or is_crash(info) or info.reason in ORDERED
+    return policy.mode == "always" or crashed or info.reason in ORDERED

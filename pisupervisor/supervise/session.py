@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from pihost import wire
-from pisupervisor.errors import CallTimeout, IsolatorClosed, LaunchError, ProtocolError, RestartLimitReached
+from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, ProtocolError, RestartLimitReached
 from pisupervisor.launch.templates import Template, release
 from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
@@ -24,6 +24,15 @@ from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.lifecycle import Event, State, next_state
 
 _DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
+
+
+class Outcome(NamedTuple):
+    """A call that was answered: its value, the answer's output, and (where captured) what the child had used before and after."""
+
+    value: Any
+    answer: Answer
+    before: Usage
+    after: Usage
 
 
 class Session:
@@ -40,6 +49,7 @@ class Session:
         self._connection: Connection | None = None
         self._sent: set[str] = set()
         self._crashes: list[float] = []
+        self._crashed = False  # whether the last child died of itself
         self._turn = threading.Lock()  # held for the time of one call
         self._lock = threading.Lock()  # held for a change of state
         self._closing = threading.Event()
@@ -63,10 +73,10 @@ class Session:
 
     def call(
         self, verb: str, *arguments: Any, code: Code | None = None, timeout: float | None = None, idempotent: bool = False,
-        capture: bool = False,
-    ) -> tuple[Answer, Child]:  # fmt: skip
-        """Have one call done, on a new child where the last has died. Raises CallTimeout, ChildTerminated,
-        ProtocolError, RestartLimitReached, IsolatorClosed, LaunchError.
+        capture: bool = False, returns: Any = None,
+    ) -> Outcome:  # fmt: skip
+        """Have one call done, on a new child where the last has died, and its answer understood. Raises what the call
+        raised, CallTimeout, ChildTerminated, ProtocolError, RestartLimitReached, IsolatorClosed, LaunchError.
         """
         limit = self.options.call_timeout if timeout is None else timeout
         deadline = None if limit is None else time.monotonic() + limit
@@ -76,9 +86,11 @@ class Session:
             while True:
                 child, connection = self._ready_child(deadline)
                 try:
-                    return self._exchange(connection, code, body, deadline, capture), child
+                    before = child.usage() if capture else Usage()
+                    answer = self._exchange(connection, code, body, deadline, capture)
+                    return Outcome(self._value(answer, returns), answer, before, child.usage() if capture else Usage())
                 except LinkClosed:
-                    info = self.bury(child)
+                    info = self.bury(child, in_call=True)
                     if not idempotent or info.reason is ExitReason.KILLED:
                         raise termination(info).with_output(*connection.written) from None
                 except DeadlinePassed:
@@ -88,6 +100,8 @@ class Session:
                 except ProtocolError as error:
                     self._end(child, ExitReason.PROTOCOL, str(error))
                     raise
+                except IsolationError:
+                    raise  # the call's own outcome
                 except BaseException as error:  # such as KeyboardInterrupt: an answer nobody waits for must not come
                     self._end(child, ExitReason.KILLED, f"the call was interrupted by {type(error).__name__}")
                     raise
@@ -105,13 +119,11 @@ class Session:
         self._enter("answered")
         return answer
 
-    def value(self, answer: Answer, child: Child, returns: Any) -> Any:
-        """What ``answer`` says; a child that says what no honest one does is killed."""
+    def _value(self, answer: Answer, returns: Any) -> Any:
         try:
             return unpack_answer(answer, pickled=self.options.results == "pickle", returns=returns)
-        except ProtocolError as error:
-            self._end(child, ExitReason.PROTOCOL, str(error))
-            raise
+        except IsolationError as error:
+            raise error.with_output(answer.stdout, answer.stderr, answer.truncated)
 
     def _take_turn(self, deadline: float | None) -> None:
         self.check_open()
@@ -173,7 +185,7 @@ class Session:
 
     def _restart(self, deadline: float | None) -> None:
         policy, info = self.options.restart, self.last_exit
-        if info is not None and not restart.permits(policy, info):
+        if info is not None and not restart.permits(policy, info, crashed=self._crashed):
             raise IsolatorClosed(f"the child {info.describe()}, and restart mode {policy.mode!r} starts no other")
         now = time.monotonic()
         delay = None if self.state == "failed" else restart.decide(policy, self._crashes, now)
@@ -192,7 +204,7 @@ class Session:
             self._crashes.append(time.monotonic())
             raise
 
-    def bury(self, child: Child) -> ExitInfo:
+    def bury(self, child: Child, *, in_call: bool = False) -> ExitInfo:
         """Take the account of a child that is dying or closed its link, and remember it for the restart policy."""
         if not child.wait(_DEATH_GRACE):
             child.kill(ExitReason.PROTOCOL, "it closed its link and lived on")
@@ -202,7 +214,8 @@ class Session:
                 return info
             self.child = self._connection = None
             self.last_exit = info
-            if restart.is_crash(info):
+            self._crashed = restart.is_crash(info, in_call=in_call)
+            if self._crashed:
                 self._crashes = [*self._crashes, time.monotonic()][-self.options.restart.max_restarts - 1 :]
             self.state = next_state(self.state, "child_died")
         return info

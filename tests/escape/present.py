@@ -60,10 +60,38 @@ def _setuid_su() -> str:
         return "there is no /usr/bin/su"
 
 
-_PROC = (
-    "kcore kallsyms keys key-users timer_list sched_debug interrupts iomem diskstats modules config.gz cmdline".split()
-)
-_DEV = "vda mem kmem port kmsg fuse net/tun kvm vsock loop-control ptmx tty console rtc hwrng userfaultfd".split()
+_PROC = [
+    "kcore",
+    "kallsyms",
+    "keys",
+    "key-users",
+    "timer_list",
+    "sched_debug",
+    "interrupts",
+    "iomem",
+    "diskstats",
+    "modules",
+    "config.gz",
+    "cmdline",
+]
+_DEV = [
+    "vda",
+    "mem",
+    "kmem",
+    "port",
+    "kmsg",
+    "fuse",
+    "net/tun",
+    "kvm",
+    "vsock",
+    "loop-control",
+    "ptmx",
+    "tty",
+    "console",
+    "rtc",
+    "hwrng",
+    "userfaultfd",
+]
 _PROBES: dict[str, Callable[[], str]] = {
     "N08": _one_of([f"/run/{box.PROBE}.sock"]),
     "N10": _queue,

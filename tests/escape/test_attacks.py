@@ -1,0 +1,715 @@
+"""Attacks by hand, as hostile code would: forged frames, floods, lies, ways out. Every one has a bound on its time.
+
+What is marked xfail gets through: the reason says where, and the mark goes with the hole.
+"""
+
+# ruff: noqa: E501  (hostile code is data here; broken over lines it reads worse)
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hostile import PRELUDE, attack, bounded, limits
+
+from pisupervisor import (
+    CallTimeout,
+    ChildTerminated,
+    Filesystem,
+    IsolationError,
+    LaunchError,
+    OptionsError,
+    ProcessIsolator,
+    ProtocolError,
+    RestartPolicy,
+)
+
+pytestmark = [pytest.mark.linux, pytest.mark.root]
+
+
+def hole(reason: str) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(strict=True, reason=reason)
+
+
+@pytest.fixture
+def isolator() -> Iterator[ProcessIsolator]:
+    with ProcessIsolator.create(limits=limits(), restart=RestartPolicy(backoff=0.0)) as made:
+        yield made
+
+
+@pytest.fixture
+def shared() -> Iterator[Path]:
+    """A folder that children may write to, outside /tmp (which they have one of their own of)."""
+    folder = Path(tempfile.mkdtemp(prefix="pisupervisor-shared-", dir="/var/tmp"))
+    folder.chmod(0o777)
+    yield folder
+    subprocess.run(["rm", "-rf", "--", str(folder)], check=True)
+
+
+def recovers(isolator: ProcessIsolator) -> None:
+    """A child whose forged answer was taken may still sleep: the next call may fail, the one after it must not."""
+    try:
+        isolator.run_source("1", timeout=1.0)
+    except IsolationError:
+        pass
+    still_works(isolator)
+
+
+def still_works(isolator: ProcessIsolator) -> None:
+    assert isolator.run_source("6 * 7", timeout=10.0).value == 42
+
+
+# --- the zygote ----------------------------------------------------------------------------------------------------
+
+
+@hole("the zygote (root, no filter) has import_paths on sys.path while it warms up, and pickle tries org.python.core")
+def test_untrusted_import_paths_do_not_run_in_the_zygote(shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    package = shared / "org" / "python"
+    package.mkdir(parents=True)
+    (shared / "org" / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "core.py").write_text("import os\nos.write(2, b'HOSTILE uid %d' % os.getuid())\nPyStringMap = dict\n")
+    with ProcessIsolator.create(import_paths=[str(shared)]):
+        time.sleep(0.7)  # it warms up when nobody asks anything of it
+    assert "HOSTILE uid 0" not in capfd.readouterr().err
+
+
+@hole("Bind.execute walks symlinks below an earlier bind while '/' is still the host's, as root")
+def test_a_planted_symlink_makes_nothing_on_the_host(shared: Path) -> None:
+    victim, plain, folder = shared / "victim", shared / "plain", shared / "folder"
+    victim.mkdir()
+    folder.mkdir()
+    folder.chmod(0o777)
+    plain.write_text("data")
+    with ProcessIsolator.create(filesystem=Filesystem(writable=[str(folder)])) as isolator:
+        isolator.run_source(f"import os; os.symlink({str(victim)!r}, {str(folder / 'link')!r})")
+    nested = Filesystem(read_only=[str(folder), (str(plain), str(folder / "link" / "made" / "by_root"))])
+    try:
+        ProcessIsolator.create(filesystem=nested).close()
+    except (LaunchError, OptionsError):
+        pass
+    assert list(victim.iterdir()) == []
+
+
+@hole("binds are made in the order read_only, writable: the writable parent covers the read-only part of it")
+def test_read_only_below_writable_stays_read_only(shared: Path) -> None:
+    secret = shared / "secret"
+    secret.mkdir()
+    secret.chmod(0o777)
+    filesystem = Filesystem(read_only=[str(secret)], writable=[str(shared)])
+    with ProcessIsolator.create(filesystem=filesystem, limits=limits()) as isolator:
+        attack(isolator, f"open({str(secret / 'written')!r}, 'w').close()")
+    assert list(secret.iterdir()) == []
+
+
+@hole("pihost's folder and cloudpickle's are binds of host paths, which mountinfo shows; the plan stays in memory too")
+def test_no_path_of_the_host_is_to_be_seen(isolator: ProcessIsolator) -> None:
+    import pihost
+
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(pihost.__file__)))
+    assert folder not in isolator.run_source("open('/proc/self/mountinfo').read()").value
+
+
+def test_memory_holds_nothing_of_the_hosts_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zygote is exec'd with an environment of its own: no copy of the host's lies in any page of a child."""
+    monkeypatch.setenv("PISUPERVISOR_TEST_SECRET", "s3cr3t-" + "of-the-host")
+    scan = """
+import re
+secret, found = re.compile(rb"s3cr3t-of-the-hos[t]"), []  # must not find itself
+for line in open("/proc/self/maps"):
+    span, rights = line.split()[:2]
+    if "r" not in rights or "[v" in line: continue
+    low, high = (int(x, 16) for x in span.split("-"))
+    with open("/proc/self/mem", "rb") as memory:
+        memory.seek(low)
+        try: found += [line] if secret.search(memory.read(high - low)) else []
+        except OSError: pass
+found
+"""
+    with ProcessIsolator.create(limits=limits(memory="512M"), preload=["json"]) as isolator:
+        assert attack(isolator, scan, 30.0) == []
+
+
+def test_children_share_no_random_state() -> None:
+    with (
+        ProcessIsolator.create(limits=limits(), preload=["random"]) as one,
+        ProcessIsolator.create(limits=limits(), preload=["random"]) as two,
+    ):
+        code = "import random, tempfile; (random.random(), next(tempfile._get_candidate_names()))"
+        first, second = one.run_source(code).value, two.run_source(code).value
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+
+
+# --- what an answer costs the host ---------------------------------------------------------------------------------
+
+
+_MEASURED = """
+import resource, sys, time
+sys.path[:0] = {paths!r}
+from hostile import attack, limits
+from pisupervisor import ProcessIsolator, RemoteError
+with ProcessIsolator.create(limits=limits(memory="512M")) as isolator:
+    isolator.run_source("1")
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    error = attack(isolator, {code!r}, 60.0)
+    print(type(error).__name__, time.monotonic() - started, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+
+
+def cost(code: str) -> tuple[str, float, int]:
+    """(what it ended in, seconds, MiB) of one hostile answer, in a host of its own."""
+    top = Path(__file__).parents[2]
+    source = _MEASURED.format(paths=[str(top), str(Path(__file__).parent)], code=code)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=100, check=True)
+    name, seconds, size = done.stdout.split()
+    return name, float(seconds), int(size)
+
+
+@hole("unpack_value takes any number of buffers: 7.9 million empty ones cost 7 s and 1.6 GB")
+def test_millions_of_empty_buffers_are_refused_at_once() -> None:
+    name, seconds, size = cost("n = 7_900_000\nforge(RESULT, struct.pack('<II', 1, n) + bytes(8 * n) + b'1')")
+    assert name == "ProtocolError"
+    assert seconds < 3.0
+    assert size < 400
+
+
+@pytest.mark.parametrize("kind", ["RAISED", "REFUSED"])
+@hole("error reports are decoded untyped, up to Limits.result and without a count: 64 MB of '[]' cost 1.5 GB")
+def test_an_error_report_of_millions_of_lists_is_refused(kind: str) -> None:
+    code = f"""
+n = ident()
+send(frame(PIECE, n, b'{{"kind":"compile","message":"x","a":[[]'))
+part = frame(PIECE, n, b",[]" * 300000)
+for _ in range(70): send(part)
+send(frame({kind}, n, b"]}}"))
+time.sleep(100)
+"""
+    name, seconds, size = cost(code)
+    assert name == "ProtocolError"
+    assert seconds < 3.0
+    assert size < 400
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        """b"[" + b",".join([b'{"$":"datetime","v":["2024-01-01T00:00:00",0,"Europe/Berlin"]}'] * 330000) + b"]" """,
+        """b"[" + b",".join([b'{"$":"array","v":["<f8",[0],""]}'] * 280000) + b"]" """,
+        """b"[" + b",".join([b'{"$":"path","v":"a/b/c/d/e"}'] * 600000) + b"]" """,
+        """b"[" + b'{"a":0},' * 950000 + b"0]" """,
+        """b'"' + b'\\\\"' * 20000000 + b'"' """,
+        """b"[" * 1000000""",
+        """b"1" * 40000000""",
+        """b'{"$":"set","v":[' + b",".join(b'{"$":"decimal","v":"1E+%d"}' % i for i in range(200000)) + b"]}" """,
+        """b'{"$":"int","v":"' + b"f" * (1 << 20) + b'"}' """,
+        """b'{"$":"array","v":["<f8",[0,4611686018427387903,4611686018427387903],""]}' """,
+        """b'{"$":"array","v":["O",[1],"AAAAAAAAAAA="]}' """,
+        """b'{"$":"datetime","v":["2024-01-01T00:00:00",0,"../../../../etc/passwd"]}' """,
+    ],
+    ids=["datetimes", "arrays", "paths", "dicts", "quotes", "nesting", "digits", "decimals", "hex", "shape", "objects", "zone"],
+)  # fmt: skip
+def test_the_dearest_answers_have_a_bound(isolator: ProcessIsolator, text: str) -> None:
+    with bounded(8.0):
+        attack(isolator, f"forge(RESULT, value({text.strip()}))", 20.0)
+    recovers(isolator)
+
+
+# --- forged frames -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "os.write(3, b'garbage' * 100); time.sleep(100)",
+        "send(frame(READY, ident(), b'1')); time.sleep(100)",
+        "send(frame(READY, 0, b'1')); time.sleep(100)",
+        "send(frame(2, ident(), b'1')); time.sleep(100)",
+        "send(frame(200, ident(), b'1')); time.sleep(100)",
+        "send(frame(PICKLED, ident(), b'cos\\nsystem\\n(S\"true\"\\ntR.')); time.sleep(100)",
+        "send(HEADER.pack(0x5149, 1, RESULT, ident(), 0)); time.sleep(100)",
+        "send(HEADER.pack(0x5149, 1, RESULT, ident(), 0xFFFFFFFF)); time.sleep(100)",
+        "send(HEADER.pack(0x5149, 2, RESULT, ident(), 1)); time.sleep(100)",
+        "send(frame(RESULT, ident() + 1, value(b'1'))); time.sleep(100)",
+        "send(frame(RESULT, ident(), b'1')); time.sleep(100)",
+        "send(frame(RESULT, ident(), struct.pack('<II', 0xFFFFFFFF, 0xFFFFFFFF))); time.sleep(100)",
+        "send(frame(RESULT, ident(), value(b'{\"$\":\"bytes\",\"v\":0}', b'x', b'y'))); time.sleep(100)",
+        "send(frame(RAISED, ident(), b'[]')); time.sleep(100)",
+        "send(frame(RAISED, ident(), b'{\"module\":\"os\",\"type\":[],\"message\":{}}')); time.sleep(100)",
+        "send(frame(REFUSED, ident(), b'{\"kind\":\"eval\",\"message\":\"x\"}')); time.sleep(100)",
+        "send(frame(PIECE, ident(), b'x' * 65536) * 1100); time.sleep(100)",
+    ],
+)  # fmt: skip
+def test_a_forged_frame_is_a_protocol_error_and_ends_the_child(isolator: ProcessIsolator, code: str) -> None:
+    before = isolator.pid
+    with bounded(5.0):
+        assert isinstance(attack(isolator, code), ProtocolError)
+    still_works(isolator)
+    assert isolator.pid != before
+
+
+def test_an_answer_given_ahead_ends_the_child(isolator: ProcessIsolator) -> None:
+    """Answered twice: the second answer is not taken for that of the next call (which has another number)."""
+    attack(isolator, "send(frame(RESULT, ident(), value(b'1'))); 2")
+    with pytest.raises(ProtocolError):
+        isolator.run_source("6 * 7", timeout=5.0)
+    still_works(isolator)
+
+
+@hole("ids are counted up and a link is not looked at between calls: an answer sent before its call is believed")
+def test_a_reply_to_a_call_that_was_not_made_yet_is_not_believed(isolator: ProcessIsolator) -> None:
+    code = """
+own = ident()
+if os.fork() == 0:
+    os.setsid(); time.sleep(0.2)
+    send(frame(RESULT, own + 1, value(b"1337")))
+    os._exit(0)
+1
+"""
+    isolator.invoke_method("json", "dumps", 1)
+    attack(isolator, code)
+    time.sleep(0.4)
+    try:
+        assert isolator.invoke_method("json", "dumps", 1, timeout=5.0) == "1"
+    except ProtocolError:
+        pass
+
+
+@hole("a refusal's message is not stripped of control characters, as an exception's is")
+def test_no_terminal_control_in_the_text_of_a_refusal(isolator: ProcessIsolator) -> None:
+    code = """send(frame(REFUSED, ident(), b'{"kind":"not_found","message":"\\\\u001b[2J\\\\u001b]0;x\\\\u0007"}')); time.sleep(9)"""
+    assert "\x1b" not in str(attack(isolator, code))
+
+
+def test_no_terminal_control_in_the_text_of_an_exception(isolator: ProcessIsolator) -> None:
+    assert "\x1b" not in str(attack(isolator, "raise ValueError('\\x1b[2J')"))
+
+
+@pytest.mark.parametrize(
+    ("code", "most"),
+    [
+        ("os.close(3); time.sleep(100)", 2.0),
+        ("socket.socket(fileno=os.dup(3)).shutdown(2); time.sleep(100)", 2.0),
+        ("if os.fork() == 0:\n    os.setsid()\n    while True: send(frame(RESULT, ident(), value(b'7')))\nos._exit(3)", 2.0),
+        ("os.kill(os.getpid(), signal.SIGSTOP)", 3.0),
+        ("for byte in frame(RESULT, ident(), value(b'1')):\n    os.write(3, bytes([byte])); time.sleep(1)", 3.0),
+        ("part = frame(PIECE, ident(), b'x') * 3000\nwhile True: send(part)", 3.0),
+        ("link = socket.socket(fileno=os.dup(3))\nfor _ in range(50): link.send(b'Z', socket.MSG_OOB)\ntime.sleep(100)", 3.0),
+        ("link = socket.socket(fileno=os.dup(3))\nsocket.send_fds(link, [frame(RESULT, ident(), value(b'7'))], [0, 1, 2])\n"
+         "time.sleep(100)", 3.0),
+        ("for number in range(1, 65):\n    try: os.kill(1, number)\n    except OSError: pass\nos.kill(1, 9); time.sleep(100)", 3.0),
+    ],
+    ids=["close", "shutdown", "orphan", "stopped", "drip", "pieces", "oob", "fds", "kill init"],
+)  # fmt: skip
+def test_the_host_waits_no_longer_than_it_said(isolator: ProcessIsolator, code: str, most: float) -> None:
+    with bounded(most):
+        attack(isolator, code, timeout=1.5)
+    recovers(isolator)
+
+
+def test_descriptors_that_a_child_sends_are_dropped(isolator: ProcessIsolator) -> None:
+    still_works(isolator)
+    before = len(os.listdir("/proc/self/fd"))
+    attack(
+        isolator,
+        "link = socket.socket(fileno=os.dup(3))\nfor _ in range(20): socket.send_fds(link, [b'x'], [0] * 50)\ntime.sleep(.2)",
+    )
+    still_works(isolator)
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
+
+
+# --- output --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("writers", [0, 1, 8])
+def test_an_output_flood_does_not_move_the_deadline(writers: int) -> None:
+    code = f"""
+for fd in (1, 2): fcntl.fcntl(fd, 1031, 1 << 20)
+for number in range({writers}):
+    if os.fork() == 0:
+        while True: os.write(1 + number % 2, b"x" * 65536)
+while True: os.write(1, b"x" * 65536)
+"""
+    with ProcessIsolator.create(limits=limits(cpus=None)) as isolator, bounded(5.0):
+        assert isinstance(attack(isolator, code, 1.0), CallTimeout)
+
+
+def test_packets_of_one_byte_do_not_hold_the_reader(isolator: ProcessIsolator) -> None:
+    with bounded(4.0):
+        attack(isolator, "fcntl.fcntl(1, 4, os.O_DIRECT)\nwhile True: os.write(1, b'x')", 1.0)
+
+
+def test_a_writer_left_behind_reaches_no_later_call(isolator: ProcessIsolator) -> None:
+    attack(
+        isolator,
+        "if os.fork() == 0:\n    while True:\n        try: os.write(1, b'STALE')\n        except OSError: os._exit(0)\n1",
+    )
+    assert "STALE" not in isolator.run_source("print('fresh')").stdout
+
+
+# --- using up ------------------------------------------------------------------------------------------------------
+
+
+@hole("a kill lifts no CPU quota before finish() has waited its 5 s: throttled processes need CPU time to die")
+def test_throttled_processes_die_soon() -> None:
+    code = """
+for _ in range(20):
+    if os.fork() == 0:
+        kept = []
+        while True: kept.append(bytearray(1 << 16))
+time.sleep(30)
+"""
+    with ProcessIsolator.create(limits=limits(cpus=0.05, memory="32M")) as isolator, bounded(5.0):
+        attack(isolator, code, 3.0)
+
+
+def test_used_up_pids_stop_neither_the_end_nor_the_next_child() -> None:
+    code = """
+for number in range(1, 65):
+    try: signal.signal(number, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+while True:
+    try: os.fork()
+    except OSError: pass
+"""
+    with ProcessIsolator.create(limits=limits(pids=100)) as isolator:
+        with bounded(4.0):
+            assert isinstance(attack(isolator, code, 1.0), CallTimeout)
+        still_works(isolator)
+
+
+def test_a_chain_of_forks_ends(isolator: ProcessIsolator) -> None:
+    code = "while True:\n    try:\n        if os.fork() and os.getpid() != 2: os._exit(0)\n    except OSError: pass"
+    with bounded(4.0):
+        attack(isolator, code, 1.0)
+    still_works(isolator)
+
+
+def test_memory_used_up_by_many_ends() -> None:
+    code = "for _ in range(20):\n    if os.fork() == 0:\n        kept = []\n        while True: kept.append(bytearray(1 << 16))\ntime.sleep(5)"
+    with ProcessIsolator.create(limits=limits(memory="48M", pids=30)) as isolator:
+        with bounded(8.0):
+            attack(isolator, code, 1.0)
+        still_works(isolator)
+
+
+@hole("io_setup counts against fs.aio-max-nr, which is the whole machine's: one child takes nearly all of it")
+def test_one_child_cannot_take_the_machines_aio_contexts(isolator: ProcessIsolator) -> None:
+    code = """
+contexts = []
+for _ in range(40):
+    contexts.append(ctypes.c_ulong(0))
+    if system_call(206, 1000, ctypes.byref(contexts[-1])) < 0: break
+"""
+    before = int(Path("/proc/sys/fs/aio-nr").read_text())
+    attack(isolator, code)
+    assert int(Path("/proc/sys/fs/aio-nr").read_text()) - before < 1000
+
+
+@hole("Capture.__exit__ needs a free descriptor; after that each captured call fails with a TypeError of our own")
+def test_used_up_descriptors_spoil_no_reply(isolator: ProcessIsolator) -> None:
+    code = "kept = []\ntry:\n    while True: kept.append(os.open('/dev/null', 0))\nexcept OSError: pass\n5"
+    assert attack(isolator, code) == 5
+
+
+@hole("an exit with code 0 in a call is no crash for 'on-failure': the isolator never starts another child")
+def test_exit_zero_in_a_call_does_not_close_the_isolator(isolator: ProcessIsolator) -> None:
+    assert isinstance(attack(isolator, "os._exit(0)"), ChildTerminated)
+    still_works(isolator)
+
+
+# --- lies ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_poisoned_child_is_alone_with_it() -> None:
+    poison = """
+import builtins, json, pickle
+import pihost.inside.encode as encode, pihost.inside.serve as serve
+encode.encode = lambda value, most: (b'"owned"', [])
+serve.Worker.run_source = lambda *ignored: "owned"
+builtins.len = lambda thing: 0
+json.dumps = pickle.dumps = None
+sys.modules.clear()
+"""
+    with ProcessIsolator.create(limits=limits()) as bad, ProcessIsolator.create(limits=limits()) as good:
+        attack(bad, poison, 3.0)
+        still_works(good)
+        with ProcessIsolator.create(limits=limits()) as fresh:
+            still_works(fresh)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "class E(Exception):\n    def __str__(self): raise SystemExit(3)\n    __class__ = property(lambda self: int)\nraise E()",
+        "class E(Exception):\n    def __reduce__(self): return (eval, ('1/0',))\nraise E()",
+        "class M(type):\n    def __getattribute__(c, n): raise KeyboardInterrupt\nclass E(Exception, metaclass=M): pass\nraise E",
+        "class E(BaseException):\n    __traceback__ = 5\n    __cause__ = property(lambda self: self)\nraise E()",
+        "class S(str):\n    def __len__(self): return 10**9\nclass E(Exception):\n    def __str__(self): return S('x')\nraise E()",
+        "raise SystemExit('x' * 10**8)",
+        "raise KeyboardInterrupt",
+        "raise GeneratorExit",
+        "raise StopIteration(5)",
+        "raise ExceptionGroup('g', [ExceptionGroup('h', [ValueError(1)])] * 100)",
+        "import pisupervisor",
+        "sys.exit(0)",
+        "x = []\nx.append(x)\nx",
+        "x = 0\nfor _ in range(100000): x = [x]\nx",
+        "{i: i for i in range(10**6)}",
+        "'x' * (70 << 20)",
+        "class D(dict):\n    def items(self): raise MemoryError\nD(a=object())",
+        "lambda: 1",
+    ],
+)  # fmt: skip
+def test_evil_exceptions_and_results_become_errors_of_ours(isolator: ProcessIsolator, code: str) -> None:
+    with bounded(5.0):
+        assert isinstance(attack(isolator, code), IsolationError)
+    still_works(isolator)
+
+
+@pytest.mark.parametrize(
+    ("code", "plain"),
+    [
+        ("class I(int):\n    def __repr__(self): return ']'\n    __class__ = str\nI(5)", 5),
+        ("class D(dict):\n    def items(self): raise 1\n    def __iter__(self): return iter(range(10**9))\nD(a=1)", {"a": 1}),
+        ("class B(bytes):\n    def __len__(self): return 1 << 60\nB(b'abc')", b"abc"),
+        ("class S(str):\n    def encode(self, *a): return 7\n    def __str__(self): return 'lie'\nS('true')", "true"),
+        ("class F(float):\n    def __repr__(self): return '[]'\nF(1.5)", 1.5),
+        ("class L(list):\n    def __iter__(self): return iter([1] * 10**9)\nL([1])", [1]),
+    ],
+)  # fmt: skip
+def test_subclasses_that_lie_become_what_they_are_built_on(isolator: ProcessIsolator, code: str, plain: object) -> None:
+    with bounded(5.0):
+        value = attack(isolator, code)
+    assert type(value) is type(plain)
+    assert value == plain
+
+
+# --- ways out ------------------------------------------------------------------------------------------------------
+
+
+def test_the_links_other_end_is_of_no_use(isolator: ProcessIsolator) -> None:
+    """SO_PEERPIDFD (Linux 6.5) gives the child a pidfd of the host application: it must open nothing."""
+    code = """
+link, got = socket.socket(fileno=os.dup(3)), []
+try: fd = struct.unpack("i", link.getsockopt(1, 77, 4))[0]
+except OSError: fd = -1
+if fd >= 0:
+    tries = [lambda: signal.pidfd_send_signal(fd, 0), lambda: os.waitid(os.P_PIDFD, fd, os.WEXITED | os.WNOHANG)]
+    tries += [lambda n=n: fcntl.ioctl(fd, 0xFF00 | n, 0) for n in range(1, 11)]
+    for number, attempt in enumerate(tries):
+        try: attempt()
+        except OSError: continue
+        got.append(number)
+    if system_call(438, fd, 0, 0) >= 0: got.append("pidfd_getfd")
+    if system_call(308, fd, 0x20000) >= 0: got.append("setns")
+    got += [line for line in open(f"/proc/self/fdinfo/{fd}") if line.startswith("Pid:") and line.split()[1] != "0"]
+got
+"""
+    assert attack(isolator, code) == []
+
+
+def test_namespace_descriptors_lead_to_no_other_namespace(isolator: ProcessIsolator) -> None:
+    """NS_GET_PARENT, and NS_MNT_GET_NEXT and PREV (Linux 6.12), which walk over the mount namespaces of the host."""
+    code = """
+got = []
+for name in os.listdir("/proc/self/ns"):
+    fd = os.open("/proc/self/ns/" + name, os.O_RDONLY)
+    own_user = os.stat("/proc/self/ns/user").st_ino
+    for request in (0xB702, 0x8010B70B, 0x8010B70C):
+        try: got.append((name, hex(request), fcntl.ioctl(fd, request, bytearray(16) if request > 0xFFFF else 0)))
+        except OSError: pass
+    try:
+        owner = fcntl.ioctl(fd, 0xB701, 0)
+        if os.fstat(owner).st_ino != own_user: got.append((name, "owner"))
+    except OSError: pass
+got
+"""
+    assert attack(isolator, code) == []
+
+
+NEW_AND_OLD = {
+    "ptrace": 101, "process_vm_readv": 310, "pidfd_getfd": 438, "setns": 308, "unshare": 272, "bpf": 321,
+    "perf_event_open": 298, "userfaultfd": 323, "io_uring_setup": 425, "statmount": 457, "listmount": 458,
+    "memfd_secret": 447, "openat2": 437, "open_tree": 428, "open_tree_attr": 467, "move_mount": 429, "fsopen": 430,
+    "name_to_handle_at": 303, "open_by_handle_at": 304, "fanotify_init": 300, "process_madvise": 440,
+    "modify_ldt": 154, "move_pages": 279, "migrate_pages": 256, "kexec_load": 246, "lookup_dcookie": 212,
+    "keyctl": 250, "mq_open": 240, "sched_setattr": 314, "pivot_root": 155, "cachestat": 451, "lsm_get_self_attr": 459,
+}  # fmt: skip
+
+
+def test_no_system_call_of_the_kind_that_escapes_use(isolator: ProcessIsolator) -> None:
+    """EPERM or ENOSYS for wild arguments too: the kernel's own EINVAL or EFAULT would mean that it was reached."""
+    code = f"{{name: system_call(number, -1, -1, -1, -1, -1, -1) for name, number in {NEW_AND_OLD!r}.items()}}"
+    assert {name: got for name, got in attack(isolator, code).items() if got not in (-1, -38)} == {}
+
+
+def test_no_seccomp_listener_by_any_flags(isolator: ProcessIsolator) -> None:
+    code = """
+class Program(ctypes.Structure): _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+program = Program(1, struct.pack("HBBI", 6, 0, 0, 0x7FFF0000))
+[system_call(317, 1, flags, ctypes.byref(program)) for flags in (8, 9, 8 | 16, 8 | 4, 0x28, 8 | (1 << 40))]
+"""
+    assert all(result < 0 for result in attack(isolator, code))
+
+
+def test_the_i386_door_is_shut(isolator: ProcessIsolator) -> None:
+    code = r"""
+import mmap
+page = mmap.mmap(-1, 4096, prot=7)
+page.write(b"\xb8\x14\x00\x00\x00\xcd\x80\xc3")
+address = ctypes.addressof(ctypes.c_char.from_buffer(page))
+pid = os.fork()
+if pid == 0:
+    os._exit(1 if ctypes.CFUNCTYPE(ctypes.c_int)(address)() > 0 else 2)
+os.waitpid(pid, 0)[1]
+"""
+    if os.uname().machine != "x86_64":
+        pytest.skip("absent here: int 0x80 is x86's")
+    assert attack(isolator, code) & 0x7F == 31  # SIGSYS
+
+
+@pytest.mark.parametrize("network", ["none", "loopback", "host"])
+def test_two_children_share_no_abstract_socket(network: str) -> None:
+    options = {"network": network, "limits": limits()}
+    with ProcessIsolator.create(**options) as one, ProcessIsolator.create(**options) as two:  # type: ignore[arg-type]
+        one.run_source("import socket\ns = socket.socket(socket.AF_UNIX); s.bind('\\0pis_pair'); s.listen()")
+        error = attack(two, "socket.socket(socket.AF_UNIX).connect('\\0pis_pair')")
+    assert isinstance(error, (ConnectionRefusedError, PermissionError))
+
+
+def test_the_hosts_network_gives_no_raw_access() -> None:
+    code = """
+got = []
+for family, kind in ((2, 3), (10, 3), (17, 3), (16, 3), (40, 1)):
+    try: got.append((family, socket.socket(family, kind)))
+    except OSError: pass
+got
+"""
+    with ProcessIsolator.create(network="host", limits=limits()) as isolator:
+        assert attack(isolator, code) == []
+
+
+def test_two_children_see_nothing_of_each_other(isolator: ProcessIsolator) -> None:
+    with ProcessIsolator.create(limits=limits()) as other:
+        other.run_source("open('/tmp/mine', 'w').write('x'); open('/dev/shm/mine', 'w').write('x')")
+        other.run_source("import ctypes; ctypes.CDLL(None).shmget(4711, 4096, 0o1666)")
+        code = "[os.listdir('/tmp'), os.listdir('/dev/shm'), libc.shmget(4711, 4096, 0), [p for p in os.listdir('/proc') if p.isdigit()]]"
+        assert attack(isolator, code) == [[], [], -1, ["2"]]
+
+
+def test_files_written_through_a_writable_bind_carry_no_privilege(shared: Path) -> None:
+    code = f"""
+os.chdir({str(shared)!r})
+def attempt(act):
+    try: act()
+    except OSError: pass
+for number, bits in enumerate((0o4755, 0o2755, 0o6777)):
+    attempt(lambda: os.close(os.open(f"a{{number}}", os.O_CREAT | os.O_WRONLY, bits)))
+    attempt(lambda: os.chmod(f"b{{number}}", bits) if not open(f"b{{number}}", "w").close() else None)
+    attempt(lambda: os.mknod(f"c{{number}}", 0o100000 | bits))
+    attempt(lambda: os.mkdir(f"d{{number}}", bits))
+    system_call(85, f"e{{number}}".encode(), bits)
+    system_call(452, -100, f"b{{number}}".encode(), bits, 0)
+attempt(lambda: os.mknod("dev", 0o60666, os.makedev(254, 0)))
+attempt(lambda: os.setxattr("b0", "security.capability", struct.pack("<5I", 0x02000001, 0xFFFFFFFF, 0, 0, 0)))
+"""
+    with ProcessIsolator.create(filesystem=Filesystem(writable=[str(shared)]), limits=limits()) as isolator:
+        attack(isolator, code)
+    made = [path.lstat() for path in shared.iterdir()]
+    assert made
+    assert [oct(found.st_mode) for found in made if found.st_mode & 0o6000] == []
+    assert {found.st_uid for found in made if found.st_uid < 0x7000_0000} == set()
+    assert not any(os.listxattr(path) for path in shared.iterdir())
+
+
+@hole('a bad answer is found out after the turn is given back: the table has no ("backoff", "answered")')
+def test_a_bad_answer_beside_a_good_one_is_no_defect_of_ours(
+    isolator: ProcessIsolator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread still decodes a bad answer while the next one's good answer has come: the order is forced here."""
+    from pisupervisor.link.connection import Answer, Connection
+
+    answered, decoded = threading.Event(), threading.Event()
+    call, value, strange = Connection.call, isolator._session.value, []
+
+    def slow_call(self: Connection, *arguments: object, **keywords: object) -> Answer:
+        answer = call(self, *arguments, **keywords)  # type: ignore[arg-type]
+        if threading.current_thread().name == "good":
+            answered.set()
+            decoded.wait(5.0)
+        return answer
+
+    def slow_value(*arguments: object) -> object:
+        if threading.current_thread().name == "bad":
+            answered.wait(5.0)
+        try:
+            return value(*arguments)  # type: ignore[arg-type]
+        finally:
+            decoded.set()
+
+    monkeypatch.setattr(Connection, "call", slow_call)
+    monkeypatch.setattr(isolator._session, "value", slow_value)
+    once = """
+import pihost.inside.serve as serve
+honest = serve.encode.encode
+def bad(value, most):
+    serve.encode.encode = honest
+    return b"[[[[", []
+serve.encode.encode = bad
+1
+"""
+
+    def good() -> None:
+        time.sleep(0.2)
+        try:
+            isolator.invoke_method("json", "dumps", 1, timeout=5.0)
+        except IsolationError:
+            pass
+        except Exception as error:
+            strange.append(error)
+
+    threads = [
+        threading.Thread(target=attack, args=(isolator, once), name="bad"),
+        threading.Thread(target=good, name="good"),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(15.0)
+    assert strange == []
+
+
+def test_threads_at_once_and_hostile_answers_make_no_defect_of_ours() -> None:
+    """Errors of ours only, whatever the order in which threads see a bad answer and the end of their child."""
+    strange: list[BaseException] = []
+    code = PRELUDE + "body = value(b'[' * 100000)\nsend(frame(RESULT, ident(), body)); time.sleep(.01); 1"
+    policy = RestartPolicy(max_restarts=100000, backoff=0.0, max_backoff=0.0)
+    with ProcessIsolator.create(limits=limits(), restart=policy) as isolator:
+        until = time.monotonic() + 3.0
+
+        def work(hostile: bool) -> None:
+            while time.monotonic() < until:
+                try:
+                    if hostile:
+                        isolator.run_source(code, timeout=2.0)
+                    else:
+                        isolator.invoke_method("json", "dumps", 1, timeout=2.0)
+                except IsolationError:
+                    pass
+                except BaseException as error:
+                    strange.append(error)
+
+        threads = [threading.Thread(target=work, args=(number == 0,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20.0)
+            assert not thread.is_alive()
+    assert strange == []

@@ -1,0 +1,750 @@
+"""Calls into real children: every way to call, what comes back, and what becomes of calls that go wrong."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import enum
+import os
+import signal
+import subprocess
+import sysconfig
+import threading
+import time
+import uuid
+import zipfile
+from collections.abc import Iterator
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import descendants, nothing_left, resident, state_of, wait_until, write, zygote_of
+
+import pisupervisor
+from pisupervisor import (
+    CallCancelled,
+    CallTimeout,
+    ChildTerminated,
+    CompileError,
+    ExitReason,
+    IsolationOptions,
+    IsolatorClosed,
+    Limits,
+    MemoryLimitExceeded,
+    OptionsError,
+    ProcessIsolator,
+    RemoteError,
+    RestartLimitReached,
+    RestartPolicy,
+    SerializationError,
+    SyscallViolation,
+    TargetNotFound,
+)
+
+pytestmark = pytest.mark.linux
+INSIDE = Path(__file__).with_name("inside.py")
+PLUGIN = """
+    class Tools:
+        seen = 0
+
+        @staticmethod
+        def shrink(data, size=1):
+            return data[:size]
+
+        @classmethod
+        def count(cls):
+            cls.seen += 1
+            return cls.seen
+
+        class Inner:
+            @staticmethod
+            def deep():
+                return "deep"
+
+    def _private(*args, **kwargs):
+        return list(args), kwargs
+
+    def fail(value):
+        return 1 / value
+
+    def parameters(timeout, returns, idempotent, kwargs):
+        return [timeout, returns, idempotent, kwargs]
+"""
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[ProcessIsolator]:
+    """One child for the tests that do it no harm."""
+    with ProcessIsolator.create(environment={"A_ZYGOTE": "of its own"}) as isolator:
+        yield isolator
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("plugins"), "plugin.py", PLUGIN)
+
+
+# --- invoke_method -----------------------------------------------------------------------------------------------
+
+
+def as_package(folder: Path) -> Path:
+    write(folder / "pack", "__init__.py", "from .part import value\n")
+    write(folder / "pack", "part.py", "value = 7\ndef twice(x): return 2 * x\n")
+    return folder / "pack"
+
+
+def as_archive(folder: Path, name: str) -> Path:
+    package = as_package(folder)
+    with zipfile.ZipFile(folder / name, "w") as archive:
+        for file in package.iterdir():
+            archive.write(file, f"pack/{file.name}")
+        archive.writestr("pack-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: pack\nVersion: 1.0\n")
+    return folder / name
+
+
+def test_a_file(shared: ProcessIsolator, plugin: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """parity: 38"""
+    assert shared.invoke_method(plugin, "Tools.shrink", [1, 2, 3], size=2) == [1, 2]
+    assert shared.invoke_method(plugin, "Tools.Inner.deep") == "deep"
+    monkeypatch.chdir(plugin.parent)
+    assert shared.invoke_method("plugin.py", "Tools.shrink", "abc") == "a"
+
+
+@pytest.mark.parametrize("name", ["folder", "pack.zip", "pack-1.0-py3-none-any.whl"])
+def test_a_package(shared: ProcessIsolator, tmp_path: Path, name: str) -> None:
+    """parity: 38"""
+    path = as_package(tmp_path) if name == "folder" else as_archive(tmp_path, name)
+    assert shared.invoke_method(path, "part.twice", 21) == 42
+
+
+def test_a_module_by_name(shared: ProcessIsolator) -> None:
+    """parity: 38"""
+    assert shared.invoke_method("json", "dumps", {"a": 1}) == '{"a": 1}'
+    assert shared.invoke_method("os.path", "join", "a", "b") == "a/b"
+
+
+def test_a_private_method_and_twelve_arguments(shared: ProcessIsolator, plugin: Path) -> None:
+    """parity: 46"""
+    letters = dict(zip("abcdefghijkl", range(12), strict=True))
+    assert shared.invoke_method(plugin, "_private", *range(12), **letters) == (list(range(12)), letters)
+
+
+def test_parameters_named_like_ours(shared: ProcessIsolator, plugin: Path) -> None:
+    given = {"timeout": 1, "returns": 2, "idempotent": 3, "kwargs": 4}
+    assert shared.invoke_method(plugin, "parameters", kwargs=given) == [1, 2, 3, 4]
+
+
+def test_state_stays_in_the_child(plugin: Path) -> None:
+    with ProcessIsolator.create() as one, ProcessIsolator.create() as two:
+        assert [one.invoke_method(plugin, "Tools.count") for _ in range(3)] == [1, 2, 3]
+        assert two.invoke_method(plugin, "Tools.count") == 1
+
+
+def test_four_ways_to_be_wrong(shared: ProcessIsolator, plugin: Path, tmp_path: Path) -> None:
+    """parity: 41"""
+    with pytest.raises(OptionsError, match=r"nowhere\.py"):
+        shared.invoke_method(tmp_path / "nowhere.py", "f")
+    with pytest.raises(TargetNotFound, match="no 'absent'; it has Tools"):
+        shared.invoke_method(plugin, "absent")
+    with pytest.raises(CompileError) as caught:
+        shared.invoke_method(write(tmp_path, "bad.py", "def f(:\n"), "f")
+    assert caught.value.line == 1
+    with pytest.raises(TypeError):
+        shared.invoke_method(plugin, "Tools.shrink")
+    with pytest.raises(OptionsError):
+        shared.invoke_method(plugin, "Tools..shrink")
+    with pytest.raises(TargetNotFound):
+        shared.invoke_method("no_such_module_anywhere", "f")
+    assert shared.state == "ready"
+
+
+# --- invoke ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Account:
+    owner: str
+    total: Decimal
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.values: list[int] = []
+
+    def add(self, value: int) -> int:
+        self.values.append(value)
+        return len(self.values)
+
+
+def own_function(left: int, right: int = 1) -> int:
+    return left * 10 + right
+
+
+def test_lambdas_and_functions_of_this_module(shared: ProcessIsolator) -> None:
+    """parity: 42"""
+    total = 41
+    assert shared.invoke(lambda: total + 1) == 42
+    assert shared.invoke(lambda x, *, y: x + y, 1, y=2) == 3
+    assert shared.invoke(own_function, 4, right=2) == 42
+    assert shared.invoke(len, [1, 2, 3]) == 3
+
+
+def test_a_closure_over_own_classes(shared: ProcessIsolator) -> None:
+    """parity: 42. What the child changes stays in the child."""
+    account, counter, numbers = Account("me", Decimal("1.5")), Counter(), [1, 2]
+
+    def change() -> tuple[str, int, int]:
+        account.total += 1
+        numbers.append(3)
+        return str(account.total), counter.add(5), len(numbers)
+
+    assert shared.invoke(change) == ("2.5", 1, 3)
+    assert (account, counter.values, numbers) == (Account("me", Decimal("1.5")), [], [1, 2])
+
+
+def test_what_is_no_function(shared: ProcessIsolator) -> None:
+    with pytest.raises(OptionsError, match="invoke_method"):
+        shared.invoke("plugin.py")  # type: ignore[arg-type]
+
+
+def test_a_closure_that_cannot_be_sent(shared: ProcessIsolator) -> None:
+    lock = threading.Lock()
+    with pytest.raises(SerializationError, match="'lock', used by the function") as caught:
+        shared.invoke(lambda: lock.acquire())
+    assert caught.value.direction == "to child"
+
+
+# --- submit ------------------------------------------------------------------------------------------------------
+
+
+def test_submit(plugin: Path) -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        future = isolator.submit(own_function, 4, right=2)
+        assert isinstance(future, concurrent.futures.Future)
+        assert future.result(5) == 42
+        assert isolator.submit_call(isolator.invoke_method, plugin, "Tools.count").result(5) == 1
+        assert isinstance(isolator.submit(lambda: 1 / 0).exception(5), ZeroDivisionError)
+        done, _ = concurrent.futures.wait([isolator.submit(own_function, n) for n in range(5)], timeout=5)
+        assert sorted(future.result() for future in done) == [1, 11, 21, 31, 41]
+
+
+def test_cancel_kills_what_runs() -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        pid = isolator.pid
+        future = isolator.submit(time.sleep, 1000)
+        assert wait_until(future.running)
+        assert wait_until(lambda: isolator.state == "busy")
+        assert future.cancel() is True
+        with pytest.raises(concurrent.futures.CancelledError) as caught:
+            future.result(5)
+        assert isinstance(caught.value, CallCancelled)
+        assert wait_until(lambda: not os.path.exists(f"/proc/{pid}"))
+        assert isolator.invoke(lambda: "next") == "next"
+        assert isolator.pid != pid
+
+
+def test_cancel_takes_back_what_waits() -> None:
+    with ProcessIsolator.create() as isolator:
+        pid = isolator.pid
+        first = isolator.submit(time.sleep, 0.2)
+        second = isolator.submit(time.sleep, 1000)
+        assert second.cancel() is True
+        with pytest.raises(CallCancelled):
+            second.result(5)
+        assert first.result(5) is None
+        assert isolator.pid == pid, "nobody was killed for a call that had not begun"
+        assert first.cancel() is False
+
+
+def test_close_ends_what_was_submitted() -> None:
+    with nothing_left():
+        isolator = ProcessIsolator.create()
+        running, waiting = isolator.submit(time.sleep, 1000), isolator.submit(time.sleep, 1000)
+        assert wait_until(running.running)
+        started = time.monotonic()
+        isolator.close()
+        assert time.monotonic() - started < 2
+        assert isinstance(running.exception(5), (ChildTerminated, IsolatorClosed))
+        assert waiting.cancelled() or isinstance(waiting.exception(5), IsolatorClosed)
+
+
+# --- output ------------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_is_written_is_captured(shared: ProcessIsolator) -> None:
+    """parity: 37 (one at a time)"""
+    result = shared.execute(f"{INSIDE}:talk")
+    assert result.value == "value"
+    assert sorted(result.stdout.split()) == ["C", "from", "printed", "raw", "shell", "sub"]
+    assert sorted(result.stderr.split()) == ["suberr", "warned"]
+    assert (result.truncated, result.duration > 0) == (False, True)
+    assert shared.execute(lambda: None).stdout == "", "each call has its own"
+
+
+def test_a_flood_is_bounded_and_flagged() -> None:
+    before = resident()
+    with ProcessIsolator.create(limits=Limits(output="64K")) as isolator:
+        result = isolator.execute(f"{INSIDE}:flood", 64 << 20)
+        assert (len(result.stdout), result.stderr, result.truncated) == (64 << 10, "the end\n", True)
+        assert result.value == 64 << 20
+        assert isolator.execute(f"{INSIDE}:talk").truncated is False
+    assert resident() - before < 16 << 20
+
+
+def test_output_of_an_error_is_lost_but_the_error_is_not(shared: ProcessIsolator) -> None:
+    def shout() -> None:
+        print("before")
+        raise KeyError("x")
+
+    with pytest.raises(KeyError):
+        shared.execute(shout)
+    assert shared.execute(lambda: print("after")).stdout == "after\n"
+
+
+def test_usage_is_told(shared: ProcessIsolator) -> None:
+    usage = shared.execute(f"{INSIDE}:burn", 0.1).usage
+    assert 0.03 < (usage.cpu_time or 0) < 0.3
+    assert (usage.peak_memory or 0) > 1 << 20
+
+
+# --- sources and scripts -----------------------------------------------------------------------------------------
+
+
+def test_source_keeps_its_state() -> None:
+    with ProcessIsolator.create() as isolator:
+        result = isolator.run_source("x = 6 * 7\nprint('hi')\nx")
+        assert (result.value, result.stdout) == (42, "hi\n")
+        assert isolator.run_source("x + 1").value == 43
+        assert isolator.run_source("def f(): return x").value is None
+        assert isolator.run_source("f()").value == 42
+
+
+def test_source_that_does_not_compile(shared: ProcessIsolator) -> None:
+    with pytest.raises(CompileError) as caught:
+        shared.run_source("a = 1\nb = (\n")
+    assert caught.value.line == 2
+    with pytest.raises(RemoteError, match="NameError") as raised:
+        shared.run_source("a = 1\nundefined_name")
+    assert "line 2" in raised.value.remote_traceback
+
+
+SCRIPT = """
+    import sys
+    print(sys.argv[1:], __name__)
+    print("to stderr", file=sys.stderr)
+    sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3, 255])
+def test_a_script(shared: ProcessIsolator, tmp_path: Path, code: int) -> None:
+    """parity: 39"""
+    info = shared.run_script(write(tmp_path, "tool.py", SCRIPT), [str(code), "--fast"])
+    assert (info.exit_code, info.reason) == (code, ExitReason.EXITED)
+    assert info.stdout == f"['{code}', '--fast'] __main__\n"
+    assert info.stderr == "to stderr\n"
+    assert info.describe() == f"exited with code {code}"
+
+
+def test_a_script_that_raises(shared: ProcessIsolator, tmp_path: Path) -> None:
+    """parity: 39"""
+    path = write(tmp_path, "tool.py", "import sys\nassert len(sys.argv) == 1, sys.argv\nprint(1)\nundefined\n")
+    info = shared.run_script(path)
+    assert (info.exit_code, info.stdout) == (1, "1\n")
+    assert "NameError" in info.stderr_tail
+    assert f'"{path}", line 4' in info.stderr_tail
+
+
+# --- values ------------------------------------------------------------------------------------------------------
+
+
+class Colour(enum.Enum):
+    RED = "red"
+
+
+VALUES: list[Any] = [
+    None, True, False, 0, -1, 2**63, -(2**200), 0.0, -0.5, float("inf"), "", "text ü 日本", b"", b"\0\xff", [], [1, [2, [3]]],
+    (), (1, (2,)), {}, {"a": {"b": None}}, {1: 2, (3, 4): "tuple key"}, set(), {1, "a"}, frozenset({1}), 1 + 2j,
+    datetime(2024, 2, 29, 1, 2, 3, 4), datetime(2024, 1, 1, tzinfo=UTC), date(1, 1, 1),
+    timedelta(days=-1, microseconds=3), Decimal("1.10"), uuid.UUID(int=7), Path("/a/b"),
+]  # fmt: skip
+
+
+def identity(value: Any) -> Any:
+    return value
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_data_comes_back_as_it_went(shared: ProcessIsolator, value: Any) -> None:
+    found = shared.invoke(identity, value)
+    assert (type(found), found) == (type(value), value)
+
+
+@pytest.mark.parametrize("value", [0, False, "", None, b"", [], {}, 0.0])
+def test_falsy_values_are_values(shared: ProcessIsolator, value: Any) -> None:
+    """parity: 84"""
+    assert shared.execute(identity, value).value == value
+    assert shared.run_source(repr(value)).value == value
+
+
+def test_enums_and_dataclasses_are_built_as_declared(shared: ProcessIsolator) -> None:
+    account = Account("me", Decimal("2.5"))
+    assert shared.invoke(identity, Colour.RED) == "red"
+    assert shared.invoke(identity, Colour.RED, returns=Colour) is Colour.RED
+    assert shared.invoke(identity, account, returns=Account) == account
+    assert shared.invoke(identity, [account], returns=list[Account]) == [account]
+    with pytest.raises(SerializationError):
+        shared.invoke(identity, {"owner": 1}, returns=Account)
+
+
+def test_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    with ProcessIsolator.create(import_paths=[sysconfig.get_path("purelib")]) as isolator:
+        for value in (numpy.arange(12.0).reshape(3, 4)[:, ::2], numpy.array([], dtype="i2"), numpy.array(["a", "bc"])):
+            found = isolator.invoke(identity, value)
+            assert (found.dtype, found.shape) == (value.dtype, value.shape)
+            assert (found == value).all()
+        assert isolator.invoke(identity, numpy.float32(1.5)) == 1.5
+        assert isolator.invoke(lambda: numpy.ones(3).sum()) == 3.0
+
+
+def test_results_larger_than_a_frame(shared: ProcessIsolator) -> None:
+    assert shared.invoke(lambda: bytes(range(256)) * (10 << 12)) == bytes(range(256)) * (10 << 12)
+    assert shared.invoke(lambda: "xü" * 3_000_000) == "xü" * 3_000_000
+    assert shared.invoke(lambda: list(range(100_000))) == list(range(100_000))
+
+
+def test_arguments_larger_than_a_frame(shared: ProcessIsolator) -> None:
+    data = os.urandom(10 << 20)
+    assert shared.invoke(lambda data: hash(data) and len(data), data) == 10 << 20
+
+
+def test_a_result_above_the_limit() -> None:
+    with ProcessIsolator.create(limits=Limits(result="1M")) as isolator:
+        pid = isolator.pid
+        assert len(isolator.invoke(lambda: bytes(1_000_000))) == 1_000_000
+        for make in (lambda: bytes(2 << 20), lambda: "x" * (2 << 20), lambda: list(range(1 << 20))):
+            with pytest.raises(SerializationError, match="result") as caught:
+                isolator.invoke(make)
+            assert caught.value.direction == "from child"
+        assert isolator.pid == pid, "nobody dies of it"
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (lambda: {"a": [1, object()]}, r"\['a'\]\[1\]"),
+        (lambda: [lambda: 1], r"\[0\]"),
+        (lambda: Fraction(1, 2), "Fraction"),
+        (lambda: (n for n in ()), "generator"),
+    ],
+)
+def test_what_is_not_data_is_named(shared: ProcessIsolator, make: Any, part: str) -> None:
+    with pytest.raises(SerializationError, match=part) as caught:
+        shared.invoke(make)
+    assert caught.value.direction == "from child"
+
+
+class Canary:
+    """Whoever unpickles this, touches a file."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.system, (f"touch {self.path}",)
+
+
+def test_the_host_never_unpickles(shared: ProcessIsolator, tmp_path: Path) -> None:
+    """parity: 52"""
+    path = tmp_path / "canary"
+    with pytest.raises(SerializationError):
+        shared.run_source(f"import os\nclass C:\n def __reduce__(self): return os.system, ('touch {path}',)\n[C(), 1]")
+    assert not path.exists()
+
+
+def test_pickle_for_those_who_ask(tmp_path: Path) -> None:
+    """parity: 52 (the opt-in)"""
+    with ProcessIsolator.create(results="pickle") as isolator:
+        assert isolator.invoke(lambda: Fraction(1, 3)) == Fraction(1, 3)
+        assert isolator.invoke(lambda: {"a": 1}) == {"a": 1}
+        isolator.run_source(f"import os\nclass C:\n def __reduce__(self): return os.mkdir, ('{tmp_path}/canary',)\nC()")
+        assert (tmp_path / "canary").is_dir(), "the canary works: what the caller trusts is run"
+
+
+# --- errors ------------------------------------------------------------------------------------------------------
+
+
+def test_an_exception_says_type_message_file_and_line(shared: ProcessIsolator, plugin: Path) -> None:
+    """parity: 51"""
+    with pytest.raises(RemoteError) as caught:
+        shared.invoke_method(plugin, "fail", 0)
+    error = caught.value
+    assert (error.type_name, error.message) == ("ZeroDivisionError", "division by zero")
+    line = 1 + PLUGIN.splitlines().index("        return 1 / value")
+    assert f'File "{plugin}", line {line}, in fail' in error.remote_traceback
+    assert "return 1 / value" in error.remote_traceback
+    assert "pihost" not in error.remote_traceback
+    with pytest.raises(ZeroDivisionError):
+        shared.invoke_method(plugin, "fail", 0)
+
+
+def test_an_exception_class_of_their_own(shared: ProcessIsolator) -> None:
+    with pytest.raises(RemoteError) as caught:
+        shared.run_source("class Odd(Exception): pass\nraise Odd('so')")
+    assert (caught.value.type_name.rpartition(".")[2], caught.value.message) == ("Odd", "so")
+    assert type(caught.value).__mro__[1] is not KeyError
+
+
+@pytest.mark.parametrize("source", ["raise SystemExit(3)", "raise KeyboardInterrupt", "exit(4)"])
+def test_leaving_ends_the_call_not_the_child(source: str) -> None:
+    with ProcessIsolator.create() as isolator:
+        pid = isolator.pid
+        with pytest.raises(RemoteError):
+            isolator.run_source(source)
+        assert isolator.run_source("1").value == 1
+        assert isolator.pid == pid
+
+
+# --- timeouts ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [
+        ("spin", ()),
+        ("spin_deaf", ()),
+        ("sleep", (1000,)),
+        ("spin_in_c", ()),
+        ("spin_with_family", ()),
+        ("close_link", ()),
+    ],
+)
+def test_a_timeout_kills_whatever_it_is(target: str, arguments: tuple[Any, ...]) -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        zygote, pid = zygote_of(isolator), isolator.pid
+        started = time.monotonic()
+        with pytest.raises((CallTimeout, ChildTerminated)) as caught:
+            isolator.invoke_method(INSIDE, target, *arguments, timeout=0.5)
+        took = time.monotonic() - started
+        assert isinstance(caught.value, ChildTerminated if target == "close_link" else TimeoutError)
+        assert took < 1.5
+        assert descendants(zygote) == [], "the whole family is gone"
+        assert isolator.invoke(lambda: "next") == "next"
+        assert isolator.pid != pid
+
+
+def test_a_timeout_for_all_calls() -> None:
+    with ProcessIsolator.create(call_timeout=0.2) as isolator:
+        with pytest.raises(CallTimeout, match=r"0\.2 s"):
+            isolator.invoke_method(INSIDE, "sleep", 60)
+        assert isolator.invoke_method(INSIDE, "sleep", 0.4, timeout=5) == 0.4
+
+
+def test_timeouts_never_count_as_crashes() -> None:
+    with ProcessIsolator.create(restart=RestartPolicy(max_restarts=1)) as isolator:
+        for _ in range(4):
+            with pytest.raises(CallTimeout):
+                isolator.invoke(time.sleep, 60, timeout=0.05)
+        assert isolator.invoke(lambda: 1) == 1
+
+
+def test_waiting_for_ones_turn_is_part_of_the_timeout() -> None:
+    with ProcessIsolator.create() as isolator:
+        future, pid = isolator.submit(time.sleep, 0.6), isolator.pid
+        assert wait_until(lambda: isolator.state == "busy")
+        with pytest.raises(CallTimeout, match="was not started"):
+            isolator.invoke(lambda: 1, timeout=0.1)
+        assert future.result(5) is None
+        assert isolator.pid == pid
+
+
+# --- limits ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.root
+class TestLimits:
+    def test_a_memory_bomb(self) -> None:
+        """parity: 23"""
+        with nothing_left(), ProcessIsolator.create(limits=Limits(memory="64M")) as isolator:
+            assert isolator.invoke_method(INSIDE, "eat", 32 << 20) == 32 << 20
+            with pytest.raises(MemoryLimitExceeded, match="memory limit") as caught:
+                isolator.invoke_method(INSIDE, "eat", 256 << 20)
+            info = caught.value.exit_info
+            assert (info.reason, info.signal) == (ExitReason.MEMORY, signal.SIGKILL)
+            assert "oom-killed" in info.describe()
+            assert isolator.wait_for_exit(0).reason is ExitReason.MEMORY
+            assert isolator.run_source("1").value == 1
+
+    def test_children_that_exceed_it_together(self) -> None:
+        """parity: 27"""
+        with ProcessIsolator.create(limits=Limits(memory="96M")) as isolator:
+            assert isolator.invoke_method(INSIDE, "eat_in_children", 1, 48 << 20) == [0]
+            try:
+                codes = isolator.invoke_method(INSIDE, "eat_in_children", 3, 48 << 20)
+            except MemoryLimitExceeded:
+                return
+            assert -signal.SIGKILL in codes
+
+    def test_a_fork_bomb(self) -> None:
+        """parity: 26"""
+        with nothing_left(), ProcessIsolator.create(limits=Limits(pids=16)) as isolator:
+            assert isolator.invoke_method(INSIDE, "fork_bomb", 1000) == 14, "PID 1 and the payload are of the 16"
+            assert isolator.applied["pids"].holds
+
+    def test_half_a_core(self) -> None:
+        """parity: 24"""
+        with ProcessIsolator.create(limits=Limits(cpus=0.5)) as isolator:
+            assert 0.3 < isolator.invoke_method(INSIDE, "burn", 1.0) < 0.65
+
+    def test_one_cpu_of_many(self) -> None:
+        """parity: 25"""
+        last = max(os.sched_getaffinity(0))
+        with ProcessIsolator.create(limits=Limits(cpuset=f"cpu{last}")) as isolator:
+            assert isolator.invoke_method(INSIDE, "facts")["cpus"] == [last]
+
+    def test_cpu_time(self) -> None:
+        with ProcessIsolator.create(limits=Limits(cpu_time=1)) as isolator:
+            with pytest.raises(pisupervisor.CpuLimitExceeded) as caught:
+                isolator.invoke_method(INSIDE, "spin", timeout=10)
+            assert caught.value.exit_info.reason is ExitReason.CPU_TIME
+
+    def test_usage_and_pids(self) -> None:
+        with ProcessIsolator.create() as isolator:
+            isolator.invoke_method(INSIDE, "eat", 16 << 20)
+            usage = isolator.resource_usage()
+            assert (usage.peak_memory or 0) > 16 << 20
+            assert (usage.cpu_time or 0) > 0
+            assert isolator.pid in isolator.pids()
+            assert len(isolator.pids()) == 2
+
+
+# --- ends --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "argument", "reason", "code", "number"),
+    [
+        ("leave", 3, ExitReason.EXITED, 3, None),
+        ("leave", 0, ExitReason.EXITED, 0, None),
+        ("die", signal.SIGSEGV, ExitReason.SIGNALED, None, signal.SIGSEGV),
+        ("die", signal.SIGKILL, ExitReason.SIGNALED, None, signal.SIGKILL),
+        ("die", signal.SIGSYS, ExitReason.SECCOMP, None, signal.SIGSYS),
+    ],
+)
+def test_a_child_that_ends_in_a_call(
+    target: str, argument: int, reason: ExitReason, code: int | None, number: int | None
+) -> None:
+    with ProcessIsolator.create(restart=RestartPolicy(mode="always")) as isolator:
+        with pytest.raises(ChildTerminated) as caught:
+            isolator.invoke_method(INSIDE, target, int(argument))
+        info = caught.value.exit_info
+        assert (info.reason, info.exit_code, info.signal) == (reason, code, number)
+        assert isinstance(caught.value, SyscallViolation) is (reason is ExitReason.SECCOMP)
+        assert isolator.wait_for_exit(1) == info
+        assert isolator.run_source("1").value == 1
+
+
+def test_on_failure_starts_nothing_after_a_clean_exit() -> None:
+    """A clean exit between calls is no crash; in a call it is one, whatever the code says."""
+    with ProcessIsolator.create() as isolator:
+        with pytest.raises(ChildTerminated):
+            isolator.invoke_method(INSIDE, "leave", 0)
+        isolator.run_source("import os, threading; threading.Timer(0.1, os._exit, (0,)).start()")
+        assert isolator.wait_for_exit(5).exit_code == 0
+        with pytest.raises(IsolatorClosed, match="exited with code 0"):
+            isolator.run_source("1")
+
+
+def test_never_starts_nothing() -> None:
+    with ProcessIsolator.create(restart=RestartPolicy(mode="never")) as isolator:
+        with pytest.raises(ChildTerminated):
+            isolator.invoke_method(INSIDE, "leave", 3)
+        with pytest.raises(IsolatorClosed, match="exited with code 3"):
+            isolator.run_source("1")
+
+
+def test_one_crash_too_many() -> None:
+    with nothing_left():
+        policy = RestartPolicy(max_restarts=2, backoff=0.01)
+        with ProcessIsolator.create(restart=policy) as isolator:
+            for _ in range(3):
+                with pytest.raises(ChildTerminated):
+                    isolator.invoke_method(INSIDE, "leave", 3)
+            with pytest.raises(RestartLimitReached, match="3 crashes within 60 s; the last: exited with code 3"):
+                isolator.run_source("1")
+            assert isolator.state == "failed"
+
+
+def test_an_idempotent_call_is_repeated(tmp_path: Path) -> None:
+    marker = tmp_path / "shared"
+    marker.mkdir(mode=0o777)
+    marker.chmod(0o777)
+    shown = pisupervisor.Filesystem(writable=[(str(marker), "/shared")])
+    with ProcessIsolator.create(IsolationOptions(filesystem=shown)) as isolator:
+        source = """
+            import os
+            def once_then_value():
+                try:
+                    os.mkdir("/shared/been-here")
+                except FileExistsError:
+                    return "second time"
+                os._exit(3)
+        """
+        path = write(tmp_path, "once.py", source)
+        assert isolator.invoke_method(path, "once_then_value", idempotent=True) == "second time"
+
+
+def test_terminate_and_waiting_for_it() -> None:
+    with ProcessIsolator.create() as isolator:
+        with pytest.raises(TimeoutError):
+            isolator.wait_for_exit(0.05)
+        isolator.terminate()
+        info = isolator.wait_for_exit(1)
+        assert (info.reason, info.signal) == (ExitReason.KILLED, signal.SIGKILL)
+        assert isolator.run_source("1").value == 1
+
+
+def test_killed_from_outside_is_seen_at_the_next_call() -> None:
+    with ProcessIsolator.create() as isolator:
+        pid = isolator.pid or 0
+        os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: state_of(pid) in ("", "Z"))
+        assert isolator.run_source("1").value == 1
+        assert isolator.pid != pid
+
+
+def test_the_first_cause_wins() -> None:
+    """Closing a child that has died of something else does not change what it died of."""
+    isolator = ProcessIsolator.create()
+    os.kill(isolator.pid or 0, signal.SIGSEGV)
+    assert wait_until(lambda: isolator._session.child is not None and isolator._session.child.ended)
+    isolator.terminate()
+    assert isolator.wait_for_exit(1).reason is ExitReason.SIGNALED
+    isolator.close()
+
+
+def test_after_close() -> None:
+    isolator = ProcessIsolator.create()
+    isolator.set_data("name", [1])
+    isolator.close()
+    for use in (lambda: isolator.run_source("1"), lambda: isolator.submit(len, []), isolator.pids, isolator.terminate):
+        with pytest.raises(IsolatorClosed):
+            use()
+    assert isolator.get_data("name") == [1]
+    assert isolator.wait_for_exit(0).reason is ExitReason.KILLED
+
+
+def test_calls_from_many_threads_take_turns(shared: ProcessIsolator) -> None:
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda n: shared.invoke(own_function, n), range(200)))
+    assert found == [n * 10 + 1 for n in range(200)]
+
+
+def test_a_fork_of_user_code_does_not_answer_twice(shared: ProcessIsolator) -> None:
+    assert shared.run_source("import os\nos.fork() >= 0").value is True
+    assert shared.run_source("2").value == 2
+    assert subprocess.run(["true"], check=True).returncode == 0

@@ -1,0 +1,167 @@
+"""The same as an ordinary user: what is missing is said, with the way to get it; all the rest holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import OrdinaryUser
+
+pytestmark = pytest.mark.rootless
+INSIDE = Path(__file__).with_name("inside.py")
+LACKING = ["memory", "swap", "cpus", "pids"]
+
+PRELUDE = f"""
+    import json, os, sys
+    from pisupervisor import *
+    DEGRADED = IsolationOptions(degrade={LACKING!r})
+    def tell(**facts): print(json.dumps(facts, default=str))
+"""
+
+
+def run(user: OrdinaryUser, source: str, *arguments: str) -> dict[str, Any]:
+    """What the script told; it runs with no privilege at all."""
+    copy = user.home / "inside.py"
+    copy.write_text(INSIDE.read_text())
+    done = user.run_python(textwrap.dedent(PRELUDE) + textwrap.dedent(source), str(copy), *arguments)
+    assert done.returncode == 0, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_what_is_missing_is_named_with_its_remedy(ordinary_user: OrdinaryUser) -> None:
+    source = """
+        try:
+            ProcessIsolator.create()
+        except FeatureUnavailable as error:
+            tell(feature=error.feature, remedy=error.remedy, text=str(error), uid=os.getuid())
+    """
+    found = run(ordinary_user, source)
+    assert found["uid"] == 1000
+    assert found["feature"] in LACKING
+    for name in ("memory", "cpus", "pids"):
+        assert name in found["text"]
+        assert repr(name) in found["remedy"]
+    assert "degrade=" in found["remedy"]
+    assert "deleg" in found["remedy"].lower() or "root" in found["remedy"]
+
+
+def test_everything_else_holds(ordinary_user: OrdinaryUser) -> None:
+    source = """
+        with ProcessIsolator.create(DEGRADED) as isolator:
+            holds = {name: entry.holds for name, entry in isolator.applied.items()}
+            why = {name: entry.detail for name, entry in isolator.applied.items() if not entry.holds}
+            facts = isolator.invoke_method(sys.argv[1], "facts")
+            status = dict(line.split(":\\t", 1) for line in open(f"/proc/{isolator.pid}/status").read().splitlines())
+            mine = {name: os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")}
+            its = {name: os.readlink(f"/proc/{isolator.pid}/ns/{name}") for name in mine}
+        tell(holds=holds, why=why, facts=facts, status=status, shared=[name for name in mine if mine[name] == its[name]])
+    """
+    found = run(ordinary_user, source)
+    lacking = {name for name, holds in found["holds"].items() if not holds}
+    assert lacking | {"swap"} == {*LACKING, "cpu_weight", "cpuset", "io"}, "a host without swap needs no limit of it"
+    assert all(found["why"][name] for name in lacking)
+    assert found["shared"] == []
+    facts, status = found["facts"], found["status"]
+    assert (facts["ids"][0], facts["pid"], facts["session"], facts["hostname"]) == ([1000] * 3, 2, True, "pihost")
+    assert sorted(facts["fds"]) == ["0", "1", "2", "3"]
+    assert facts["interfaces"] == {"lo": False}
+    assert "home" not in facts["root"]
+    assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
+    assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
+    assert set(status["Uid"].split()) == {"1000"}
+
+
+def test_calls_and_their_ends(ordinary_user: OrdinaryUser) -> None:
+    source = """
+        def name(work):
+            try:
+                return work()
+            except Exception as error:
+                return type(error).__name__
+        with ProcessIsolator.create(DEGRADED) as isolator:
+            i = isolator
+            tell(
+                call=i.invoke_method(sys.argv[1], "sleep", 0),
+                closure=i.invoke(lambda: 6 * 7),
+                output=i.execute(sys.argv[1] + ":talk").stdout.split()[0],
+                timeout=name(lambda: i.invoke_method(sys.argv[1], "spin_with_family", timeout=0.3)),
+                left=name(lambda: i.invoke_method(sys.argv[1], "leave", 3)),
+                scratch=i.invoke_method(sys.argv[1], "can_write", "/tmp/x"),
+                usage=i.resource_usage().peak_memory,
+            )
+    """
+    found = run(ordinary_user, source)
+    assert (found["call"], found["closure"], found["scratch"]) == (0, 42, "done")
+    assert (found["timeout"], found["left"]) == ("CallTimeout", "ChildTerminated")
+    assert found["output"]
+    assert found["usage"] > 1 << 20
+
+
+def test_nothing_is_left(ordinary_user: OrdinaryUser) -> None:
+    source = """
+        def seen():
+            return [sorted(os.listdir("/proc/self/fd")), os.listdir("/proc/self/task"),
+                    [p for p in os.listdir("/proc") if p.isdigit() and int(p) != os.getpid() and mine(p)]]
+        def mine(pid):
+            try:
+                return os.stat("/proc/" + pid).st_uid == os.getuid()
+            except OSError:
+                return False
+        with ProcessIsolator.create(DEGRADED): pass
+        before = seen()
+        for _ in range(5):
+            with ProcessIsolator.create(DEGRADED) as isolator:
+                isolator.run_source("1")
+        tell(before=before, after=seen())
+    """
+    found = run(ordinary_user, source)
+    assert found["after"] == found["before"]
+
+
+def test_two_children_are_kept_apart_though_they_are_one_user(ordinary_user: OrdinaryUser) -> None:
+    source = """
+        with ProcessIsolator.create(DEGRADED) as one, ProcessIsolator.create(DEGRADED) as two:
+            spied = two.run_source(f'''
+        try:
+            import os; os.kill({one.pid}, 0); r = 'seen'
+        except OSError as error:
+            r = type(error).__name__
+        r''').value
+            tell(spied=spied, pids=[one.pid, two.pid])
+    """
+    assert run(ordinary_user, source)["spied"] == "ProcessLookupError"
+
+
+def test_no_user_namespaces_is_said(ordinary_user: OrdinaryUser) -> None:
+    """A host that forbids them altogether: here by a limit of the user's own, set in an outer namespace."""
+    source = """
+        import ctypes
+        libc = ctypes.CDLL(None, use_errno=True)
+        assert libc.unshare(0x10000000) == 0
+        with open("/proc/sys/user/max_user_namespaces", "w") as file: file.write("0")
+        try:
+            ProcessIsolator.create(DEGRADED, start_timeout=5)
+        except LaunchError as error:
+            tell(step=error.step, errno=error.errno, remedy=error.remedy)
+    """
+    found = run(ordinary_user, source)
+    assert (found["step"], found["errno"]) == ("namespaces", 28)
+    assert "max_user_namespaces" in found["remedy"]
+
+
+def test_a_folder_that_only_root_can_read(ordinary_user: OrdinaryUser, tmp_path: Path) -> None:
+    (tmp_path / "secret").mkdir(mode=0o700)
+    source = """
+        try:
+            ProcessIsolator.create(DEGRADED, import_paths=[sys.argv[2]], start_timeout=5)
+        except (OptionsError, LaunchError) as error:
+            tell(kind=type(error).__name__, text=str(error))
+    """
+    found = run(ordinary_user, source, str(tmp_path / "secret"))
+    assert str(tmp_path / "secret") in found["text"]
+    assert os.path.basename(tmp_path) in found["text"]

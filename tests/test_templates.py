@@ -1,0 +1,229 @@
+"""Templates: one zygote for equal options, alive as long as somebody holds it, and a spare child for the next user."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from helpers import descendants, in_fork, nothing_left, state_of, wait_until, zygote_of
+
+from pisupervisor import (
+    Filesystem,
+    IsolationOptions,
+    IsolatorClosed,
+    Limits,
+    OptionsError,
+    ProcessIsolator,
+    RestartPolicy,
+    Security,
+    Template,
+)
+from pisupervisor.launch.templates import template_key
+
+pytestmark = pytest.mark.linux
+
+
+def test_equal_options_share_a_zygote() -> None:
+    with nothing_left(), ProcessIsolator.create() as one, ProcessIsolator.create() as two:
+        assert zygote_of(one) == zygote_of(two)
+        assert zygote_of(one) in descendants(os.getpid())
+
+
+def test_the_last_user_ends_it() -> None:
+    one, two = ProcessIsolator.create(), ProcessIsolator.create()
+    zygote = zygote_of(one)
+    one.close()
+    assert state_of(zygote) in "RS"
+    two.close()
+    assert not os.path.exists(f"/proc/{zygote}")
+
+
+def test_a_template_keeps_it_warm() -> None:
+    with nothing_left():
+        with Template() as template:
+            with template.create() as isolator:
+                zygote = zygote_of(isolator)
+            with ProcessIsolator.create() as isolator:
+                assert zygote_of(isolator) == zygote
+            assert state_of(zygote) in "RS"
+        assert not os.path.exists(f"/proc/{zygote}")
+        template.close()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"network": "loopback"}, {"environment": {"A": "1"}}, {"inherit_environment": ["PATH"]}, {"preload": ["json"]},
+        {"import_paths": ["/usr/share"]}, {"filesystem": Filesystem(read_only=["/var"])}, {"log_level": "DEBUG"},
+        {"security": Security(seccomp="strict")}, {"security": Security(user=7)}, {"security": Security(hostname="x")},
+        {"security": Security(landlock=False)}, {"python": "/usr/bin/python3"}, {"degrade": ["time"]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_makes_another_template(changes: dict[str, object]) -> None:
+    assert template_key(IsolationOptions(**changes)) != template_key(IsolationOptions())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"limits": Limits(memory="1G")}, {"restart": RestartPolicy(mode="never")}, {"results": "pickle"},
+        {"call_timeout": 5}, {"start_timeout": 5}, {"debug": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_does_not(changes: dict[str, object]) -> None:
+    assert template_key(IsolationOptions(**changes)) == template_key(IsolationOptions())  # type: ignore[arg-type]
+
+
+def test_what_the_outside_world_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable that is inherited, and the contents of a profile, are part of what a zygote is."""
+    options = IsolationOptions(inherit_environment=["SHARED"])
+    before = template_key(options)
+    monkeypatch.setenv("SHARED", "now set")
+    assert template_key(options) != before
+    path = tmp_path / "profile.json"
+    path.write_text("{}")
+    options = IsolationOptions(security=Security(seccomp=path))
+    before = template_key(options)
+    path.write_text("{ }")
+    assert template_key(options) != before
+
+
+def test_children_of_one_zygote_share_nothing() -> None:
+    """parity: 54"""
+    with ProcessIsolator.create() as one, ProcessIsolator.create() as two:
+        one.run_source("import json; json.mine = 1; open('/tmp/file', 'w').write('x'); open('/dev/shm/file', 'w'); 0")
+        assert two.run_source("import json, os; hasattr(json, 'mine'), os.listdir('/tmp'), os.listdir('/dev/shm')").value == (
+            False, [], [],
+        )  # fmt: skip
+        seeds = [isolator.run_source("import random; random.random()").value for isolator in (one, two)]
+        assert seeds[0] != seeds[1], "each child has a random state of its own"
+
+
+def test_the_second_create_is_far_faster() -> None:
+    """parity: 54"""
+    cold = min(_seconds_to_create(IsolationOptions()) for _ in range(3))
+    with Template() as template:
+        _seconds_to_create(template.options)
+        warm = min(_seconds_to_create(template.options) for _ in range(10))
+    assert warm * 5 <= cold, f"cold {cold * 1e3:.1f} ms, warm {warm * 1e3:.1f} ms"
+
+
+def _seconds_to_create(options: IsolationOptions) -> float:
+    started = time.perf_counter()
+    with ProcessIsolator.create(options):
+        return time.perf_counter() - started
+
+
+# --- the spare child ---------------------------------------------------------------------------------------------
+
+
+def spare_of(template: Template) -> int:
+    """How many processes wait in the template: PID 1 and payload of a spare child are two."""
+    assert template._template is not None
+    return len(descendants(template._template.zygote.pid))
+
+
+def test_a_spare_child_waits_while_a_template_is_open() -> None:
+    with nothing_left(), Template() as template:
+        assert spare_of(template) == 0, "nothing is made ahead before anybody came"
+        template.create().close()
+        assert wait_until(lambda: spare_of(template) == 2)
+        with template.create() as isolator:
+            assert isolator.run_source("1").value == 1
+            assert spare_of(template) == 2, "it was the spare one that was handed out"
+
+
+def test_there_is_one_at_the_most() -> None:
+    with nothing_left(), Template() as template:
+        isolators = [template.create() for _ in range(4)]
+        for isolator in isolators:
+            isolator.close()
+        assert wait_until(lambda: spare_of(template) == 2)
+
+
+def test_a_spare_for_other_options_is_not_handed_out() -> None:
+    with nothing_left(), Template() as template:
+        template.create().close()
+        with ProcessIsolator.create(limits=Limits(memory="64M")) as isolator:
+            assert isolator.applied["memory"].asked == 64 << 20
+
+
+def test_a_spare_that_died() -> None:
+    with nothing_left(), Template() as template:
+        template.create().close()
+        assert template._template is not None
+        assert wait_until(lambda: spare_of(template) == 2)
+        for pid in descendants(template._template.zygote.pid):
+            os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: spare_of(template) == 0)
+        with template.create() as isolator:
+            assert isolator.run_source("1").value == 1
+
+
+def test_a_spare_is_as_fresh_as_any(tmp_path: Path) -> None:
+    with nothing_left(), Template() as template:
+        template.create().close()
+        time.sleep(0.05)
+        with template.create() as isolator:
+            assert isolator.run_source("import time; time.clock_gettime(time.CLOCK_MONOTONIC) < 30").value is True
+            assert isolator.run_source("import os; os.listdir('/tmp')").value == []
+            assert all(entry.holds for name, entry in isolator.applied.items() if entry.asked not in (None, False))
+
+
+def test_a_child_that_is_debugged_is_never_a_spare() -> None:
+    with nothing_left(), Template(debug=True) as template:
+        isolator = template.create()
+        isolator.close()
+        assert spare_of(template) == 0
+
+
+# --- rough use ---------------------------------------------------------------------------------------------------
+
+
+def test_many_threads_at_once() -> None:
+    with nothing_left():
+        found: list[int] = []
+        threads = [threading.Thread(target=lambda: found.append(_six_by_seven())) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == [42] * 12
+
+
+def _six_by_seven() -> int:
+    with ProcessIsolator.create() as isolator:
+        value: int = isolator.run_source("6 * 7").value
+        return value
+
+
+def test_a_fork_has_templates_of_its_own() -> None:
+    with nothing_left(), Template() as template, template.create() as isolator:
+        zygote = zygote_of(isolator)
+        assert in_fork(_six_by_seven) == "42"
+        assert in_fork(template.close) == "IsolatorClosed"
+        assert state_of(zygote) in "RS"
+        assert isolator.run_source("1").value == 1
+
+
+def test_a_template_that_cannot_be_leaves_nothing() -> None:
+    with nothing_left():
+        for _ in range(3):
+            with pytest.raises(OptionsError):
+                Template(python="/nowhere/python")
+
+
+def test_after_close() -> None:
+    template = Template()
+    isolator = template.create()
+    template.close()
+    assert isolator.run_source("1").value == 1, "an isolator holds it as well"
+    isolator.close()
+    with pytest.raises(IsolatorClosed):
+        isolator.run_source("1")
