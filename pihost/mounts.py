@@ -1,12 +1,13 @@
 """What a root is made of: Bind, Tmpfs, Proc, Folder, File, Symlink, each with ``describe()`` and ``execute()``.
 
-Bind sources are opened before anything is mounted (O_PATH) and bound from /proc/self/fd: no path of the host is walked
-twice, and a source below the folder that the new root is built on stays reachable.
+Bind sources are taken (open_tree) before anything is mounted: no path of the host is walked twice, and a source below
+the folder that the new root is built on stays reachable. They go to an fd, not to a path, for the same reason.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 
 from pihost import syscalls
 
@@ -28,27 +29,55 @@ class Bind:
 
     def __init__(self, source: str, target: str, flags: int) -> None:
         self.source, self.target, self.flags = source, target, flags
-        self.fd = -1
+        self.tree = -1
 
     def describe(self) -> str:
         return f"bind {self.source} at {self.target}"
 
-    def open(self) -> None:
-        self.fd = os.open(self.source, os.O_PATH | os.O_CLOEXEC)
+    def open(self, kernel: Any = syscalls) -> None:
+        """Take the source, while it can be seen. Its flags are set before anything can be reached through it."""
+        self.tree = kernel.open_tree(self.source)
+        if self.flags:
+            kernel.set_mount_flags(self.tree, self.flags)
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:
-        target = base + self.target
-        if self.fd < 0:
-            self.open()
-        if os.path.isdir(f"/proc/self/fd/{self.fd}"):
-            os.makedirs(target, exist_ok=True)
-        else:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.close(os.open(target, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC, 0o444))
-        kernel.mount(f"/proc/self/fd/{self.fd}", target, "", syscalls.MS_BIND | syscalls.MS_REC)
-        os.close(self.fd)
-        if self.flags:
-            kernel.set_mount_flags(target, self.flags)
+        if self.tree < 0:
+            self.open(kernel)
+        target = open_target(base, self.target, stat.S_ISDIR(os.fstat(self.tree).st_mode))
+        try:
+            kernel.move_mount(self.tree, target)
+        finally:
+            os.close(target)
+            os.close(self.tree)
+
+
+def open_target(base: str, path: str, folder: bool) -> int:
+    """An O_PATH fd of ``base + path``, made where it is missing. No symbolic link is followed on the way: somebody may
+    have planted one in a folder that is shown here (CVE-2021-30465), and this runs with rights. Raises OSError.
+    """
+    parts = [part for part in path.split("/") if part]
+    folders = parts if folder else parts[:-1]
+    opened = [os.open(base or "/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)]
+    try:
+        for name in folders:
+            make_missing(os.mkdir, name, 0o755, dir_fd=opened[-1])
+            opened.append(os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=opened[-1]))
+        if not folder:
+            make_missing(os.mknod, parts[-1], stat.S_IFREG | 0o444, dir_fd=opened[-1])
+            opened.append(os.open(parts[-1], os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=opened[-1]))
+        if stat.S_ISLNK(os.fstat(opened[-1]).st_mode):
+            raise OSError(40, "a symbolic link stands where something is to be shown", path)
+        return opened.pop()
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def make_missing(make: Any, name: str, mode: int, dir_fd: int) -> None:
+    try:
+        make(name, mode, dir_fd=dir_fd)
+    except FileExistsError:
+        pass
 
 
 class Tmpfs:

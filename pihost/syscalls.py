@@ -32,10 +32,11 @@ _MOUNT_ATTR = {MS_RDONLY: 1, MS_NOSUID: 2, MS_NODEV: 4, MS_NOEXEC: 8}
 _SYS_PIVOT_ROOT = 155 if _X86 else 41
 _SYS_SECCOMP = 317 if _X86 else 277
 _SYS_CLONE3, _SYS_CLOSE_RANGE = 435, 436
-_SYS_MOUNT_SETATTR = 442
+_SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 
-_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
+_OPEN_TREE_CLONE, _MOVE_BOTH_BY_FD = 1, 0x44
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 1, 4, 24, 28
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
 _LAST_POSSIBLE_CAPABILITY = 63
@@ -114,12 +115,23 @@ def pivot_root(new: str, old: str) -> None:
     _syscall("pivot_root", _SYS_PIVOT_ROOT, new.encode(), old.encode())
 
 
-def set_mount_flags(target: str, flags: int) -> None:
-    """Add MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC to a mount and everything mounted below it (Linux 5.12)."""
+def open_tree(source: str) -> int:
+    """An fd of a detached copy of what is mounted at ``source``, with everything below it (Linux 5.2)."""
+    flags = _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC
+    return _syscall(f"open_tree {source}", _SYS_OPEN_TREE, _AT_FDCWD, source.encode(), ctypes.c_uint(flags))
+
+
+def set_mount_flags(tree: int, flags: int) -> None:
+    """Add MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC to every mount of a tree (Linux 5.12)."""
     attributes = sum(bit for flag, bit in _MOUNT_ATTR.items() if flags & flag)
     args = _FOUR_WORDS(attributes, 0, 0, 0)
-    _syscall(f"mount_setattr {target}", _SYS_MOUNT_SETATTR, _AT_FDCWD, target.encode(), _AT_RECURSIVE,
-             ctypes.byref(args), ctypes.c_size_t(32))  # fmt: skip
+    _syscall("mount_setattr", _SYS_MOUNT_SETATTR, tree, b"", _AT_RECURSIVE | _AT_EMPTY_PATH, ctypes.byref(args),
+             ctypes.c_size_t(32))  # fmt: skip
+
+
+def move_mount(tree: int, target: int) -> None:
+    """Mount a tree on what the fd ``target`` is open on (Linux 5.2)."""
+    _syscall("move_mount", _SYS_MOVE_MOUNT, tree, b"", target, b"", ctypes.c_uint(_MOVE_BOTH_BY_FD))
 
 
 def sethostname(name: str) -> None:

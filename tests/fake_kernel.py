@@ -54,8 +54,17 @@ class Recorder:
     def pivot_root(self, new: str, old: str) -> None:
         self.note("pivot_root", new, old)
 
-    def set_mount_flags(self, target: str, flags: int) -> None:
-        self.note("set_mount_flags", target, flags)
+    def open_tree(self, source: str) -> int:
+        """A real fd, so that its kind can be asked for."""
+        tree = os.open(source, os.O_PATH | os.O_CLOEXEC)
+        self.note("open_tree", source)
+        return tree
+
+    def set_mount_flags(self, tree: int, flags: int) -> None:
+        self.note("set_mount_flags", tree, flags)
+
+    def move_mount(self, tree: int, target: int) -> None:
+        self.note("move_mount", tree, os.readlink(f"/proc/self/fd/{target}"))
 
     def sethostname(self, name: str) -> None:
         self.note("sethostname", name)

@@ -9,7 +9,7 @@ import pytest
 from fake_kernel import Recorder
 
 from pihost import mounts
-from pihost.syscalls import MS_BIND, MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY, MS_REC
+from pihost.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
 
 
 @pytest.mark.parametrize(
@@ -47,43 +47,46 @@ def test_proc_shows_processes_only() -> None:
     assert kernel.calls == [("mount", "proc", "/proc", "proc", flags, "subset=pid,hidepid=invisible")]
 
 
-def test_a_folder_is_bound_with_all_below_it_then_made_read_only(tmp_path: Path) -> None:
-    source = tmp_path / "source"
+def test_a_folder_is_read_only_before_it_is_mounted(tmp_path: Path) -> None:
+    source, base, kernel = tmp_path / "source", tmp_path / "base", Recorder()
     source.mkdir()
+    base.mkdir()
     bind = mounts.Bind(str(source), "/a/b", mounts.READ_ONLY)
-    bind.open()
-    kernel, fd = Recorder(), bind.fd
-    bind.execute(str(tmp_path / "base"), kernel)
-    target = f"{tmp_path}/base/a/b"
-    assert os.path.isdir(target)
+    bind.open(kernel)
+    tree = bind.tree
+    bind.execute(str(base), kernel)
     assert kernel.calls == [
-        ("mount", f"/proc/self/fd/{fd}", target, "", MS_BIND | MS_REC, ""),
-        ("set_mount_flags", target, MS_RDONLY | MS_NOSUID | MS_NODEV),
+        ("open_tree", str(source)),
+        ("set_mount_flags", tree, MS_RDONLY | MS_NOSUID | MS_NODEV),
+        ("move_mount", tree, f"{base}/a/b"),
     ]
     with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(fd)
+        os.fstat(tree)
 
 
 def test_a_file_is_bound_over_an_empty_one(tmp_path: Path) -> None:
-    source = tmp_path / "hosts"
+    source, base, kernel = tmp_path / "hosts", tmp_path / "base", Recorder()
     source.write_text("secret")
-    bind = mounts.Bind(str(source), "/etc/hosts", 0)
-    bind.open()
-    kernel = Recorder()
-    bind.execute(str(tmp_path / "base"), kernel)
-    assert (tmp_path / "base/etc/hosts").read_bytes() == b""
-    assert kernel.names() == ["mount"], "no flags were asked for"
+    base.mkdir()
+    mounts.Bind(str(source), "/etc/hosts", 0).execute(str(base), kernel)
+    assert (base / "etc/hosts").read_bytes() == b""
+    assert kernel.names() == ["open_tree", "move_mount"], "no flags were asked for"
 
 
-def test_the_source_is_found_once_before_anything_is_mounted(tmp_path: Path) -> None:
-    """A folder put in its place afterwards is not what gets bound."""
+@pytest.mark.parametrize("target", ["/link/made/here", "/link", "/folder/link/x"])
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_no_symbolic_link_is_followed_to_a_target(tmp_path: Path, target: str, kind: str) -> None:
+    """CVE-2021-30465: whoever may write into a folder that is shown could lead us elsewhere."""
+    victim, base = tmp_path / "victim", tmp_path / "base"
+    (base / "folder").mkdir(parents=True)
+    victim.mkdir()
+    for link in (base / "link", base / "folder/link"):
+        link.symlink_to(victim)
     source = tmp_path / "source"
-    source.mkdir()
-    bind = mounts.Bind(str(source), "/x", 0)
-    bind.open()
-    source.rename(tmp_path / "moved")
-    assert os.readlink(f"/proc/self/fd/{bind.fd}") == str(tmp_path / "moved")
-    os.close(bind.fd)
+    source.mkdir() if kind == "folder" else source.write_text("")
+    with pytest.raises(OSError, match=r"Not a directory|symbolic link"):
+        mounts.Bind(str(source), target, 0).execute(str(base), Recorder())
+    assert list(victim.iterdir()) == []
 
 
 def test_a_missing_source(tmp_path: Path) -> None:

@@ -58,10 +58,10 @@ class Zygote:
 
     def prepare(self, plan: TemplatePlan) -> None:
         """Tell it what to be."""
-        dumped = plan.dump()
         try:
-            self.control.send(dumped)  # once for the stage that builds the root,
-            self.control.send(dumped)  # once for the zygote that wakes up inside it
+            self.control.send(plan.dump())  # once for the stage that builds the root,
+            # once for the zygote that wakes up inside it, whose memory children inherit: host paths are none of theirs
+            self.control.send(plan.replaced(root=[]).dump())
         except OSError:
             pass  # it has ended already; the first launch will say why
 
