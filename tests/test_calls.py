@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import descendants, nothing_left, resident, state_of, wait_until, write, zygote_of
+from helpers import descendants, nothing_left, resident, wait_until, write, zygote_of
 
 import pisupervisor
 from pisupervisor import (
@@ -712,7 +712,7 @@ def test_killed_from_outside_is_seen_at_the_next_call() -> None:
     with ProcessIsolator.create() as isolator:
         pid = isolator.pid or 0
         os.kill(pid, signal.SIGKILL)
-        assert wait_until(lambda: state_of(pid) in ("", "Z"))
+        assert isolator.wait_for_exit(5).signal == signal.SIGKILL
         assert isolator.run_source("1").value == 1
         assert isolator.pid != pid
 

@@ -93,7 +93,11 @@ def template_plan(
         own_ids=[] if features.root else [features.uid, features.gid],
         interpreter=interpreter.inside(interpreter.executable),
         package=f"{OURS}/pihost",
-        sys_path=[interpreter.inside(interpreter.stdlib), interpreter.inside(interpreter.stdlib) + "/lib-dynload", OURS],
+        sys_path=[
+            interpreter.inside(interpreter.stdlib),
+            interpreter.inside(interpreter.stdlib) + "/lib-dynload",
+            OURS,
+        ],
         import_paths=import_paths(options, interpreter),
         preload=list(options.preload),
         environment=_environment(options, interpreter, host_environment),

@@ -60,7 +60,9 @@ def refusal(payload: dict[str, Any]) -> Exception:
     if kind == "compile":
         file, line = payload.get("file"), payload.get("line")
         return CompileError(
-            message, file=plain(file[:4096]) if isinstance(file, str) else None, line=line if isinstance(line, int) else None
+            message,
+            file=plain(file[:4096]) if isinstance(file, str) else None,
+            line=line if isinstance(line, int) else None,
         )
     if kind == "not_data":
         return SerializationError(message, direction="from child")

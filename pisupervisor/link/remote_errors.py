@@ -28,7 +28,8 @@ _BUILTINS: tuple[type[Exception], ...] = (
 
 # A terminal obeys these: a child's text may not move the cursor of whoever reads the host's log.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {
-    code: f"\\u{code:04x}" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they reorder what is read
+    code: f"\\u{code:04x}"
+    for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they reorder what is read
 }
 
 

@@ -11,7 +11,14 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from pihost import wire
-from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, ProtocolError, RestartLimitReached
+from pisupervisor.errors import (
+    CallTimeout,
+    IsolationError,
+    IsolatorClosed,
+    LaunchError,
+    ProtocolError,
+    RestartLimitReached,
+)
 from pisupervisor.launch.templates import Template, release
 from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
@@ -123,7 +130,8 @@ class Session:
         try:
             return unpack_answer(answer, pickled=self.options.results == "pickle", returns=returns)
         except IsolationError as error:
-            raise error.with_output(answer.stdout, answer.stderr, answer.truncated)
+            error.with_output(answer.stdout, answer.stderr, answer.truncated)
+            raise
 
     def _take_turn(self, deadline: float | None) -> None:
         self.check_open()

@@ -19,7 +19,9 @@ from typing import Any
 
 from pisupervisor import IsolationError, ProcessIsolator
 
-IMPORTS = "import socket, pickle, json, struct, select, signal, ctypes, fcntl, resource, traceback, ast"  # what a child has
+IMPORTS = (
+    "import socket, pickle, json, struct, select, signal, ctypes, fcntl, resource, traceback, ast"  # what a child has
+)
 PLUGIN = "def answer():\n    return 42\n"
 SPACING = 0.005
 BURST = 4

@@ -68,7 +68,6 @@ def still_works(isolator: ProcessIsolator) -> None:
 # --- the zygote ----------------------------------------------------------------------------------------------------
 
 
-@hole("the zygote (root, no filter) has import_paths on sys.path while it warms up, and pickle tries org.python.core")
 def test_untrusted_import_paths_do_not_run_in_the_zygote(shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
     package = shared / "org" / "python"
     package.mkdir(parents=True)
@@ -80,7 +79,6 @@ def test_untrusted_import_paths_do_not_run_in_the_zygote(shared: Path, capfd: py
     assert "HOSTILE uid 0" not in capfd.readouterr().err
 
 
-@hole("Bind.execute walks symlinks below an earlier bind while '/' is still the host's, as root")
 def test_a_planted_symlink_makes_nothing_on_the_host(shared: Path) -> None:
     victim, plain, folder = shared / "victim", shared / "plain", shared / "folder"
     victim.mkdir()
@@ -97,7 +95,6 @@ def test_a_planted_symlink_makes_nothing_on_the_host(shared: Path) -> None:
     assert list(victim.iterdir()) == []
 
 
-@hole("binds are made in the order read_only, writable: the writable parent covers the read-only part of it")
 def test_read_only_below_writable_stays_read_only(shared: Path) -> None:
     secret = shared / "secret"
     secret.mkdir()
@@ -172,7 +169,6 @@ def cost(code: str) -> tuple[str, float, int]:
     return name, float(seconds), int(size)
 
 
-@hole("unpack_value takes any number of buffers: 7.9 million empty ones cost 7 s and 1.6 GB")
 def test_millions_of_empty_buffers_are_refused_at_once() -> None:
     name, seconds, size = cost("n = 7_900_000\nforge(RESULT, struct.pack('<II', 1, n) + bytes(8 * n) + b'1')")
     assert name == "ProtocolError"
@@ -181,7 +177,6 @@ def test_millions_of_empty_buffers_are_refused_at_once() -> None:
 
 
 @pytest.mark.parametrize("kind", ["RAISED", "REFUSED"])
-@hole("error reports are decoded untyped, up to Limits.result and without a count: 64 MB of '[]' cost 1.5 GB")
 def test_an_error_report_of_millions_of_lists_is_refused(kind: str) -> None:
     code = f"""
 n = ident()
@@ -262,7 +257,6 @@ def test_an_answer_given_ahead_ends_the_child(isolator: ProcessIsolator) -> None
     still_works(isolator)
 
 
-@hole("ids are counted up and a link is not looked at between calls: an answer sent before its call is believed")
 def test_a_reply_to_a_call_that_was_not_made_yet_is_not_believed(isolator: ProcessIsolator) -> None:
     code = """
 own = ident()
@@ -281,7 +275,6 @@ if os.fork() == 0:
         pass
 
 
-@hole("a refusal's message is not stripped of control characters, as an exception's is")
 def test_no_terminal_control_in_the_text_of_a_refusal(isolator: ProcessIsolator) -> None:
     code = """send(frame(REFUSED, ident(), b'{"kind":"not_found","message":"\\\\u001b[2J\\\\u001b]0;x\\\\u0007"}')); time.sleep(9)"""
     assert "\x1b" not in str(attack(isolator, code))
@@ -356,7 +349,6 @@ def test_a_writer_left_behind_reaches_no_later_call(isolator: ProcessIsolator) -
 # --- using up ------------------------------------------------------------------------------------------------------
 
 
-@hole("a kill lifts no CPU quota before finish() has waited its 5 s: throttled processes need CPU time to die")
 def test_throttled_processes_die_soon() -> None:
     code = """
 for _ in range(20):
@@ -399,7 +391,6 @@ def test_memory_used_up_by_many_ends() -> None:
         still_works(isolator)
 
 
-@hole("io_setup counts against fs.aio-max-nr, which is the whole machine's: one child takes nearly all of it")
 def test_one_child_cannot_take_the_machines_aio_contexts(isolator: ProcessIsolator) -> None:
     code = """
 contexts = []
@@ -412,13 +403,11 @@ for _ in range(40):
     assert int(Path("/proc/sys/fs/aio-nr").read_text()) - before < 1000
 
 
-@hole("Capture.__exit__ needs a free descriptor; after that each captured call fails with a TypeError of our own")
 def test_used_up_descriptors_spoil_no_reply(isolator: ProcessIsolator) -> None:
     code = "kept = []\ntry:\n    while True: kept.append(os.open('/dev/null', 0))\nexcept OSError: pass\n5"
     assert attack(isolator, code) == 5
 
 
-@hole("an exit with code 0 in a call is no crash for 'on-failure': the isolator never starts another child")
 def test_exit_zero_in_a_call_does_not_close_the_isolator(isolator: ProcessIsolator) -> None:
     assert isinstance(attack(isolator, "os._exit(0)"), ChildTerminated)
     still_works(isolator)
@@ -629,33 +618,32 @@ attempt(lambda: os.setxattr("b0", "security.capability", struct.pack("<5I", 0x02
     assert not any(os.listxattr(path) for path in shared.iterdir())
 
 
-@hole('a bad answer is found out after the turn is given back: the table has no ("backoff", "answered")')
 def test_a_bad_answer_beside_a_good_one_is_no_defect_of_ours(
     isolator: ProcessIsolator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One thread still decodes a bad answer while the next one's good answer has come: the order is forced here."""
+    """An answer is understood within its turn: no second thread can be in the middle of a call when the child is killed."""
     from pisupervisor.link.connection import Answer, Connection
 
     answered, decoded = threading.Event(), threading.Event()
-    call, value, strange = Connection.call, isolator._session.value, []
+    call, value, strange = Connection.call, isolator._session._value, []
 
     def slow_call(self: Connection, *arguments: object, **keywords: object) -> Answer:
         answer = call(self, *arguments, **keywords)  # type: ignore[arg-type]
         if threading.current_thread().name == "good":
             answered.set()
-            decoded.wait(5.0)
+            decoded.wait(0.5)
         return answer
 
     def slow_value(*arguments: object) -> object:
         if threading.current_thread().name == "bad":
-            answered.wait(5.0)
+            answered.wait(0.5)
         try:
             return value(*arguments)  # type: ignore[arg-type]
         finally:
             decoded.set()
 
     monkeypatch.setattr(Connection, "call", slow_call)
-    monkeypatch.setattr(isolator._session, "value", slow_value)
+    monkeypatch.setattr(isolator._session, "_value", slow_value)
     once = """
 import pihost.inside.serve as serve
 honest = serve.encode.encode
