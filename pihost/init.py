@@ -25,9 +25,8 @@ def run(fds: Fds, payload: int, ready: int) -> None:
         if ended is not None:
             os.write(fds.status, dump(ended))
             os._exit(0)
-        if fds.host in {
-            fd for fd, _events in poll.poll()
-        }:  # the lifeline: a pidfd, because a fork of the host would hold a pipe open
+        ready_fds = [fd for fd, _events in poll.poll()]
+        if fds.host in ready_fds:  # the lifeline: a pidfd, because a fork of the host would hold a pipe open
             os._exit(0)
         os.read(wake, 4096)
 

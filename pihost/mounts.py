@@ -12,11 +12,7 @@ import stat
 from pihost import syscalls
 
 if False:  # typing costs 5 ms, and only a type checker reads this
-    from typing import Any, Protocol
-
-    class Mount(Protocol):
-        def describe(self) -> str: ...
-        def execute(self, base: str, kernel: Any = ...) -> None: ...
+    from typing import Any
 
 
 READ_ONLY = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV
@@ -24,7 +20,18 @@ WRITABLE = syscalls.MS_NOSUID | syscalls.MS_NODEV
 DEVICE = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
 
 
-class Bind:
+class Mount:
+    target: str
+
+    def describe(self) -> str:
+        """For the report, should it fail."""
+        return f"{type(self).__name__.lower()} {self.target}"
+
+    def execute(self, base: str, kernel: Any = syscalls) -> None:
+        """Make it below ``base``. Raises OSError."""
+
+
+class Bind(Mount):
     """A file or folder of the host, with everything mounted below it; ``flags`` hold for all of it."""
 
     def __init__(self, source: str, target: str, flags: int) -> None:
@@ -80,53 +87,41 @@ def make_missing(make: Any, name: str, mode: int, dir_fd: int) -> None:
         pass
 
 
-class Tmpfs:
+class Tmpfs(Mount):
     """Memory-backed scratch of at most ``size`` bytes and ``inodes`` files, owned by the child."""
 
     def __init__(self, target: str, size: int, inodes: int, uid: int, gid: int) -> None:
         self.target = target
         self.data = f"size={size},nr_inodes={inodes},mode=1777,uid={uid},gid={gid}"
 
-    def describe(self) -> str:
-        return f"tmpfs at {self.target} ({self.data})"
-
     def execute(self, base: str, kernel: Any = syscalls) -> None:
         kernel.mount("tmpfs", base + self.target, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, self.data)
 
 
-class Proc:
+class Proc(Mount):
     """A /proc of the new pid namespace: its own processes, nothing of the kernel."""
 
     def __init__(self, target: str, options: str) -> None:
         self.target, self.options = target, options
-
-    def describe(self) -> str:
-        return f"proc at {self.target} ({self.options})"
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:
         flags = syscalls.MS_NOSUID | syscalls.MS_NODEV | syscalls.MS_NOEXEC
         kernel.mount("proc", base + self.target, "proc", flags, self.options)
 
 
-class Folder:
+class Folder(Mount):
     def __init__(self, target: str) -> None:
         self.target = target
-
-    def describe(self) -> str:
-        return f"folder {self.target}"
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:  # noqa: ARG002
         os.makedirs(base + self.target, exist_ok=True)
 
 
-class File:
+class File(Mount):
     """A small file of our own, such as /etc/passwd."""
 
     def __init__(self, target: str, text: str) -> None:
         self.target, self.text = target, text
-
-    def describe(self) -> str:
-        return f"file {self.target}"
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:  # noqa: ARG002
         target = base + self.target
@@ -136,12 +131,9 @@ class File:
         os.close(fd)
 
 
-class Symlink:
+class Symlink(Mount):
     def __init__(self, target: str, to: str) -> None:
         self.target, self.to = target, to
-
-    def describe(self) -> str:
-        return f"symlink {self.target} -> {self.to}"
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:  # noqa: ARG002
         os.makedirs(os.path.dirname(base + self.target), exist_ok=True)

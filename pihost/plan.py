@@ -26,6 +26,10 @@ class Plan:
 
     FIELDS: dict[str, object] = {}
 
+    if False:  # what FIELDS says is checked at run time, for every plan that arrives
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def __init__(self, **values: object) -> None:
         if values.keys() != self.FIELDS.keys():
             odd = sorted(values.keys() ^ self.FIELDS.keys())
@@ -76,17 +80,6 @@ class TemplatePlan(Plan):
         "root": (list, list), "own_ids": (list, int), "interpreter": str, "package": str, "sys_path": _TEXTS,
         "import_paths": _TEXTS, "preload": _TEXTS, "environment": dict, "seccomp": bytes, "network": str, "log_level": int,
     }  # fmt: skip
-    root: list[list[Any]]
-    own_ids: list[int]
-    interpreter: str
-    package: str
-    sys_path: list[str]
-    import_paths: list[str]
-    preload: list[str]
-    environment: dict[str, str]
-    seccomp: bytes
-    network: str
-    log_level: int
 
 
 class ChildPlan(Plan):
@@ -113,21 +106,3 @@ class ChildPlan(Plan):
         "landlock": (list, list), "landlock_abi": int, "landlock_fs": int, "landlock_net": int, "landlock_scopes": int,
         "cgroups": int, "limits": dict, "debug": bool, "without": _TEXTS,
     }  # fmt: skip
-    namespaces: int
-    uid_map: str
-    gid_map: str
-    uid: int
-    gid: int
-    hostname: str
-    mounts: list[list[Any]]
-    rlimits: list[list[int]]
-    nice: int
-    landlock: list[list[Any]]
-    landlock_abi: int
-    landlock_fs: int
-    landlock_net: int
-    landlock_scopes: int
-    cgroups: int
-    limits: dict[str, int]
-    debug: bool
-    without: list[str]

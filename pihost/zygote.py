@@ -81,9 +81,7 @@ def prepare(plan: TemplatePlan) -> None:
     sys.path[:] = plan.sys_path
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
-        raise StepFailed(
-            "preload", OSError(0, f"a preloaded module started {threads - 1} threads: a zygote must have one")
-        )
+        raise StepFailed("preload", OSError(0, f"a module started {threads - 1} threads: a zygote must have one"))
     settle()
 
 
@@ -188,14 +186,7 @@ class Zygote:
             map_ids(pid, plan)
             os.write(say_go, b"1")
         except (OSError, PlanError, BrokenPipeError) as error:
-            tell(
-                status,
-                {
-                    "failed": "id maps" if pid > 0 else "clone",
-                    "errno": getattr(error, "errno", 0) or 0,
-                    "detail": str(error),
-                },
-            )
+            tell(status, StepFailed("id maps" if pid > 0 else "clone", error).report())
         for fd in (link, go, say_go, *cgroups):
             os.close(fd)
         if pid > 0:
@@ -216,7 +207,7 @@ class Zygote:
                 confine.run((("seccomp", self.load_filter),), plan, fds, log=log)
             syscalls.set_dumpable(False)  # before there is a payload that could look
             ready, say_ready = os.pipe()
-            payload = self.fork()
+            payload = fork()
             if payload == 0:
                 os.close(ready)
                 code = self.become_payload(plan, fds, say_ready)
@@ -231,12 +222,6 @@ class Zygote:
     def load_filter(self, _plan: ChildPlan, _fds: confine.Fds, kernel: Any) -> None:
         if self.plan.seccomp:
             kernel.load_seccomp(self.plan.seccomp)
-
-    def fork(self) -> int:
-        try:
-            return os.fork()
-        except OSError as error:
-            raise StepFailed("fork", error) from error
 
     def become_payload(self, plan: ChildPlan, fds: confine.Fds, say_ready: int) -> int:
         if say_ready == confine.LINK:
@@ -266,6 +251,13 @@ def bring_loopback_up() -> None:
         fcntl.ioctl(probe.fileno(), 0x8914, struct.pack("16sh22x", b"lo", 1))
     finally:
         probe.close()
+
+
+def fork() -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        raise StepFailed("fork", error) from error
 
 
 def map_ids(pid: int, plan: ChildPlan) -> None:

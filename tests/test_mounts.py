@@ -16,11 +16,11 @@ from pihost.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
     ("entry", "text"),
     [
         (["bind", "/usr", "/usr", 7], "bind /usr at /usr"),
-        (["tmpfs", "/tmp", 1024, 8, 1000, 1000], "tmpfs at /tmp (size=1024,nr_inodes=8,mode=1777,uid=1000,gid=1000)"),
-        (["proc", "/proc", "subset=pid"], "proc at /proc (subset=pid)"),
+        (["tmpfs", "/tmp", 1024, 8, 1000, 1000], "tmpfs /tmp"),
+        (["proc", "/proc", "subset=pid"], "proc /proc"),
         (["folder", "/dev/shm"], "folder /dev/shm"),
         (["file", "/etc/hosts", "127.0.0.1 localhost\n"], "file /etc/hosts"),
-        (["symlink", "/bin", "usr/bin"], "symlink /bin -> usr/bin"),
+        (["symlink", "/bin", "usr/bin"], "symlink /bin"),
     ],
 )
 def test_an_entry_of_a_plan_describes_itself(entry: list[object], text: str) -> None:
