@@ -173,20 +173,22 @@ class Zygote:
         link, status_fd, *cgroups = fds
         status = _socket.socket(fileno=status_fd)
         go, say_go = os.pipe()
-        pid = pidfd = -1
+        pid, pidfd, step = -1, -1, "plan"
         try:
             plan = ChildPlan.load(data)
             if plan.cgroups != len(cgroups):
                 raise PlanError("not the fds that the plan speaks of")
             if self.network < 0:
                 self.enter_network()
+            step = "clone"
             pid, pidfd = syscalls.clone(plan.namespaces)
             if pid == 0:
                 self.become_child(plan, confine.Fds(link, status_fd, go, self.host, self.own_pidfd, cgroups))
+            step = "id maps"
             map_ids(pid, plan)
             os.write(say_go, b"1")
         except (OSError, PlanError, BrokenPipeError) as error:
-            tell(status, StepFailed("id maps" if pid > 0 else "clone", error).report())
+            tell(status, StepFailed(step, error).report())
         for fd in (link, go, say_go, *cgroups):
             os.close(fd)
         if pid > 0:

@@ -6,10 +6,17 @@ get a child that is there already, all others pay nothing. No thread is needed: 
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from pisupervisor.errors import IsolationError
 from pisupervisor.launch.templates import Template
 from pisupervisor.options import IsolationOptions
 from pisupervisor.supervise.child import Child
+
+#: the options that make a difference to a launch; the others may differ between the one who asked and the one who takes
+_OF_THE_LAUNCH = tuple(
+    sorted({f.name for f in fields(IsolationOptions)} - {"call_timeout", "start_timeout", "restart"})
+)
 
 
 def prepare(template: Template, options: IsolationOptions) -> None:
@@ -35,7 +42,7 @@ def take(template: Template, options: IsolationOptions, deadline: float | None) 
         if not isinstance(child, Child) or child.requesting:
             return None
         template.spare = None
-    if child.options != options:
+    if any(getattr(child.options, name) != getattr(options, name) for name in _OF_THE_LAUNCH):
         child.discard("other options were wanted")
         return None
     try:
