@@ -275,10 +275,11 @@ class Session:
             child, self.child, self._connection = self.child, None, None
             template, self._template = self._template, None
         if child is not None:
-            self.last_exit = child.discard("the isolator was closed")
+            child.kill(ExitReason.KILLED, "the isolator was closed")
+            if template is not None and template.users > 1 and not self.without:
+                spare.prepare(template, self.options)  # launched while the old one dies
+            self.last_exit = child.finish()
         if template is not None:
-            if template.users > 1 and child is not None and not self.without:
-                spare.prepare(template, self.options)
             release(template)
 
 
