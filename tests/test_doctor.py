@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from conftest import OrdinaryUser
 
-from pisupervisor import doctor, doctor_lab, doctor_probes, doctor_report
-from pisupervisor.doctor import Finding, Report
+from pisupervisor import doctor
+from pisupervisor.doctor import Finding, Report, lab as doctor_lab, probes as doctor_probes, report as doctor_report
 from pisupervisor.errors import LaunchError
 from pisupervisor.launch import features, templates
 from pisupervisor.limits.cgroups import CONTROLLER_OF, CgroupHost, Place

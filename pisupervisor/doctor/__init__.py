@@ -16,8 +16,8 @@ from pisupervisor.errors import FeatureUnavailable, IsolationError, LaunchError,
 from pisupervisor.options import PROTECTIONS, IsolationOptions, Limits
 
 if TYPE_CHECKING:
-    from pisupervisor.doctor_lab import Lab
-    from pisupervisor.doctor_probes import Probe
+    from pisupervisor.doctor.lab import Lab
+    from pisupervisor.doctor.probes import Probe
     from pisupervisor.launch.features import Features
     from pisupervisor.results import Applied
 
@@ -52,7 +52,7 @@ class Report:
 
 def main(*, as_json: bool = False) -> int:
     """Examine, print, and return the exit code: 0 when the default options would work here, else 1."""
-    from pisupervisor.doctor_report import as_text
+    from pisupervisor.doctor.report import as_text
 
     report = examine()
     if as_json:
@@ -69,7 +69,7 @@ def main(*, as_json: bool = False) -> int:
 
 def examine() -> Report:
     """Look at this host. What goes wrong on the way becomes part of the report."""
-    from pisupervisor.doctor_host import facts
+    from pisupervisor.doctor.host import facts
     from pisupervisor.launch import features
 
     started = time.monotonic()
@@ -122,7 +122,7 @@ def _first_line(error: object) -> str:
 
 
 def _find(features: Features, lacking: dict[str, Finding]) -> tuple[tuple[Finding, ...], Mapping[str, Any] | None]:
-    from pisupervisor.doctor_lab import Lab
+    from pisupervisor.doctor.lab import Lab
 
     try:
         with Lab(features, tuple(lacking)) as lab:
@@ -136,7 +136,7 @@ def _find(features: Features, lacking: dict[str, Finding]) -> tuple[tuple[Findin
 
 
 def _probe_all(lab: Lab, lacking: Mapping[str, Finding]) -> dict[str, Finding]:
-    from pisupervisor.doctor_probes import probes
+    from pisupervisor.doctor.probes import probes
 
     found = dict(lacking)
     for probe in probes(lab.scene):

@@ -15,8 +15,8 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-from pisupervisor import doctor_probes
-from pisupervisor.doctor_probes import Probe
+from pisupervisor.doctor import probes
+from pisupervisor.doctor.probes import Probe
 from pisupervisor.errors import ChildTerminated, OptionsError
 from pisupervisor.isolator import ProcessIsolator, Template
 from pisupervisor.launch.features import Features
@@ -63,7 +63,9 @@ class Plain:
             writer.flush()
         except BrokenPipeError:
             raise ProbeFailed("the control's interpreter has ended") from None
-        line = reader.readline() if select.select([reader], [], [], _PATIENCE)[0] else ""
+        poll = select.poll()  # not select: it refuses fds from 1024 on
+        poll.register(reader, select.POLLIN)
+        line = reader.readline() if poll.poll(_PATIENCE * 1000) else ""
         answer = json.loads(line or '{"error": "no answer"}')
         if "error" in answer:
             raise ProbeFailed(f"in the control: {answer['error']}")
@@ -152,13 +154,13 @@ class Lab:
 
     def attempt(self, probe: Probe) -> tuple[list[str], Applied]:
         """What the probe could do in a child with the protection, and how that was read back."""
-        if probe.source == doctor_probes.RIVALS:
+        if probe.source == probes.RIVALS:
             return self._compete(probe, probe.options["limits"])
         return self._in_child(probe, probe.options, ())
 
     def control(self, probe: Probe) -> list[str]:
         """What it could do without the protection."""
-        if probe.source == doctor_probes.RIVALS:
+        if probe.source == probes.RIVALS:
             return self._compete(probe, probe.control["limits"])[0]
         if probe.plain:
             return _checked(self.plain.run(self.constants() + probe.source))
@@ -166,8 +168,8 @@ class Lab:
 
     def _make_segment(self) -> None:
         """Shared memory of the host for the ipc probe to find; it goes with the lab."""
-        self.plain.run(self.constants() + doctor_probes.IPC_MAKE)
-        self._stack.callback(self.plain.run, self.constants() + doctor_probes.IPC_REMOVE)
+        self.plain.run(self.constants() + probes.IPC_MAKE)
+        self._stack.callback(self.plain.run, self.constants() + probes.IPC_REMOVE)
 
     def constants(self) -> str:
         return "".join(f"{name} = {value!r}\n" for name, value in self.scene.items())
@@ -197,7 +199,7 @@ class Lab:
 
     def _burning(self, limits: Limits) -> ProcessIsolator:
         isolator = ProcessIsolator.create(replace(self.options, limits=limits))
-        isolator.submit_call(isolator.run_source, self.constants() + doctor_probes.RIVAL)
+        isolator.submit_call(isolator.run_source, self.constants() + probes.RIVAL)
         return isolator
 
     def ask_witness(self) -> dict[str, Any] | None:
@@ -205,7 +207,7 @@ class Lab:
         if not _witness_files():
             return None
         with ProcessIsolator.create(self.options) as isolator:
-            found = isolator.run_source(f"{self.constants()}{doctor_probes.WITNESS}\ngot", timeout=_PATIENCE).value
+            found = isolator.run_source(f"{self.constants()}{probes.WITNESS}\ngot", timeout=_PATIENCE).value
         return dict(found)
 
 
