@@ -285,6 +285,8 @@ class Session:
 
 def _import_call_path() -> None:
     """What the first call will need, imported while the zygote works: 10 ms that nobody then waits for."""
-
     import pisupervisor.link.arguments
     import pisupervisor.link.serializer  # noqa: F401
+
+    if len(os.sched_getaffinity(0)) > 1:  # on a single CPU nothing is won, and small answers do without
+        import msgspec.json  # noqa: F401
