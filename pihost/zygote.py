@@ -99,13 +99,15 @@ class Zygote:
         self.idle_imports = list(_WHEN_IDLE)
         self.network = -1  # namespace that the next child will inherit; -1: none is ready
         self.free_networks: list[int] = []
+        self.network_failed = False
         self.poll = select.poll()
         for fd in (control.fileno(), host):
             self.poll.register(fd, select.POLLIN)
 
     def serve(self) -> None:
         while True:
-            ready = self.poll.poll(_IDLE_AFTER if self.idle_imports else None if self.network >= 0 else 0)
+            idle = self.network >= 0 or self.network_failed
+            ready = self.poll.poll(_IDLE_AFTER if self.idle_imports else None if idle else 0)
             if not ready:
                 self.use_idle_time()
             for fd, _events in ready:
@@ -118,8 +120,11 @@ class Zygote:
 
     def use_idle_time(self) -> None:
         """The next child's network namespace first (0.4 ms that it then need not wait for), then imports."""
-        if self.network < 0:
-            self.enter_network()
+        if self.network < 0 and not self.network_failed:
+            try:
+                self.enter_network()
+            except OSError:
+                self.network_failed = True  # the next launch tries again, and says why it cannot
         elif self.idle_imports:
             self.keep_warm([self.idle_imports.pop(0)])
 
@@ -147,13 +152,16 @@ class Zygote:
 
     def handle_request(self) -> None:
         try:
-            data, ancillary, _flags, _address = self.control.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4 * _MAX_FDS))
+            data, ancillary, flags, _address = self.control.recvmsg(_MAX_MESSAGE, _socket.CMSG_SPACE(4 * _MAX_FDS))
         except ConnectionError:
             data = b""
         if not data:
             os._exit(0)  # the host closed us; our end is the death signal of every child
         fds = [fd for _level, _kind, content in ancillary for (fd,) in struct.iter_unpack("i", content)]
-        if data.startswith(IMPORT):
+        if flags & _socket.MSG_CTRUNC:  # no room for all of them here: the host sees its sockets close
+            for fd in fds:
+                os.close(fd)
+        elif data.startswith(IMPORT):
             self.keep_warm(data[len(IMPORT) :].decode().split())
         else:
             self.launch(data, fds)
@@ -172,14 +180,17 @@ class Zygote:
     def launch(self, data: bytes, fds: list[int]) -> None:
         link, status_fd, *cgroups = fds
         status = _socket.socket(fileno=status_fd)
-        go, say_go = os.pipe()
+        go = say_go = -1
         pid, pidfd, step = -1, -1, "plan"
         try:
+            go, say_go = os.pipe()
             plan = ChildPlan.load(data)
             if plan.cgroups != len(cgroups):
                 raise PlanError("not the fds that the plan speaks of")
+            step = "network"
             if self.network < 0:
                 self.enter_network()
+            self.network_failed = False
             step = "clone"
             pid, pidfd = syscalls.clone(plan.namespaces)
             if pid == 0:
@@ -190,7 +201,8 @@ class Zygote:
         except (OSError, PlanError, BrokenPipeError) as error:
             tell(status, StepFailed(step, error).report())
         for fd in (link, go, say_go, *cgroups):
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
         if pid > 0:
             with_pidfd = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", pidfd))]
             tell(status, {"launched": pid}, with_pidfd)

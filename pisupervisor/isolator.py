@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+import threading
 import time
 from dataclasses import replace
 
@@ -81,6 +82,7 @@ class ProcessIsolator:
         self._data: dict[str, Any] = {}
         self._known_importable: Callable[[str], bool] | None = None
         self._worker: Worker | None = None
+        self._worker_lock = threading.Lock()
 
     @classmethod
     def create(cls, options: IsolationOptions | None = None, **changes: Any) -> ProcessIsolator:
@@ -172,15 +174,13 @@ class ProcessIsolator:
 
     def submit_call(self, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> IsolationFuture:
         """Any of the calls above without waiting: ``isolator.submit_call(isolator.invoke_method, "a.py", "f", 1)``."""
-        self._session.check_open()
-        if self._worker is None:
-            self._worker = self._new_worker()
-        return self._worker.add(method, args, keywords)
-
-    def _new_worker(self) -> Worker:
         from pisupervisor.worker import Worker
 
-        return Worker(f"pisupervisor-{self.id}", self._session.kill_running)
+        with self._worker_lock:
+            self._session.check_open()
+            if self._worker is None:
+                self._worker = Worker(f"pisupervisor-{self.id}", self._session.want, self._session.cancel)
+            return self._worker.add(method, args, keywords)
 
     # --- one call ---------------------------------------------------------------------------------------------
 
@@ -263,7 +263,8 @@ class ProcessIsolator:
     def close(self) -> None:
         """End the child and everything in it, and give back every thread, fd, group and process. Idempotent."""
         self._session.close()
-        worker, self._worker = self._worker, None
+        with self._worker_lock:
+            worker, self._worker = self._worker, None
         if worker is not None and os.getpid() == self._session.owner:
             worker.close()
 

@@ -26,6 +26,9 @@ PROTECTIONS = (
 )  # fmt: skip
 
 
+LONGEST = 2e6  #: seconds, 23 days: the longest wait that poll(2) takes
+
+
 @dataclass(frozen=True, kw_only=True)
 class IoLimit:
     """Throttle for one block device: ``device`` is a device node or any path on its file system; rates are per second."""
@@ -216,8 +219,8 @@ class IsolationOptions:
         if self.python is not None:
             _store(self, "python", os.path.abspath(os.fspath(self.python)))
         _store(self, "import_paths", _existing(self.import_paths, "import_paths"))
-        _store(self, "start_timeout", _number(self.start_timeout, "start_timeout", 0.0, 1e9) or None)
-        _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, 1e9))
+        _store(self, "start_timeout", _number(self.start_timeout, "start_timeout", 0.0, LONGEST) or None)
+        _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, LONGEST))
         _store(self, "log_level", _log_level(self.log_level))
 
 
@@ -240,6 +243,12 @@ def _number(value: float | None, name: str, low: float, high: float) -> float | 
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise OptionsError(f"{name}: {value!r} is not a number from {low:g} to {high:g}")
     return float(value)
+
+
+def check_timeout(value: float) -> float:
+    """The ``timeout`` of one call in seconds. Raises OptionsError for what is no time."""
+    _number(value, "timeout", 0.0, LONGEST)
+    return value
 
 
 def _integer(value: int | None, name: str, low: int, high: int) -> None:

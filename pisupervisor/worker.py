@@ -11,10 +11,10 @@ from pisupervisor.futures import IsolationFuture
 
 
 class Worker:
-    """``kill(why)`` ends the child under the call that runs."""
+    """``want(thread)`` is told before each call that this thread makes, ``cancel(thread)`` ends the call that it makes."""
 
-    def __init__(self, name: str, kill: Callable[[str], None]) -> None:
-        self._kill_child = kill
+    def __init__(self, name: str, want: Callable[[int], None], cancel: Callable[[int], None]) -> None:
+        self._want, self._cancel_call = want, cancel
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: IsolationFuture | None = None
@@ -36,6 +36,7 @@ class Worker:
         with self._lock:
             if future.cancelled():
                 return
+            self._want(threading.get_ident())
             self._running, future.started = future, True
         try:
             value, error = method(*args, **keywords), None
@@ -53,7 +54,7 @@ class Worker:
     def _cancel(self, future: IsolationFuture) -> None:
         with self._lock:
             if self._running is future:
-                self._kill_child("the call was cancelled")
+                self._cancel_call(self._thread.ident or 0)
 
     def close(self) -> None:
         """End the thread; calls that still wait are cancelled."""

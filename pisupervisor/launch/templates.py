@@ -33,8 +33,9 @@ class Template:
 
     def __init__(self, options: IsolationOptions) -> None:
         """Raises OptionsError, FeatureUnavailable or LaunchError; nothing is left behind then."""
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # re-entered when a forgotten isolator is collected under it
         self.users = 0
+        self.closed = False
         self.spare: Spare | None = None  # a child made ready while nobody waited; see supervise.spare
         self.ids: IdBlock | None = None
         self._warmed = False
@@ -80,6 +81,8 @@ class Template:
     def usable_zygote(self) -> Zygote:
         """The zygote, a new one where the old has ended."""
         with self.lock:
+            if self.closed:
+                raise IsolatorClosed("this isolator is closed")
             if not self.zygote.alive():
                 self.zygote.close()
                 self.zygote = Zygote(self.python)
@@ -88,18 +91,21 @@ class Template:
             return self.zygote
 
     def close(self) -> None:
-        spare, self.spare = self.spare, None
+        with self.lock:
+            self.closed = True
+            spare, self.spare = self.spare, None
         if spare is not None:
             spare.discard("its template was closed")
-        self.zygote.close()
-        if self.ids is not None:
-            self.ids.close()
+        with self.lock:
+            self.zygote.close()
+            if self.ids is not None:
+                self.ids.close()
 
 
 class _Table:
     def __init__(self) -> None:
         self.owner = os.getpid()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # re-entered when a forgotten isolator is collected under it
         self.templates: dict[Any, Template] = {}
 
 

@@ -6,6 +6,7 @@ A zygote is exec'd, never forked from the host application, and shared by all is
 from __future__ import annotations
 
 import _socket  # not socket: importing that and json before the zygote is started would cost 3 ms
+import errno
 import fcntl
 import os
 import select
@@ -16,7 +17,7 @@ import time
 
 import pihost
 from pihost.plan import ChildPlan, TemplatePlan
-from pisupervisor.errors import IsolatorClosed, LaunchError
+from pisupervisor.errors import IsolatorClosed, LaunchError, OptionsError
 
 PACKAGE = os.path.dirname(os.path.abspath(pihost.__file__))
 TYPE_CHECKING = False
@@ -55,6 +56,9 @@ class Zygote:
             theirs.close()
             os.close(host)
         self.control = ours
+        # A stopped zygote must not hold its host when the socket is full; a plan with a large environment must fit.
+        ours.settimeout(_GRACE)
+        ours.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 1 << 20)
 
     def prepare(self, plan: TemplatePlan) -> None:
         """Tell it what to be."""
@@ -62,8 +66,12 @@ class Zygote:
             self.control.send(plan.dump())  # once for the stage that builds the root,
             # once for the zygote that wakes up inside it, whose memory children inherit: host paths are none of theirs
             self.control.send(plan.replaced(root=[]).dump())
-        except OSError:
-            pass  # it has ended already; the first launch will say why
+        except OSError as error:
+            if error.errno == errno.EMSGSIZE:
+                raise OptionsError(
+                    "environment, import_paths and filesystem together are too large for one plan"
+                ) from None
+            # else it has ended already, and the first launch will say why
 
     def launch(self, plan: ChildPlan, fds: list[int]) -> None:
         """Ask for a child. ``fds``: its end of the link, of the status socket, then its groups' ``tasks`` files."""
@@ -72,6 +80,8 @@ class Zygote:
         try:
             rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
             self.control.sendmsg([plan.dump()], [rights])
+        except TimeoutError:
+            raise LaunchError("the zygote takes no requests", step="start_timeout", remedy="is it stopped?") from None
         except OSError as error:
             raise self.explain_end(error.errno) from error
 
@@ -82,11 +92,10 @@ class Zygote:
         except OSError:
             pass
 
-    def explain_end(self, errno: int | None = None) -> LaunchError:
+    def explain_end(self, number: int | None = None) -> LaunchError:
         """Why this zygote is gone: its own word, where it still could speak."""
         import json
 
-        self.control.settimeout(_GRACE)
         try:
             # Its end with our plans unread makes the first recv fail (ECONNRESET), before what it still said.
             self.control.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
@@ -97,17 +106,20 @@ class Zygote:
         except (OSError, ValueError):
             pass
         remedy = f"see what the interpreter says on stderr: {sys.executable} -I -S {PACKAGE}"
-        return LaunchError("the zygote ended before the child was there", step="zygote", errno=errno, remedy=remedy)
+        return LaunchError("the zygote ended before the child was there", step="zygote", errno=number, remedy=remedy)
 
     def alive(self) -> bool:
-        return not has_ended(self.pidfd)
+        return self.pidfd >= 0 and not has_ended(self.pidfd)
 
     def close(self) -> None:
         """End the zygote and reap it. Its children end with it."""
         self.control.close()
+        pidfd, self.pidfd = self.pidfd, -1
+        if pidfd < 0:
+            return
         if os.getpid() == self.owner:
-            end_process(self.pid, self.pidfd, _END_GRACE)
-        os.close(self.pidfd)
+            end_process(self.pid, pidfd, _END_GRACE)
+        os.close(pidfd)
 
 
 def failure(message: dict[str, Any]) -> LaunchError:

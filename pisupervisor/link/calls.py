@@ -69,7 +69,7 @@ def refusal(payload: dict[str, Any]) -> Exception:
     if kind == "unloadable":
         hint = f"; {_IMPORT_HINT}" if "ModuleNotFoundError" in message or "ImportError" in message else ""
         return SerializationError(f"the child could not rebuild the arguments: {message}{hint}", direction="to child")
-    return ProtocolError(f"a refusal of kind {kind!r}")
+    return ProtocolError(f"a refusal of kind {str(kind)[:100]!r}")
 
 
 def _mapping(body: bytes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import time
 from typing import NamedTuple
 
 from pihost import wire
-from pisupervisor.errors import ProtocolError
+from pisupervisor.errors import IsolationError, ProtocolError
 
 _READ = 1 << 16
 _FRAME_TIME = 10.0  # seconds that a child may take from the first byte of a frame to its last
@@ -49,11 +49,11 @@ class Connection:
             self._ident = int.from_bytes(os.urandom(8), "little")  # an answer given before its call cannot guess it
         header = wire.pack_header(kind, self._ident, len(body))
         try:
+            self._set_timeout(deadline)
             if fds:
                 self.link.sendall(header)
                 socket.send_fds(self.link, [body], fds)
             else:
-                self._set_timeout(deadline)
                 self.link.sendall(header + body if len(body) < _READ else header)
                 if len(body) >= _READ:
                     self.link.sendall(body)
@@ -72,7 +72,7 @@ class Connection:
         if output is None:
             return self._receive(self.send(wire.CALL, body, deadline=deadline), deadline)
         with _Output(output) as captured:
-            self.send(wire.OUTPUT, b"\0", captured.writers)
+            self.send(wire.OUTPUT, b"\0", captured.writers, deadline)
             captured.close_writers()
             try:
                 answer = self._receive(self.send(wire.CALL, body, deadline=deadline), deadline, captured)
@@ -153,14 +153,22 @@ class _Output:
     def __init__(self, limit: int) -> None:
         self.limit, self.truncated = limit, False
         self.kept = (bytearray(), bytearray())
-        readers, writers = zip(os.pipe(), os.pipe(), strict=True)
-        self.readers: tuple[int, ...] = readers
-        self.writers: tuple[int, ...] = writers
-        for reader in readers:
+        self.readers: tuple[int, ...] = ()
+        self.writers: tuple[int, ...] = ()
+        try:
+            for _stream in ("stdout", "stderr"):
+                reader, writer = os.pipe()
+                self.readers, self.writers = (*self.readers, reader), (*self.writers, writer)
+        except OSError as error:
+            self.__exit__()
+            raise IsolationError(
+                f"no pipe for what the call writes: {error.strerror} (remedy: raise ulimit -n)"
+            ) from None
+        for reader in self.readers:
             os.set_blocking(reader, False)
         self.poll = select.poll()
-        self._open = set(readers)
-        self._registered_link = False
+        self._open = set(self.readers)
+        self._link = -1
 
     def __enter__(self) -> _Output:
         for reader in self.readers:
@@ -179,15 +187,18 @@ class _Output:
 
     def wait_for(self, link: socket.socket, until: float | None) -> None:
         """Read output until the link has something to say or ``until`` has passed."""
-        if not self._registered_link:
-            self.poll.register(link, select.POLLIN)
-            self._registered_link = True
+        if self._link < 0:
+            self._link = link.fileno()
+            if self._link < 0:
+                raise LinkClosed
+            self.poll.register(self._link, select.POLLIN)
         while True:
             left = None if until is None else max(0.0, (until - time.monotonic()) * 1000)
             ready = {fd for fd, _event in self.poll.poll(left)}
             for fd in ready & self._open:
                 self._read(fd)
-            if not ready or link.fileno() in ready:
+            late = until is not None and time.monotonic() >= until  # a flood may keep the pipes ready for ever
+            if not ready or self._link in ready or late:
                 return
 
     def drain(self) -> None:

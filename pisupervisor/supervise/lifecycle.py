@@ -25,6 +25,8 @@ TABLE: dict[tuple[State, Event], State] = {
     ("failed", "restart"): "starting",
     ("stopped", "close"): "stopped",
     ("stopped", "call"): "stopped",
+    ("stopped", "restart"): "stopped",
+    ("stopped", "gave_up"): "stopped",
     ("stopped", "answered"): "stopped",
     ("stopped", "child_died"): "stopped",
     ("stopped", "launched"): "stopped",

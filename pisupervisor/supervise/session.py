@@ -23,7 +23,7 @@ from pisupervisor.launch.templates import Template, release
 from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.sources import Code
-from pisupervisor.options import IsolationOptions
+from pisupervisor.options import IsolationOptions, check_timeout
 from pisupervisor.results import Applied, ExitInfo, ExitReason, Usage
 from pisupervisor.supervise import restart, spare
 from pisupervisor.supervise.child import Child
@@ -58,6 +58,8 @@ class Session:
         self._crashes: list[float] = []
         self._crashed = False  # whether the last child died of itself
         self._turn = threading.Lock()  # held for the time of one call
+        self._holder: int | None = None  # the thread whose turn it is
+        self._unwanted: set[int] = set()  # threads whose present call was cancelled while it waited
         self._lock = threading.Lock()  # held for a change of state
         self._closing = threading.Event()
 
@@ -85,11 +87,12 @@ class Session:
         """Have one call done, on a new child where the last has died, and its answer understood. Raises what the call
         raised, CallTimeout, ChildTerminated, ProtocolError, RestartLimitReached, IsolatorClosed, LaunchError.
         """
-        limit = self.options.call_timeout if timeout is None else timeout
+        limit = self.options.call_timeout if timeout is None else check_timeout(timeout)
         deadline = None if limit is None else time.monotonic() + limit
         body = pack_call(verb, capture, *arguments)
         self._take_turn(deadline)
         try:
+            self._begin()
             while True:
                 child, connection = self._ready_child(deadline)
                 try:
@@ -113,7 +116,17 @@ class Session:
                     self._end(child, ExitReason.KILLED, f"the call was interrupted by {type(error).__name__}")
                     raise
         finally:
+            self._holder = None
             self._turn.release()
+
+    def _begin(self) -> None:
+        """The turn is won: from here on ``cancel`` means the child; what was cancelled before does not run."""
+        own = threading.get_ident()
+        with self._lock:
+            self._holder = own
+            unwanted = own in self._unwanted
+        if unwanted:
+            raise IsolatorClosed("the call was cancelled before it ran")
 
     def _exchange(
         self, connection: Connection, code: Code | None, body: bytes, deadline: float | None, capture: bool
@@ -122,9 +135,10 @@ class Session:
         if code is not None and code.key not in self._sent:
             connection.send(wire.CODE, pickle.dumps(code.payload(), 5), deadline=deadline)
             self._sent.add(code.key)
-        answer = connection.call(body, deadline, int(self.options.limits.output) if capture else None)
-        self._enter("answered")
-        return answer
+        try:
+            return connection.call(body, deadline, int(self.options.limits.output) if capture else None)
+        finally:
+            self._enter("answered")
 
     def _value(self, answer: Answer, returns: Any) -> Any:
         try:
@@ -245,11 +259,19 @@ class Session:
             child.kill(ExitReason.KILLED, "terminate() was called")
             child.wait(_DEATH_GRACE * 4)
 
-    def kill_running(self, why: str) -> None:
-        """End the child of the call under way; that call raises ChildTerminated."""
-        child = self.child
+    def cancel(self, thread: int) -> None:
+        """End the call that ``thread`` makes: kill its child if it is that call's turn, else see that it does not run."""
+        with self._lock:
+            child = self.child if self._holder == thread else None
+            if self._holder != thread:
+                self._unwanted.add(thread)
         if child is not None:
-            child.kill(ExitReason.KILLED, why)
+            child.kill(ExitReason.KILLED, "the call was cancelled")
+
+    def want(self, thread: int) -> None:
+        """``thread`` begins another call: what was cancelled before is past."""
+        with self._lock:
+            self._unwanted.discard(thread)
 
     def wait_for_exit(self, timeout: float | None) -> ExitInfo:
         child = self.child
@@ -274,13 +296,18 @@ class Session:
             self.state = next_state(self.state, "close")
             child, self.child, self._connection = self.child, None, None
             template, self._template = self._template, None
+        try:
+            self._close_child(child, template)
+        finally:
+            if template is not None:
+                release(template)
+
+    def _close_child(self, child: Child | None, template: Template | None) -> None:
         if child is not None:
             child.kill(ExitReason.KILLED, "the isolator was closed")
             if template is not None and template.users > 1 and not self.without:
                 spare.prepare(template, self.options)  # launched while the old one dies
             self.last_exit = child.finish()
-        if template is not None:
-            release(template)
 
 
 def _import_call_path() -> None:
