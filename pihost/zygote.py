@@ -213,15 +213,15 @@ class Zygote:
 
     def become_child(self, plan: ChildPlan, fds: confine.Fds) -> None:
         """PID 1 of the new sandbox, and from the fork on the payload. Never returns."""
-        code = 1
+        code, step = 1, "confine"
         try:
             log = self.log if self.plan.log_level <= _DEBUG else None
             confine.run(confine.BEFORE_FORK, plan, fds, log=log)
-            if "seccomp" not in plan.without:
-                confine.run((("seccomp", self.load_filter),), plan, fds, log=log)
+            confine.run((("seccomp", self.load_filter),), plan, fds, log=log)
             syscalls.set_dumpable(False)  # before there is a payload that could look
             ready, say_ready = os.pipe()
-            payload = fork()
+            step = "fork"
+            payload = os.fork()
             if payload == 0:
                 os.close(ready)
                 code = self.become_payload(plan, fds, say_ready)
@@ -229,7 +229,8 @@ class Zygote:
                 os.close(say_ready)
                 init.run(fds, payload, ready)
         except BaseException as error:
-            report_failure(fds.status, error)
+            failure = error if isinstance(error, StepFailed) else StepFailed(step, error)
+            tell(_socket.socket(fileno=fds.status), failure.report())
         finally:
             os._exit(code)
 
@@ -260,32 +261,15 @@ class Zygote:
 
 def bring_loopback_up() -> None:
     probe = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
-    try:
-        # SIOCSIFFLAGS with IFF_UP: one ioctl, where a netlink library would cost more than a hundred launches
-        fcntl.ioctl(probe.fileno(), 0x8914, struct.pack("16sh22x", b"lo", 1))
-    finally:
-        probe.close()
-
-
-def fork() -> int:
-    try:
-        return os.fork()
-    except OSError as error:
-        raise StepFailed("fork", error) from error
+    # SIOCSIFFLAGS with IFF_UP: one ioctl, where a netlink library would cost more than a hundred launches
+    fcntl.ioctl(probe.fileno(), 0x8914, struct.pack("16sh22x", b"lo", 1))
+    probe.close()
 
 
 def map_ids(pid: int, plan: ChildPlan) -> None:
     write_proc(pid, "setgroups", "deny")  # before gid_map: CVE-2014-8989
     write_proc(pid, "uid_map", plan.uid_map)
     write_proc(pid, "gid_map", plan.gid_map)
-
-
-def report_failure(status_fd: int, error: BaseException) -> None:
-    failure = error if isinstance(error, StepFailed) else StepFailed("confine", error)
-    try:
-        os.write(status_fd, dump(failure.report()))
-    except OSError:
-        pass  # the host no longer listens; our end says the rest
 
 
 def tell(status: _socket.socket, message: dict[str, object], ancillary: Any = ()) -> None:
