@@ -1,0 +1,118 @@
+"""Several threads, the garbage collector and a hostile child at once: nobody harms another's call."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+
+import pytest
+
+from pisupervisor import CallCancelled, CallTimeout, IsolatorClosed, OptionsError, ProcessIsolator
+from pisupervisor.launch import templates
+from pisupervisor.options import IsolationOptions
+
+pytestmark = pytest.mark.linux
+SLEEP = "import time; time.sleep({})"
+
+
+@pytest.mark.root
+def test_cancelling_a_call_that_waits_kills_nobody_elses() -> None:
+    with ProcessIsolator.create() as isolator:
+        pid, outcome = isolator.pid, []
+        other = threading.Thread(
+            target=lambda: outcome.append(isolator.run_source(SLEEP.format(0.6) + "\n'done'").value)
+        )
+        other.start()
+        time.sleep(0.15)
+        waiting = isolator.submit_call(isolator.run_source, "open('/tmp/ran', 'w')")
+        time.sleep(0.15)
+        assert waiting.cancel()
+        other.join(10)
+        assert outcome == ["done"]
+        assert isolator.pid == pid
+        with pytest.raises(CallCancelled):
+            waiting.result()
+        time.sleep(0.1)
+        assert isolator.run_source("import os; os.path.exists('/tmp/ran')").value is False, "it ran although cancelled"
+
+
+@pytest.mark.root
+def test_submitting_from_many_threads_makes_one_worker() -> None:
+    before = threading.active_count()
+    with ProcessIsolator.create() as isolator:
+        start = threading.Barrier(6)
+
+        def submit() -> None:
+            start.wait()
+            isolator.submit(abs, -1).result(10)
+
+        threads = [threading.Thread(target=submit) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
+    with pytest.raises(IsolatorClosed):
+        isolator.submit(abs, -1)
+
+
+@pytest.mark.root
+def test_a_flood_does_not_outlast_the_deadline() -> None:
+    flood = (
+        "import os, fcntl\nfor fd in (1, 2): fcntl.fcntl(fd, 1031, 1 << 20)\nwhile True: os.write(1, b'x' * (1 << 19))"
+    )
+    with ProcessIsolator.create() as isolator:
+        for _ in range(3):
+            start = time.monotonic()
+            with pytest.raises(CallTimeout):
+                isolator.run_source(flood, timeout=0.3)
+            assert time.monotonic() - start < 1.5
+
+
+@pytest.mark.root
+def test_a_forgotten_isolator_may_be_collected_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last reference goes while this thread holds the locks of the table."""
+    forgotten = [ProcessIsolator.create(log_level="ERROR")]
+    forgotten[0].set_data("me", forgotten[0])
+    find = templates.find_interpreter
+
+    def collecting(python: str | None) -> object:
+        forgotten.clear()
+        gc.collect()
+        return find(python)
+
+    monkeypatch.setattr(templates, "find_interpreter", collecting)
+    made: list[int] = []
+
+    def create() -> None:
+        with ProcessIsolator.create() as isolator:
+            made.append(isolator.run_source("1").value)
+
+    thread = threading.Thread(target=create, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert made == [1], "deadlock"
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), float("nan"), -1.0, 3e6, "soon"])
+def test_what_is_no_time_is_refused_before_anything_happens(timeout: object) -> None:
+    with pytest.raises(OptionsError, match="timeout"):
+        IsolationOptions(call_timeout=timeout)  # type: ignore[arg-type]
+
+
+@pytest.mark.root
+def test_a_call_whose_timeout_is_no_time_harms_no_child() -> None:
+    with ProcessIsolator.create() as isolator:
+        pid = isolator.pid
+        for timeout in (float("inf"), float("nan"), -1.0):
+            with pytest.raises(OptionsError, match="timeout"):
+                isolator.run_source("1", timeout=timeout)
+        assert (isolator.run_source("1").value, isolator.pid) == (1, pid)
+
+
+@pytest.mark.root
+def test_an_environment_too_large_for_a_plan() -> None:
+    with pytest.raises(OptionsError, match="too large"):
+        ProcessIsolator.create(environment={f"V{number}": "x" * 1000 for number in range(3000)})
