@@ -237,6 +237,7 @@ def test_a_zygote_killed_between_two_children() -> None:
         with template.create() as isolator:
             old = zygote_of(isolator)
         os.kill(old, signal.SIGKILL)
+        assert wait_until(lambda: state_of(old) in ("", "Z"))
         with template.create() as isolator:
             assert zygote_of(isolator) != old
             assert isolator.run_source("1").value == 1

@@ -45,6 +45,9 @@ def take(template: Template, options: IsolationOptions, deadline: float | None) 
     if any(getattr(child.options, name) != getattr(options, name) for name in _OF_THE_LAUNCH):
         child.discard("other options were wanted")
         return None
+    if not template.zygote.alive():
+        child.discard("its zygote is gone")
+        return None
     try:
         child.complete(deadline)
     except IsolationError:
