@@ -103,7 +103,15 @@ class Child:
             rlimits=rlimits.rlimit_plan(self.options.limits), cgroups=len(self._attach_fds()), without=without,
         )  # fmt: skip
         self._zygote = self.template.usable_zygote()
-        self._send_plan(self._zygote, self._plan)
+        try:
+            self._send_plan(self._zygote, self._plan)
+        except LaunchError as error:
+            # It was dying when it was asked: killed, but not yet seen to have ended. Once, with another.
+            pidfd = self._zygote.pidfd  # -1: another thread has closed and replaced it
+            if error.step != "zygote" or (pidfd >= 0 and not has_ended(pidfd, _LAUNCH_GRACE)):
+                raise
+            self._zygote = self.template.usable_zygote()
+            self._send_plan(self._zygote, self._plan)
 
     def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:
         """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
