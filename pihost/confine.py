@@ -34,14 +34,22 @@ SIGKILL = 9
 
 
 class Fds:
-    """What a new child holds: its link to the host, the way to report, the lifelines, the groups to join."""
+    """What a new child holds: its link to the host, the way to report, the lifelines, where output goes (see
+    ``ChildPlan.output``), the groups to join.
+    """
 
-    def __init__(self, link: int, status: int, go: int, host: int, zygote: int, cgroups: list[int]) -> None:
+    def __init__(
+        self, link: int, status: int, go: int, host: int, zygote: int, output: list[int], cgroups: list[int]
+    ) -> None:
         self.link, self.status, self.go = link, status, go
-        self.host, self.zygote, self.cgroups = host, zygote, cgroups
+        self.host, self.zygote, self.output, self.cgroups = host, zygote, output, cgroups
 
     def all(self) -> list[int]:
-        return sorted([self.link, self.status, self.go, self.host, self.zygote, *self.cgroups])
+        return sorted([self.link, self.status, self.go, self.host, self.zygote, *self.output, *self.cgroups])
+
+    def stderr(self) -> list[int]:
+        """What PID 1 keeps: the file for the end of stderr, and where to read it. Empty where the host reads it."""
+        return self.output[:2] if len(self.output) == 3 else []
 
 
 def run(
@@ -119,11 +127,12 @@ def set_hostname(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.sethostname(plan.hostname)
 
 
-def redirect_stdio(_plan: ChildPlan, _fds: Fds, _kernel: Any) -> None:
+def redirect_stdio(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    for fd in (0, 1, 2):
-        os.dup2(null, fd)
-    os.close(null)
+    stdout = fds.output[0] if len(fds.output) == 2 else os.dup(null)
+    for fd, target in ((null, 0), (stdout, 1), (fds.output[-1], 2)):
+        os.dup2(fd, target)
+        os.close(fd)
 
 
 def set_rlimits(plan: ChildPlan, _fds: Fds, _kernel: Any) -> None:
@@ -166,7 +175,7 @@ def keep_link_only(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     # One by one: a profile that refuses close_range would leave them open without a word (CPython 3.11 ignores it),
     # and os.close raises. Nothing else is open: "close fds" saw to that.
     link = os.dup(fds.link)
-    for fd in (fds.link, fds.status, fds.host, fds.zygote):
+    for fd in (fds.link, fds.status, fds.host, fds.zygote, *fds.stderr()):
         os.close(fd)
     if link != LINK:
         os.dup2(link, LINK)

@@ -8,9 +8,10 @@ import select
 
 from pihost.confine import Fds
 from pihost.jsontext import dump
+from pihost.wire import STDERR_TAIL
 
 
-def run(fds: Fds, payload: int, ready: int) -> None:
+def run(fds: Fds, payload: int, ready: int, *, lifeline: bool = True) -> None:
     """Never returns. Same walls as the payload, which cannot touch it: not dumpable, and immune to its signals."""
     os.close(fds.link)
     os.read(ready, 1)  # until the payload has said ready, or is dead: it shall not wait for what follows
@@ -18,17 +19,32 @@ def run(fds: Fds, payload: int, ready: int) -> None:
     wake = _wake_on_children()
     poll = select.poll()
     poll.register(wake, select.POLLIN)
-    poll.register(fds.host, select.POLLIN)
+    if lifeline:
+        poll.register(fds.host, select.POLLIN)
+    file, stderr = fds.stderr() or (-1, -1)
+    if stderr >= 0:
+        poll.register(stderr, select.POLLIN)
+    tail = b""
     while True:
         # Reap before the first wait: the payload may have died before the handler was there.
         ended = _reap(payload)
+        ready_fds = [fd for fd, _events in poll.poll(None if ended is None else 0)]
+        if fds.host in ready_fds:  # the lifeline: a pidfd, because a fork of the host would hold a pipe open
+            os._exit(0)
+        if stderr in ready_fds:  # also what a payload that has ended wrote last: a pipe holds one read at most
+            tail = _keep(file, tail + os.read(stderr, 1 << 16))
         if ended is not None:
             os.write(fds.status, dump(ended))
             os._exit(0)
-        ready_fds = [fd for fd, _events in poll.poll()]
-        if fds.host in ready_fds:  # the lifeline: a pidfd, because a fork of the host would hold a pipe open
-            os._exit(0)
-        os.read(wake, 4096)
+        if wake in ready_fds:
+            os.read(wake, 4096)
+
+
+def _keep(file: int, text: bytes) -> bytes:
+    """The end of stderr, in a file of the host's: it can be read there however this process ends."""
+    os.lseek(file, 0, os.SEEK_SET)
+    os.write(file, text[-STDERR_TAIL:].rjust(STDERR_TAIL, b"\0"))
+    return text[-STDERR_TAIL:]
 
 
 def _wake_on_children() -> int:

@@ -94,7 +94,9 @@ class ChildPlan(Plan):
     nice         0..19
     landlock     ``[path, access]`` rules; with ``landlock_abi`` 0 there is no Landlock
     landlock_fs, landlock_net, landlock_scopes   what the ruleset handles
-    cgroups      how many ``tasks`` fds follow, to be joined by writing ``0``
+    output       how many fds follow for what it writes: 2 are pipes for stdout and stderr, which the host reads; 3 are a
+                 file in which PID 1 keeps the end of stderr, and the two ends of the pipe by which it learns of that
+    cgroups      how many ``tasks`` fds follow after that, to be joined by writing ``0``
     limits       what the inside must know: ``result`` bytes, ``pickle`` allowed
     debug        stop before user code
     without      names of steps left out: only the ablation tests say any
@@ -104,5 +106,5 @@ class ChildPlan(Plan):
         "namespaces": int, "uid_map": str, "gid_map": str, "uid": int, "gid": int, "hostname": str,
         "mounts": (list, list), "rlimits": (list, list), "nice": int,
         "landlock": (list, list), "landlock_abi": int, "landlock_fs": int, "landlock_net": int, "landlock_scopes": int,
-        "cgroups": int, "limits": dict, "debug": bool, "without": _TEXTS,
+        "output": int, "cgroups": int, "limits": dict, "debug": bool, "without": _TEXTS,
     }  # fmt: skip

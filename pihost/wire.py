@@ -4,7 +4,9 @@
       | <------------------------- READY  id 0, walls are up, before any user code
       | CODE    id n, a module's source ---->|   (no answer; kept by its key)
       | OUTPUT  id n, two pipe ends -------->|   (no answer; stdout and stderr of the next call)
+      | STDIO   id n, stdout and stderr ---->|   (no answer; where they go outside of such a call)
       | CALL    id n, what to run ---------->|
+      | EXIT    id n ----------------------->|   (no answer but the end: exit handlers run, the exit code is 0)
       | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
       | <------------------------- one of RESULT, PICKLED, RAISED, REFUSED  id n, the (last part of the) answer
 
@@ -25,9 +27,10 @@ VERSION = 1
 HEADER = struct.Struct("<HBBQI")
 MAX_FRAME = 4 << 20  #: largest body a child may send in one frame; the host's own frames are not bounded by it
 PIECE_SIZE = 1 << 20
+STDERR_TAIL = 4096  #: bytes of the end of stderr that PID 1 keeps where nobody reads it
 MAX_BUFFERS = 1000  #: binary buffers beside the text of one value
 
-CODE, CALL, OUTPUT = 1, 2, 3
+CODE, CALL, OUTPUT, EXIT, STDIO = 1, 2, 3, 4, 5
 READY, RESULT, PICKLED, RAISED, REFUSED, PIECE = 64, 65, 66, 67, 68, 69
 FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE))
 

@@ -3,7 +3,7 @@
     host                               zygote
       | TemplatePlan ------------------> |  (twice: once for each stage)
       | <-------------- {"failed": step, "errno": n, "detail": text}   only where it cannot become one
-      | ChildPlan + fds ---------------> |  fds: link, status, then the groups to join
+      | ChildPlan + fds ---------------> |  fds: link, status, output, then the groups to join
       | bytes that begin with IMPORT --> |  modules to keep warm for the next children
     on the child's status socket, host <-- zygote or PID 1:
       {"launched": pid} + pidfd   {"failed": ...}   {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
@@ -46,7 +46,8 @@ _IDLE_AFTER = 3  # ms without a request
 
 def main(control: int, host: int) -> None:
     """Become a zygote: read the template plan, preload, say ready, serve until the host is gone."""
-    syscalls.close_range(max(control, host) + 1, syscalls.LAST_FD)
+    lifeline = max(control, host) + 1  # nobody reads it: its hangup is a SIGKILL, which our host has arranged
+    syscalls.close_range(lifeline + 1, syscalls.LAST_FD)
     sock = _socket.socket(fileno=control)
     data = sock.recv(_MAX_MESSAGE)
     if not data:
@@ -178,13 +179,14 @@ class Zygote:
         os.write(2, f"pihost[{os.getpid()}] DEBUG {text}\n".encode())
 
     def launch(self, data: bytes, fds: list[int]) -> None:
-        link, status_fd, *cgroups = fds
+        link, status_fd, *others = fds
         status = _socket.socket(fileno=status_fd)
         go = say_go = -1
         pid, pidfd, step = -1, -1, "plan"
         try:
             go, say_go = os.pipe()
             plan = ChildPlan.load(data)
+            output, cgroups = others[: plan.output], others[plan.output :]
             if plan.cgroups != len(cgroups):
                 raise PlanError("not the fds that the plan speaks of")
             step = "network"
@@ -194,13 +196,14 @@ class Zygote:
             step = "clone"
             pid, pidfd = syscalls.clone(plan.namespaces)
             if pid == 0:
-                self.become_child(plan, confine.Fds(link, status_fd, go, self.host, self.own_pidfd, cgroups))
+                held = confine.Fds(link, status_fd, go, self.host, self.own_pidfd, output, cgroups)
+                self.become_child(plan, held)
             step = "id maps"
             map_ids(pid, plan)
             os.write(say_go, b"1")
         except (OSError, PlanError, BrokenPipeError) as error:
             tell(status, StepFailed(step, error).report())
-        for fd in (link, go, say_go, *cgroups):
+        for fd in (link, go, say_go, *others):
             if fd >= 0:
                 os.close(fd)
         if pid > 0:
@@ -227,7 +230,7 @@ class Zygote:
                 code = self.become_payload(plan, fds, say_ready)
             else:
                 os.close(say_ready)
-                init.run(fds, payload, ready)
+                init.run(fds, payload, ready, lifeline="lifeline" not in plan.without)
         except BaseException as error:
             failure = error if isinstance(error, StepFailed) else StepFailed(step, error)
             tell(_socket.socket(fileno=fds.status), failure.report())

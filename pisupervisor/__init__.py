@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         SyscallViolation as SyscallViolation,
         TargetNotFound as TargetNotFound,
     )
+    from pisupervisor.events import IsolationEvents as IsolationEvents
     from pisupervisor.futures import CallCancelled as CallCancelled, IsolationFuture as IsolationFuture
     from pisupervisor.isolator import ProcessIsolator as ProcessIsolator, Template as Template
     from pisupervisor.launch.seccomp import SeccompProfile as SeccompProfile
@@ -66,6 +67,7 @@ _HOMES = {
         "PidsLimitExceeded", "ProfileError", "ProtocolError", "RemoteError", "RestartLimitReached",
         "SerializationError", "SyscallViolation", "TargetNotFound",
     ),
+    "events": ("IsolationEvents",),
     "futures": ("CallCancelled", "IsolationFuture"),
     "isolator": ("ProcessIsolator", "Template"),
     "launch.seccomp": ("SeccompProfile",),

@@ -149,7 +149,11 @@ class TargetNotFound(CallError, LookupError):
 
 
 class CallTimeout(CallError, TimeoutError):
-    """The deadline passed. The work is dead, not abandoned: the whole child was killed."""
+    """The deadline passed. The work is dead, not abandoned: the whole child was killed, and ``exit_info`` says what the
+    kernel's counters know of it. None: the call was not begun.
+    """
+
+    exit_info: ExitInfo | None = None
 
 
 class SerializationError(IsolationError):

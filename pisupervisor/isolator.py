@@ -73,11 +73,13 @@ class ProcessIsolator:
         """Use ``create``. ``without`` leaves out steps of the launch: for tests that show what each is good for."""
         template = acquire(options)  # starts the zygote, which wakes up while this process imports the rest
         from pisupervisor.link.sources import CodeReader
+        from pisupervisor.supervise.keeper import Keeper
         from pisupervisor.supervise.session import Session
 
         self.options = options
         self.id = next(_ids)
-        self._session = Session(options, template, without)
+        self._keeper = Keeper(options, template, self.id, without)
+        self._session = Session(self._keeper)
         self._reader = CodeReader()
         self._data: dict[str, Any] = {}
         self._known_importable: Callable[[str], bool] | None = None
@@ -177,7 +179,7 @@ class ProcessIsolator:
         from pisupervisor.worker import Worker
 
         with self._worker_lock:
-            self._session.check_open()
+            self._keeper.check_open()
             if self._worker is None:
                 self._worker = Worker(f"pisupervisor-{self.id}", self._session.want, self._session.cancel)
             return self._worker.add(method, args, keywords)
@@ -203,7 +205,11 @@ class ProcessIsolator:
         )  # fmt: skip
 
     def _start(self) -> None:
-        self._session.start()
+        if self.options.on_start is not None:
+            from pisupervisor.link.calls import pack_call
+
+            self._keeper.on_start = pack_call("function", False, self._function(self.options.on_start, (), {}))
+        self._keeper.start()
 
     def _code(self, path: str | os.PathLike[str], target: str) -> Code:
         from pisupervisor.link.sources import check_target
@@ -214,7 +220,7 @@ class ProcessIsolator:
     def _arguments(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
         from pisupervisor.link.arguments import dump_call
 
-        same = self._session.template.interpreter.version == sys.version_info[:2]
+        same = self._keeper.template.interpreter.version == sys.version_info[:2]
         payload, needs_cloudpickle = dump_call(args, keywords, importable=self._importable(), python_minor_matches=same)
         if needs_cloudpickle:
             self._need_cloudpickle()
@@ -236,12 +242,12 @@ class ProcessIsolator:
             from pisupervisor.launch.planning import import_paths
             from pisupervisor.link.arguments import child_importable
 
-            template = self._session.template
+            template = self._keeper.template
             self._known_importable = child_importable(import_paths(self.options, template.interpreter))
         return self._known_importable
 
     def _need_cloudpickle(self) -> None:
-        template = self._session.template
+        template = self._keeper.template
         if template.cloudpickle is None:
             version = ".".join(map(str, template.interpreter.version))
             raise SerializationError(
@@ -252,20 +258,65 @@ class ProcessIsolator:
 
     # --- life -------------------------------------------------------------------------------------------------
 
-    def terminate(self) -> None:
-        """Kill the child and everything in it, now. A call under way raises ChildTerminated; the next one starts anew."""
-        self._session.terminate()
+    def exit(self, reason: str | None = None, *, timeout: float = 5.0) -> ExitInfo:
+        """Have the child leave by itself after the call that runs: its threads are waited for, its exit handlers run.
+        ``reason`` is in the ExitInfo and the events. What has not left after ``timeout`` seconds is killed.
+
+        Where the restart mode is not "always", later calls raise IsolatorClosed until ``restart()``.
+        """
+        from pisupervisor.supervise import stopping
+
+        return stopping.leave(self._keeper, reason, timeout)
+
+    def terminate(self, grace: float = 1.0) -> bool:
+        """SIGTERM to the child's own process, and after ``grace`` seconds SIGKILL to everything in it. True: all is dead.
+
+        A call under way raises ChildTerminated; the next call starts another child.
+        """
+        from pisupervisor.supervise import stopping
+
+        return stopping.terminate(self._keeper, grace)
+
+    def abort(self, reason: str | None = None) -> bool:
+        """SIGABRT to the child's own process; what survives that is killed. Otherwise like ``terminate``."""
+        from pisupervisor.supervise import stopping
+
+        return stopping.abort(self._keeper, reason)
+
+    def restart(self) -> None:
+        """Kill the child, if there is one, and start another, whatever the policy says. Raises what ``create`` raises."""
+        from pisupervisor.supervise import stopping
+
+        stopping.restart(self._keeper)
+
+    def pause(self) -> None:
+        """Freeze every process of the child. Calls wait meanwhile, and their deadlines run on. Raises IsolationError where
+        there is no child.
+        """
+        from pisupervisor.supervise import stopping
+
+        stopping.pause(self._keeper)
+
+    def resume(self) -> None:
+        """Let a paused child run on."""
+        from pisupervisor.supervise import stopping
+
+        stopping.resume(self._keeper)
 
     def wait_for_exit(self, timeout: float | None = None) -> ExitInfo:
-        """Wait until the present child has ended, and return how. Raises TimeoutError after ``timeout`` seconds."""
-        return self._session.wait_for_exit(timeout)
+        """Wait for the exit after which the policy starts no other child, and return how that was; restarts on the way are
+        done here. An exit that has already happened is returned as it is. Raises TimeoutError after ``timeout`` seconds.
+        """
+        from pisupervisor.supervise import stopping
+
+        return stopping.wait_for_exit(self._keeper, timeout)
 
     def close(self) -> None:
         """End the child and everything in it, and give back every thread, fd, group and process. Idempotent."""
-        self._session.close()
+        self._keeper.close()
         with self._worker_lock:
             worker, self._worker = self._worker, None
-        if worker is not None and os.getpid() == self._session.owner:
+        if worker is not None and os.getpid() == self._keeper.owner:
             worker.close()
 
     def __enter__(self) -> ProcessIsolator:
@@ -277,8 +328,8 @@ class ProcessIsolator:
         self.close()
 
     def __del__(self) -> None:
-        session = getattr(self, "_session", None)
-        if session is None or session.state == "stopped" or sys.is_finalizing():
+        keeper = getattr(self, "_keeper", None)
+        if keeper is None or keeper.closed.is_set() or sys.is_finalizing():
             return  # when the application ends, all children end with it
         self.close()  # the last net: nobody else called it
 
@@ -287,28 +338,40 @@ class ProcessIsolator:
     @property
     def pid(self) -> int | None:
         """The payload's process id as the host numbers it, None while there is no child."""
-        child = self._session.child
+        self._keeper.notice()
+        child = self._keeper.child
         return child.pid if child is not None else None
 
     @property
     def state(self) -> State:
         """One of starting ready busy paused stopping backoff stopped failed."""
-        return self._session.state
+        self._keeper.notice()
+        return self._keeper.state
 
     @property
     def applied(self) -> Mapping[str, Applied]:
-        """What holds of each protection, as the host read it back when the present (or last) child was started."""
-        return self._session.applied
+        """What holds of each protection, as the host read it back when the present (or last) child was started, and how
+        often it has run into its limits since.
+        """
+        child = self._keeper.child
+        return child.applied_now() if child is not None else self._keeper.applied
 
     def resource_usage(self) -> Usage:
-        """CPU seconds and peak memory of the present child and all it started."""
-        self._session.check_open()
-        return self._session.usage()
+        """What the present child and all it started have used so far; nothing where there is no child."""
+        self._keeper.check_open()
+        self._keeper.notice()
+        child = self._keeper.child
+        if child is None:
+            from pisupervisor.results import Usage
+
+            return Usage()
+        return child.whole_usage()
 
     def pids(self) -> list[int]:
         """Every process of the child, as the host numbers them."""
-        self._session.check_open()
-        child = self._session.child
+        self._keeper.check_open()
+        self._keeper.notice()
+        child = self._keeper.child
         return child.pids() if child is not None else []
 
     def set_data(self, name: str, value: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
@@ -16,6 +16,7 @@ TYPE_CHECKING = False  # typing costs 2 ms of a program's start; type checkers k
 if TYPE_CHECKING:
     from typing import Any, Literal
 
+    from pisupervisor.events import IsolationEvents
     from pisupervisor.launch.seccomp import SeccompProfile
 
 #: The protections that ``ProcessIsolator.applied`` reports, and the names that ``degrade`` takes.
@@ -171,6 +172,9 @@ class IsolationOptions:
     """Everything about one isolator. The defaults are safe for code nobody has read.
 
     network              "none": no interface but a dead ``lo``; "loopback": ``lo`` up, its own; "host": the host's
+    events               handlers for what happens, see IsolationEvents
+    on_start             a function without parameters that runs in every new child before its first call; what it
+                         raises there is a LaunchError
     environment          variables for the child; it starts from nothing but PATH, HOME, LANG, TMPDIR
     inherit_environment  names that are copied from the host's environment
     python               another interpreter, or the folder of a venv (its packages can then be imported)
@@ -180,6 +184,9 @@ class IsolationOptions:
     degrade              names of protections that may be missing (see PROTECTIONS); ``applied`` then says so
     start_timeout        seconds for create(), None waits without end
     call_timeout         default for calls that give no ``timeout``
+    idle_timeout         seconds without a call after which the child is ended; the next call starts another
+    max_calls            answered calls after which the child is replaced by another
+    die_on_crash         the application gets a SIGTERM when a child crashes, unless a handler says ``handled``
     debug                the child stops itself (SIGSTOP) before user code, and says so on the host's stderr
     log_level            of the child's side, on the host's stderr; default: PISUPERVISOR_LOG_LEVEL, else WARNING
     """
@@ -189,6 +196,8 @@ class IsolationOptions:
     filesystem: Filesystem = field(default_factory=Filesystem)
     security: Security = field(default_factory=Security)
     restart: RestartPolicy = field(default_factory=RestartPolicy)
+    events: IsolationEvents | None = None
+    on_start: Callable[[], object] | None = None
     environment: Mapping[str, str] = field(default_factory=dict)
     inherit_environment: Sequence[str] = ()
     python: str | os.PathLike[str] | None = None
@@ -198,6 +207,9 @@ class IsolationOptions:
     degrade: Sequence[str] = ()
     start_timeout: float | None = 30.0
     call_timeout: float | None = None
+    idle_timeout: float | None = None
+    max_calls: int | None = None
+    die_on_crash: bool = False
     debug: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
 
@@ -221,11 +233,15 @@ class IsolationOptions:
         _store(self, "import_paths", _existing(self.import_paths, "import_paths"))
         _store(self, "start_timeout", _number(self.start_timeout, "start_timeout", 0.0, LONGEST) or None)
         _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, LONGEST))
+        _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))
+        _integer(self.max_calls, "max_calls", 1, 1 << 62)
+        _check_functions(self.events, self.on_start)
         _store(self, "log_level", _log_level(self.log_level))
 
 
 _PARTS: tuple[tuple[str, type], ...] = (
     ("limits", Limits), ("filesystem", Filesystem), ("security", Security), ("restart", RestartPolicy), ("debug", bool),
+    ("die_on_crash", bool),
 )  # fmt: skip
 
 
@@ -259,6 +275,16 @@ def _integer(value: int | None, name: str, low: int, high: int) -> None:
 def _choice(value: object, name: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise OptionsError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
+
+
+def _check_functions(events: object, on_start: object) -> None:
+    if on_start is not None and not callable(on_start):
+        raise OptionsError(f"on_start: expected a function without parameters, not {on_start!r}")
+    if events is not None:
+        from pisupervisor.events import IsolationEvents  # only for those who ask for events: it costs 2 ms
+
+        if not isinstance(events, IsolationEvents):
+            raise OptionsError(f"events: expected IsolationEvents(...), not {events!r}")
 
 
 def _sequence(value: Any, name: str) -> Sequence[Any]:

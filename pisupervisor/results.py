@@ -32,7 +32,10 @@ class ExitInfo:
     """How a child (or a script) ended.
 
     ``exit_code`` is None when a signal ended it; ``signal`` is None otherwise. Times are seconds, memory is bytes,
-    None where nobody counted. ``stdout``, ``stderr`` and ``truncated`` are filled by ``run_script``.
+    None where nobody counted. ``stderr_tail`` is the end of what it wrote to stderr, up to 4096 bytes: in the call that
+    failed, if that was captured, else outside of calls. ``ordered``: the supervisor itself ended it, for a deadline, a
+    stop or a cancelled call; whatever ``reason`` says then, that is no crash.
+    ``stdout``, ``stderr`` and ``truncated`` are filled by ``run_script``.
     """
 
     exit_code: int | None
@@ -46,6 +49,7 @@ class ExitInfo:
     stdout: str = field(default="", repr=False)
     stderr: str = field(default="", repr=False)
     truncated: bool = False
+    ordered: bool = False
 
     def describe(self) -> str:
         """One line for people: the reason first, then the kernel's word."""
@@ -81,10 +85,23 @@ def signal_name(number: int | None) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What one call used: ``cpu_time`` in seconds, ``peak_memory`` in bytes; None where no cgroup counts it."""
+    """What a child, or one call, has used: ``cpu_time`` in seconds, memory in bytes; None where nobody counts it.
+
+    ``peak_memory`` and ``memory`` are the group's (with caches, tmpfs and buffers), ``rss`` and ``vms`` sums over the
+    processes that live now. ``read_bytes`` and ``write_bytes`` reached a storage device, ``read_chars`` and
+    ``write_chars`` went through read and write calls of any kind. Only ``resource_usage()`` fills more than the first two.
+    """
 
     cpu_time: float | None = None
     peak_memory: int | None = None
+    memory: int | None = None
+    rss: int | None = None
+    vms: int | None = None
+    pids: int | None = None
+    read_bytes: int | None = None
+    write_bytes: int | None = None
+    read_chars: int | None = None
+    write_chars: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,9 +118,12 @@ class CallResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """One protection as it was asked for and as it holds: ``how`` names the mechanism, ``detail`` what was read back."""
+    """One protection as it was asked for and as it holds: ``how`` names the mechanism, ``detail`` what was read back.
+    ``reached``: how often the present child has run into this limit so far.
+    """
 
     asked: Any
     holds: bool
     how: str = ""
     detail: str = ""
+    reached: int = 0

@@ -111,7 +111,7 @@ def init_of(isolator: ProcessIsolator) -> int:
 
 
 def zygote_of(isolator: ProcessIsolator) -> int:
-    return isolator._session.template.zygote.pid
+    return isolator._keeper.template.zygote.pid
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> bool:

@@ -704,7 +704,7 @@ def test_terminate_and_waiting_for_it() -> None:
             isolator.wait_for_exit(0.05)
         isolator.terminate()
         info = isolator.wait_for_exit(1)
-        assert (info.reason, info.signal) == (ExitReason.KILLED, signal.SIGKILL)
+        assert (info.reason, info.signal) == (ExitReason.KILLED, signal.SIGTERM)
         assert isolator.run_source("1").value == 1
 
 
@@ -721,7 +721,7 @@ def test_the_first_cause_wins() -> None:
     """Closing a child that has died of something else does not change what it died of."""
     isolator = ProcessIsolator.create()
     os.kill(isolator.pid or 0, signal.SIGSEGV)
-    assert wait_until(lambda: isolator._session.child is not None and isolator._session.child.ended)
+    assert wait_until(lambda: isolator._keeper.child is not None and isolator._keeper.child.ended)
     isolator.terminate()
     assert isolator.wait_for_exit(1).reason is ExitReason.SIGNALED
     isolator.close()

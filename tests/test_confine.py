@@ -16,7 +16,7 @@ from pihost.confine import BEFORE_FORK, PAYLOAD, Fds
 from pihost.plan import ChildPlan
 from pihost.root import StepFailed
 
-FDS = Fds(link=5, status=7, go=8, host=11, zygote=12, cgroups=[20, 21])
+FDS = Fds(link=5, status=7, go=8, host=11, zygote=12, output=[13, 14, 15], cgroups=[20, 21])
 NAMES = [name for name, _ in BEFORE_FORK + PAYLOAD]
 
 
@@ -99,7 +99,7 @@ def test_all_but_ours_is_closed(kernel: Recorder) -> None:
     acts(BEFORE_FORK[:1], kernel)
     ranges = [call[1:] for call in kernel.calls]
     kept = [fd for fd in range(3, 100) if not any(low <= fd <= high for low, high in ranges)]
-    assert kept == FDS.all() == [5, 7, 8, 11, 12, 20, 21]
+    assert kept == FDS.all() == [5, 7, 8, 11, 12, 13, 14, 15, 20, 21]
 
 
 def test_the_child_joins_each_group_itself(kernel: Recorder) -> None:
@@ -111,7 +111,7 @@ def test_the_payload_keeps_one_fd(kernel: Recorder) -> None:
     acts(PAYLOAD, kernel)
     assert kernel.calls == [
         ("setsid",), ("set_dumpable", True), ("dup", 5), ("close", 5), ("close", 7), ("close", 11), ("close", 12),
-        ("dup2", NEW_FD, confine.LINK), ("close", NEW_FD),
+        ("close", 13), ("close", 14), ("dup2", NEW_FD, confine.LINK), ("close", NEW_FD),
     ]  # fmt: skip
 
 

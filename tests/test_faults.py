@@ -468,7 +468,7 @@ APPLICATION = """
     if os.fork() == 0:          # a daemon of the application that keeps every fd open
         time.sleep(20)
         os._exit(0)
-    print(isolator._session.template.zygote.pid, flush=True)
+    print(isolator._keeper.template.zygote.pid, flush=True)
     isolator.invoke_method({inside!r}, "spin_with_family")
 """
 
@@ -498,7 +498,7 @@ def test_nothing_outlives_a_host_that_is_killed() -> None:
 
 def test_a_host_that_just_ends() -> None:
     """Without close(): the interpreter's exit is enough."""
-    source = "from pisupervisor import ProcessIsolator as P; i = P.create(); print(i._session.template.zygote.pid)"
+    source = "from pisupervisor import ProcessIsolator as P; i = P.create(); print(i._keeper.template.zygote.pid)"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert wait_until(lambda: state_of(int(done.stdout)) in ("", "Z"), 2)
     assert done.stderr == ""

@@ -30,8 +30,9 @@ def test_the_states_are_the_public_ones() -> None:
     assert STATES == ("starting", "ready", "busy", "paused", "stopping", "backoff", "stopped", "failed")
 
 
-def test_a_closed_isolator_stays_closed() -> None:
-    assert {TABLE[pair] for pair in TABLE if pair[0] == "stopped"} == {"stopped"}
+def test_a_stopped_isolator_starts_only_when_asked() -> None:
+    assert {TABLE[pair] for pair in TABLE if pair[0] == "stopped"} == {"stopped", "starting", "failed"}
+    assert {event for state, event in TABLE if state == "stopped" and TABLE[state, event] == "starting"} == {"restart"}
 
 
 def test_every_state_that_is_reached_can_be_closed() -> None:
@@ -47,7 +48,11 @@ def test_every_state_that_is_reached_can_be_closed() -> None:
         (("launch_failed", "restart", "launched"), "ready"),
         (("launched", "child_died", "gave_up"), "failed"),
         (("launched", "child_died", "gave_up", "restart", "launched"), "ready"),
-        (("close", "launched", "child_died", "close"), "stopped"),
+        (("launched", "call", "pause", "answered", "resume_idle", "close"), "stopped"),
+        (("launched", "pause", "call", "resume_busy", "answered"), "ready"),
+        (("launched", "call", "child_died", "answered", "stop", "restart", "launched"), "ready"),
+        (("launched", "stop", "child_died", "restart", "launched"), "ready"),
+        (("launched", "ended", "restart"), "starting"),
     ],
 )
 def test_lives(events: tuple[Event, ...], end: State) -> None:

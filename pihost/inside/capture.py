@@ -12,7 +12,9 @@ from pihost import syscalls
 
 
 class Capture:
-    """``with Capture([out, err]):`` sends fds 1 and 2 to the given pipes, which it owns, and back to nowhere."""
+    """``with Capture([out, err]):`` sends fds 1 and 2 to the given pipes, which it owns, and then to nowhere: where they
+    went before comes from the host again (``redirect``), because a copy kept here would be an fd that user code sees.
+    """
 
     def __init__(self, pipes: list[int]) -> None:
         self.pipes = pipes
@@ -36,6 +38,13 @@ class Capture:
             os.close(null)
         else:
             os.set_inheritable(null, True)
+
+
+def redirect(fds: list[int]) -> None:
+    """Stdout and stderr to the given two, or stderr alone to the given one, and those closed."""
+    for target, fd in zip((1, 2)[-len(fds) :], fds):
+        os.dup2(fd, target)
+        os.close(fd)
 
 
 def _open_null() -> int:

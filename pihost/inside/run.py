@@ -172,6 +172,22 @@ def _execute(main: ModuleType, loader: Loader, package: str) -> int:
     return 0
 
 
+def leave() -> int:
+    """What the interpreter does at its end: wait for threads, run exit handlers, flush. The exit code."""
+    try:
+        if "threading" in sys.modules:
+            sys.modules["threading"]._shutdown()
+        import atexit
+
+        atexit._run_exitfuncs()
+        return 0
+    except BaseException as error:
+        print_exception(error)
+        return 1
+    finally:
+        flush()
+
+
 def exit_code(code: object) -> int:
     """What CPython makes of ``sys.exit(code)``: None is 0, an int keeps 8 bits, anything else is printed and is 1."""
     if code is None:

@@ -11,7 +11,7 @@ import struct
 
 from pihost import wire
 from pihost.inside import encode, raised, resolve, run
-from pihost.inside.capture import Capture
+from pihost.inside.capture import Capture, redirect
 from pihost.jsontext import dump
 
 if False:  # typing costs 5 ms, and only a type checker reads this
@@ -41,6 +41,10 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
             link.send(answer[0], ident, answer[1])
         elif kind == wire.CODE:
             worker.library.add(_pickle.loads(body))
+        elif kind == wire.STDIO:
+            redirect(link.take_fds())
+        elif kind == wire.EXIT:
+            return run.leave()
 
 
 class Link:

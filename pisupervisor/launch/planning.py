@@ -109,7 +109,7 @@ def template_plan(
 
 def child_plan(
     options: IsolationOptions, features: Features, *, interpreter: Interpreter, outer_id: int | None,
-    rlimits: list[tuple[int, int, int]], cgroups: int, without: tuple[str, ...] = (),
+    rlimits: list[tuple[int, int, int]], cgroups: int, output: int = 1, without: tuple[str, ...] = (),
 ) -> ChildPlan:  # fmt: skip
     """What one child is. ``outer_id`` is its own id outside when the host is root, None for the user's single one."""
     user, outer = options.security.user, 0 if outer_id is None else outer_id
@@ -126,7 +126,7 @@ def child_plan(
         rlimits=[list(entry) for entry in rlimits], nice=options.limits.nice or 0,
         landlock=_landlock_rules(options, abi), landlock_abi=abi, landlock_fs=file_rights(abi),
         landlock_net=3 if abi >= 4 and options.network == "none" else 0, landlock_scopes=3 if abi >= 6 else 0,
-        cgroups=cgroups,
+        output=output, cgroups=cgroups,
         limits={"result": int(options.limits.result), "pickle": int(options.results == "pickle")},
         debug=options.debug, without=sorted({*without, *absent}),
     )  # fmt: skip

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them at
-_CONTROL, _HOST = 3, 4
+_CONTROL, _HOST, _LIFELINE = 3, 4, 5
 _GRACE = 2.0  # seconds to hear why it ended
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
 _REMEDIES = {
@@ -46,14 +46,20 @@ class Zygote:
         self._confirmed = False
         host = os.pidfd_open(self.owner)
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+        self._lifeline, lifeline_theirs = _socket.socketpair(
+            _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
+        )
         try:
-            self.pid = _spawn(python, theirs.fileno(), host)
+            self.pid = _spawn(python, theirs.fileno(), host, lifeline_theirs.fileno())
             self.pidfd = os.pidfd_open(self.pid)
+            _kill_at_hangup(lifeline_theirs, self.pid)
         except OSError as error:
             ours.close()
+            self._lifeline.close()
             raise LaunchError(f"{python} does not start: {error.strerror}", step="zygote", errno=error.errno) from error
         finally:
             theirs.close()
+            lifeline_theirs.close()
             os.close(host)
         self.control = ours
         # A stopped zygote must not hold its host when the socket is full; a plan with a large environment must fit.
@@ -114,6 +120,7 @@ class Zygote:
     def close(self) -> None:
         """End the zygote and reap it. Its children end with it."""
         self.control.close()
+        self._lifeline.close()
         pidfd, self.pidfd = self.pidfd, -1
         if pidfd < 0:
             return
@@ -156,14 +163,24 @@ def has_ended(pidfd: int, timeout: float = 0.0) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
-def _spawn(python: str, control: int, host: int) -> int:
+def _kill_at_hangup(sock: _socket.socket, pid: int) -> None:
+    """Have the kernel kill the zygote when this end's peer, which is ours, is gone: also one that is stopped and cannot
+    hear its pidfd of us. (A fork of the application that keeps our end open only leaves it to the pidfd.)
+    """
+    fcntl.fcntl(sock, fcntl.F_SETOWN, pid)
+    fcntl.fcntl(sock, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(sock, fcntl.F_SETFL, fcntl.fcntl(sock, fcntl.F_GETFL) | os.O_ASYNC)
+
+
+def _spawn(python: str, control: int, host: int, lifeline: int) -> int:
     """posix_spawn, not fork: no code of the host application runs in between, whatever threads it has."""
-    spares = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _SPARE_FD) for fd in (control, host)]
+    spares = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _SPARE_FD) for fd in (control, host, lifeline)]
     actions: list[tuple[Any, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
         (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_RDWR, 0),
         (os.POSIX_SPAWN_DUP2, spares[0], _CONTROL),
         (os.POSIX_SPAWN_DUP2, spares[1], _HOST),
+        (os.POSIX_SPAWN_DUP2, spares[2], _LIFELINE),
     ]
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     arguments = [python, "-I", "-S", PACKAGE, "root", str(_CONTROL), str(_HOST)]

@@ -34,7 +34,8 @@ class Place(NamedTuple):
 class CgroupHost(NamedTuple):
     """What this machine offers to this process: one Place per controller, and facts about swap.
 
-    ``memsw``: memory groups can limit swap; ``swap_on``: the host has swap; ``uid``: who asked.
+    ``memsw``: memory groups can limit swap; ``swap_on``: the host has swap; ``uid``: who asked. ``unified``: our own
+    group on the v2 hierarchy, which has ``cgroup.freeze`` and ``cgroup.kill`` on hybrid hosts too; None: there is none.
     """
 
     mode: Mode
@@ -42,6 +43,7 @@ class CgroupHost(NamedTuple):
     memsw: bool
     swap_on: bool
     uid: int
+    unified: str | None = None
 
     def directories(self) -> list[str]:
         """The distinct directories in which groups can be made (co-mounted controllers share one)."""
@@ -58,9 +60,11 @@ class Probe(NamedTuple):
 
 def detect() -> CgroupHost:
     """Look at this machine, making and removing one empty group per hierarchy (about 1 ms)."""
-    with open("/proc/self/cgroup") as cgroup, open("/proc/self/mountinfo") as mountinfo:
-        mode, found = find_groups(cgroup.read(), mountinfo.read())
-    return describe_host(mode, found, _has_swap(), probe_group, os.geteuid())
+    with open("/proc/self/cgroup") as own, open("/proc/self/mountinfo") as mounts:
+        cgroup, mountinfo = own.read(), mounts.read()
+    mode, found = find_groups(cgroup, mountinfo)
+    host = describe_host(mode, found, _has_swap(), probe_group, os.geteuid())
+    return host._replace(unified=find_unified(cgroup, mountinfo))
 
 
 def describe_host(
@@ -101,6 +105,13 @@ def find_groups(cgroup: str, mountinfo: str, is_dir: IsDir = os.path.isdir) -> t
     if found:
         return ("hybrid" if unified else "v1"), found
     return ("v2" if unified else "none"), found
+
+
+def find_unified(cgroup: str, mountinfo: str, is_dir: IsDir = os.path.isdir) -> str | None:
+    """The directory of the own group on the v2 hierarchy, from the text of the two /proc files."""
+    own = next((line[3:] for line in cgroup.splitlines() if line.startswith("0::")), None)
+    mounts = [(root, mount) for root, mount, kind, _options in _cgroup_mounts(mountinfo) if kind == "cgroup2"]
+    return _own_directory(mounts[0][1], mounts[0][0], own, is_dir) if mounts and own is not None else None
 
 
 def _own_paths(cgroup: str) -> dict[str, str]:

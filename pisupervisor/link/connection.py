@@ -34,13 +34,17 @@ class Answer(NamedTuple):
 
 
 class Connection:
-    """One call at a time. ``largest`` bounds one answer, in bytes, however many pieces it comes in."""
+    """One call at a time. ``largest`` bounds one answer, in bytes, however many pieces it comes in; ``stdio`` is where the
+    child's stdout and stderr (or stderr alone) go outside of captured calls.
+    """
 
-    def __init__(self, link: socket.socket, largest: int) -> None:
+    def __init__(self, link: socket.socket, largest: int, stdio: tuple[int, ...] = ()) -> None:
         self.link = link
         self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
+        self._stdio, self._displaced = stdio, False
         self._ident = 0
         self._pending = bytearray()
+        self.sent: set[str] = set()  # keys of the code that the child has
         self.written = (b"", b"", False)  # by the last call whose output was asked for: stdout, stderr, truncated
 
     def send(self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None) -> int:
@@ -70,7 +74,9 @@ class Connection:
         """
         self.written = (b"", b"", False)
         if output is None:
+            self.restore_stdio(deadline)
             return self._receive(self.send(wire.CALL, body, deadline=deadline), deadline)
+        self._displaced = True
         with _Output(output) as captured:
             self.send(wire.OUTPUT, b"\0", captured.writers, deadline)
             captured.close_writers()
@@ -80,6 +86,12 @@ class Connection:
                 captured.drain()
                 self.written = (captured.text(0), captured.text(1), captured.truncated)
             return answer._replace(stdout=captured.text(0), stderr=captured.text(1), truncated=captured.truncated)
+
+    def restore_stdio(self, deadline: float | None = None) -> None:
+        """After a captured call, and before anything else runs: its pipes were put in their place."""
+        if self._displaced and self._stdio:
+            self._displaced = False
+            self.send(wire.STDIO, b"\0", self._stdio, deadline)
 
     def _receive(self, ident: int, deadline: float | None, captured: _Output | None = None) -> Answer:
         whole = bytearray()

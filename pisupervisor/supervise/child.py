@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,12 @@ from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
 from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
 from pisupervisor.limits import cgroups, rlimits
+from pisupervisor.limits.freezer import Freezer, make_freezer
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitInfo, ExitReason, Usage
+from pisupervisor.supervise import metrics
 from pisupervisor.supervise.exits import explain_exit
+from pisupervisor.supervise.output import Line, OutputPipes, StderrTail
 
 _CREDENTIALS = struct.Struct("3i")
 _END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
@@ -39,7 +43,11 @@ class Child:
         self.options, self.template = options, template
         self.pid = 0  # of the payload, as this process numbers it
         self.init_pidfd = self.payload_pidfd = -1
+        self.init_pid = 0  # PID 1 of the sandbox, as this process numbers it
         self.applied: dict[str, Applied] = {}
+        self.pipes: OutputPipes | None = None  # where the application wants to see what is written
+        self.last_events = cgroups.GroupEvents()  # the counters at its end
+        self.last_lines: list[Line] = []  # what it wrote last
         self.requesting = True  # until the plan is with the zygote
         self.exit_info: ExitInfo | None = None
         self.started = time.monotonic()
@@ -48,8 +56,11 @@ class Child:
         self._lock = threading.Lock()
         self._outer_id: int | None = None
         self._group: cgroups.ChildGroup | None = None
+        self._freezer: Freezer | None = None
+        self._output: OutputPipes | StderrTail
         self.link: socket.socket
         self.status: socket.socket
+        self._farewell = ""
         self._asked = False  # whether the zygote was given the plan
         self._cleanup: list[Callable[[], object]] = []
 
@@ -95,12 +106,14 @@ class Child:
 
     def _request(self, without: tuple[str, ...]) -> None:
         self._missing = self._make_group(without)
+        self._make_output()
         if self.template.ids is not None:
             self._outer_id = outer = self.template.ids.take()
             self._cleanup.append(partial(self.template.ids.give_back, outer))
         self._plan = planning.child_plan(
             self.options, self.template.features, interpreter=self.template.interpreter, outer_id=self._outer_id,
-            rlimits=rlimits.rlimit_plan(self.options.limits), cgroups=len(self._attach_fds()), without=without,
+            rlimits=rlimits.rlimit_plan(self.options.limits), output=len(self._output.fds()),
+            cgroups=len(self._attach_fds()), without=without,
         )  # fmt: skip
         self._zygote = self.template.usable_zygote()
         try:
@@ -121,6 +134,18 @@ class Child:
             self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), _next_name())
         return lacking
 
+    def _make_output(self) -> None:
+        events = self.options.events
+        if events is not None and events.wanted() & {"stdout", "stderr"}:
+            self._output = self.pipes = OutputPipes()
+        else:
+            self._output = StderrTail()
+        self._cleanup.append(self._output.close)
+
+    def stdio(self) -> tuple[int, ...]:
+        """Where its stdout and stderr (or stderr alone) go outside of captured calls."""
+        return self._output.stdio()
+
     def _attach_fds(self) -> tuple[int, ...]:
         return self._group.attach_fds if self._group is not None else ()
 
@@ -132,7 +157,9 @@ class Child:
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._asked = True
         with theirs, reports:
-            zygote.launch(plan, [theirs.fileno(), reports.fileno(), *self._attach_fds()])
+            fds = [theirs.fileno(), reports.fileno(), *self._output.fds(), *self._attach_fds()]
+            zygote.launch(plan, fds)
+        self._output.launched()
         if self._group is not None:
             self._group.close_attach_fds()
 
@@ -157,7 +184,7 @@ class Child:
         data, fds, _flags, _address = socket.recv_fds(self.status, 65536, 1)
         message = json.loads(data) if data else {}
         if "launched" in message and fds:
-            self.init_pidfd = fds[0]
+            self.init_pidfd, self.init_pid = fds[0], int(message["launched"])
             self._cleanup.append(partial(os.close, fds[0]))
         elif "failed" in message:
             raise failure(message)
@@ -214,6 +241,18 @@ class Child:
             if self.init_pidfd >= 0:
                 _send_kill(self.init_pidfd)
 
+    def order(self, reason: ExitReason, message: str) -> None:
+        """The same account, for an end that is only asked for: by a signal that the child may heed."""
+        with self._lock:
+            alive = self.exit_info is None and not has_ended(self.init_pidfd)
+            if alive and self._ordered is None:
+                self._ordered = (reason, message)
+
+    def farewell(self, message: str) -> None:
+        """It is told to leave: its end is no order of ours, but the message belongs to it."""
+        with self._lock:
+            self._farewell = message
+
     def signal_payload(self, number: int) -> None:
         """Send a signal to the payload alone; nothing happens when it has ended."""
         with self._lock:
@@ -223,14 +262,16 @@ class Child:
                 except ProcessLookupError:
                     pass
 
-    def finish(self, timeout: float = _END_GRACE) -> ExitInfo:
-        """Wait for the end, take the account, give everything back. Idempotent; the account is then in ``exit_info``."""
+    def finish(self, timeout: float = _END_GRACE, *, in_call: bool = False, truncated: bool = False) -> ExitInfo:
+        """Wait for the end, take the account, give everything back. Idempotent; the account is then in ``exit_info``.
+        ``in_call`` and ``truncated``: see ``explain_exit``.
+        """
         with self._lock:
             if self.exit_info is None:
-                self.exit_info = self._account(timeout)
+                self.exit_info = self._account(timeout, in_call, truncated)
             return self.exit_info
 
-    def _account(self, timeout: float) -> ExitInfo:
+    def _account(self, timeout: float, in_call: bool, truncated: bool) -> ExitInfo:
         deadline = time.monotonic() + timeout
         if self.init_pidfd >= 0 or self._status.get("failed"):
             self._drain_status(min(deadline, time.monotonic() + _QUICK_END))
@@ -245,12 +286,18 @@ class Child:
             if not self._group.remove():
                 self._group.kill(max(0.0, deadline - time.monotonic()))
                 self._group.remove()
+        if self._freezer is not None:
+            self._freezer.remove()
+        self.last_events = events
+        self.last_lines = self.pipes.finish() if self.pipes is not None else []
+        tail = self._output.tail() if self._asked else ""
         for step in reversed(self._cleanup):
             step()
-        ordered, message = self._ordered or (None, "")
+        ordered, message = self._ordered or (None, self._farewell)
         return explain_exit(
             self._status, events, ordered, duration=time.monotonic() - self.started, cpu_time=used.cpu_time,
             peak_memory=used.peak_memory, message=message, cpu_limited=self.options.limits.cpu_time is not None,
+            in_call=in_call, truncated=truncated, stderr_tail=tail,
         )  # fmt: skip
 
     def _drain_status(self, deadline: float) -> None:
@@ -283,19 +330,42 @@ class Child:
                 os.close(fds[0])
             self._status.update(json.loads(data))
 
+    # --- pause ------------------------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Freeze every process. Raises IsolationError."""
+        if self._freezer is None:
+            self._freezer = make_freezer(self.template.features.cgroups, _next_name(), self.init_pid, self.pids)
+        self._freezer.pause()
+
+    def resume(self) -> None:
+        if self._freezer is not None:
+            self._freezer.resume()
+
     # --- accounting -------------------------------------------------------------------------------------------
 
     def usage(self) -> Usage:
-        """What the child's group has used so far; from /proc where no cgroup counts."""
+        """What the child's group has used so far; from /proc where no cgroup counts. Cheap: it is read around calls."""
         if self._group is not None:
             used = self._group.usage()
             if used.cpu_time is not None or used.peak_memory is not None:
                 return Usage(cpu_time=used.cpu_time, peak_memory=used.peak_memory)
-        return _usage_from_proc(self.pid)
+        return metrics.usage_from_proc(self.pid)
+
+    def whole_usage(self) -> Usage:
+        """Everything that can be counted. Costs a look at each process."""
+        group = self._group.usage() if self._group is not None else cgroups.GroupUsage()
+        return metrics.whole_usage(group, metrics.usage_from_proc(self.pid), self.pids())
 
     def pids(self) -> list[int]:
         """Everything that runs in the child, as this process numbers it, PID 1 of the sandbox included."""
-        return self._group.pids() if self._group is not None else [self.pid]
+        return (self._group.pids() if self._group is not None else []) or metrics.tree(self.init_pid)
+
+    def applied_now(self) -> dict[str, Applied]:
+        """``applied``, with how often each limit was reached by now."""
+        events = self.last_events if self.exit_info is not None else self.events()
+        counts = {"memory": events.oom_kills, "pids": events.pids_max, "cpus": events.throttled}
+        return {name: replace(entry, reached=counts.get(name, 0)) for name, entry in self.applied.items()}
 
     def events(self) -> cgroups.GroupEvents:
         return self._group.events() if self._group is not None else cgroups.GroupEvents()
@@ -306,16 +376,6 @@ def _send_kill(pidfd: int) -> None:
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     except ProcessLookupError:
         pass
-
-
-def _usage_from_proc(pid: int) -> Usage:
-    try:
-        with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/status") as status:
-            ticks = sum(int(text) for text in stat.read().rsplit(")", 1)[1].split()[11:15])
-            peak = next((int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")), None)
-    except OSError:
-        return Usage()
-    return Usage(cpu_time=ticks / os.sysconf("SC_CLK_TCK"), peak_memory=peak)
 
 
 _name_lock = threading.Lock()

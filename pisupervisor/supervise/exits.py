@@ -1,8 +1,9 @@
-"""Why a child ended: the kernel's counters first, then the supervisor's own order, the filter, the signal. Pure."""
+"""Why a child ended: the kernel's counters first, then the filter, the supervisor's own order, the signal. Pure."""
 
 from __future__ import annotations
 
 import signal
+from dataclasses import replace
 from typing import Any
 
 from pisupervisor import errors
@@ -13,23 +14,27 @@ from pisupervisor.results import ExitInfo, ExitReason, signal_name
 def explain_exit(
     status: dict[str, Any], events: GroupEvents, ordered: ExitReason | None, *, duration: float,
     cpu_time: float | None = None, peak_memory: int | None = None, message: str = "", cpu_limited: bool = False,
+    in_call: bool = False, truncated: bool = False, stderr_tail: str = "",
 ) -> ExitInfo:  # fmt: skip
     """``status`` is what the zygote and PID 1 reported: ``exited`` [code, signal] and ``gone`` [si_code, si_status];
     ``ordered`` is why the supervisor killed it, None when it did not. The first cause wins.
+
+    ``in_call``: a call failed by this end, and a limit that kills nobody (``pids``, output: ``truncated``) explains it.
     """
     code, number = status.get("exited") or (None, None)
     if code is None and number is None:
         number = int(signal.SIGKILL) if status.get("gone") else None
-    reason = ordered or _reason(number, events, zygote_spoke=bool(status), cpu_limited=cpu_limited)
+    own = ordered or _own_reason(number, zygote_spoke=bool(status), cpu_limited=cpu_limited)
+    limit = _reached_limit(ordered, number, events, in_call=in_call and bool(status), truncated=truncated)
+    words = _limit_words(limit, events)
     return ExitInfo(
-        exit_code=code, signal=number, reason=reason, message=message or _message(reason, events),
+        exit_code=code, signal=number, reason=limit or own, message="; ".join(part for part in (words, message) if part),
         cpu_time=cpu_time if cpu_time is not None else status.get("cpu"), peak_memory=peak_memory, duration=duration,
+        stderr_tail=stderr_tail, ordered=ordered in (ExitReason.TIMEOUT, ExitReason.KILLED),
     )  # fmt: skip
 
 
-def _reason(number: int | None, events: GroupEvents, *, zygote_spoke: bool, cpu_limited: bool) -> ExitReason:
-    if events.oom_kills and number == signal.SIGKILL:
-        return ExitReason.MEMORY
+def _own_reason(number: int | None, *, zygote_spoke: bool, cpu_limited: bool) -> ExitReason:
     if not zygote_spoke:
         return ExitReason.ZYGOTE_GONE
     if number == signal.SIGSYS:
@@ -39,16 +44,37 @@ def _reason(number: int | None, events: GroupEvents, *, zygote_spoke: bool, cpu_
     return ExitReason.EXITED if number is None else ExitReason.SIGNALED
 
 
-def _message(reason: ExitReason, events: GroupEvents) -> str:
+def _reached_limit(
+    ordered: ExitReason | None, number: int | None, events: GroupEvents, *, in_call: bool, truncated: bool
+) -> ExitReason | None:
+    """The limit that was reached before the end came, and explains it."""
+    if ordered not in (None, ExitReason.TIMEOUT):
+        return None  # a limit reached earlier had nothing to do with that order
+    if events.oom_kills and (number == signal.SIGKILL or ordered is ExitReason.TIMEOUT):
+        return ExitReason.MEMORY
+    if not in_call or number in (signal.SIGSYS, signal.SIGXCPU):
+        return None
+    if events.pids_max:
+        return ExitReason.PIDS
+    return ExitReason.OUTPUT if truncated else None
+
+
+def _limit_words(reason: ExitReason | None, events: GroupEvents) -> str:
     if reason is ExitReason.MEMORY:
         return f"the kernel killed {events.oom_kills} process(es) of the child at its memory limit"
+    if reason is ExitReason.PIDS:
+        return f"it was refused {events.pids_max} process(es) or thread(s) at its limit"
+    if reason is ExitReason.OUTPUT:
+        return "it wrote more than the limit for output"
     return ""
 
 
-def termination(info: ExitInfo) -> errors.ChildTerminated:
-    """The error that a call gets whose child ended as ``info`` says."""
+def termination(info: ExitInfo, written: tuple[bytes, bytes, bool] = (b"", b"", False)) -> errors.ChildTerminated:
+    """The error that a call gets whose child ended as ``info`` says; ``written``: what the call wrote, where captured."""
     kind = _ERRORS.get(info.reason, errors.ChildTerminated)
-    return kind(f"the child {info.describe()} while the call ran", info)
+    if written[1]:
+        info = replace(info, stderr_tail=written[1][-4096:].decode("utf-8", "replace"))
+    return kind(f"the child {info.describe()} while the call ran", info).with_output(*written)
 
 
 _ERRORS: dict[ExitReason, type[errors.ChildTerminated]] = {

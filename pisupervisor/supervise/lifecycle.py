@@ -1,36 +1,63 @@
-"""The life of an isolator: one table, (state, event) -> state. An unlisted pair is a bug that says so. Pure."""
+"""The life of an isolator: one table, (state, event) -> state. An unlisted pair is a bug that says so. Pure.
+
+``child_died``: another will be started by the policy; ``ended``: none will, until somebody calls or asks. ``stop`` is an
+end that was ordered. After ``close`` nothing is an event any more.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
 State = Literal["starting", "ready", "busy", "paused", "stopping", "backoff", "stopped", "failed"]
-Event = Literal["launched", "launch_failed", "call", "answered", "child_died", "restart", "gave_up", "close"]
+Event = Literal[
+    "launched", "launch_failed", "call", "answered", "pause", "resume_idle", "resume_busy", "stop", "child_died", "ended",
+    "restart", "gave_up", "close",
+]  # fmt: skip
 
 TABLE: dict[tuple[State, Event], State] = {
     ("starting", "launched"): "ready",
     ("starting", "launch_failed"): "backoff",
     ("starting", "close"): "stopped",
     ("ready", "call"): "busy",
+    ("ready", "pause"): "paused",
+    ("ready", "stop"): "stopping",
     ("ready", "child_died"): "backoff",
+    ("ready", "ended"): "stopped",
     ("ready", "close"): "stopped",
     ("busy", "answered"): "ready",
+    ("busy", "pause"): "paused",
+    ("busy", "stop"): "stopping",
     ("busy", "child_died"): "backoff",
+    ("busy", "ended"): "stopped",
     ("busy", "close"): "stopped",
+    ("paused", "call"): "paused",
+    ("paused", "answered"): "paused",
+    ("paused", "resume_idle"): "ready",
+    ("paused", "resume_busy"): "busy",
+    ("paused", "stop"): "stopping",
+    ("paused", "child_died"): "backoff",
+    ("paused", "ended"): "stopped",
+    ("paused", "close"): "stopped",
+    ("stopping", "call"): "stopping",
+    ("stopping", "answered"): "stopping",
+    ("stopping", "stop"): "stopping",
+    ("stopping", "child_died"): "stopped",
+    ("stopping", "ended"): "stopped",
+    ("stopping", "close"): "stopped",
+    ("backoff", "answered"): "backoff",
     ("backoff", "restart"): "starting",
     ("backoff", "gave_up"): "failed",
+    ("backoff", "stop"): "stopped",
     ("backoff", "close"): "stopped",
-    ("failed", "gave_up"): "failed",
-    ("failed", "close"): "stopped",
-    ("failed", "restart"): "starting",
-    ("stopped", "close"): "stopped",
-    ("stopped", "call"): "stopped",
-    ("stopped", "restart"): "stopped",
-    ("stopped", "gave_up"): "stopped",
     ("stopped", "answered"): "stopped",
-    ("stopped", "child_died"): "stopped",
-    ("stopped", "launched"): "stopped",
-    ("stopped", "launch_failed"): "stopped",
+    ("stopped", "restart"): "starting",
+    ("stopped", "gave_up"): "failed",
+    ("stopped", "stop"): "stopped",
+    ("stopped", "close"): "stopped",
+    ("failed", "restart"): "starting",
+    ("failed", "gave_up"): "failed",
+    ("failed", "stop"): "failed",
+    ("failed", "close"): "stopped",
 }
 
 

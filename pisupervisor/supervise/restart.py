@@ -13,7 +13,11 @@ ORDERED = frozenset((ExitReason.TIMEOUT, ExitReason.KILLED))
 
 def is_crash(info: ExitInfo, *, in_call: bool = False) -> bool:
     """Whether nobody wanted this end. In the middle of a call that is so whatever the exit code says."""
-    return info.reason not in ORDERED and (in_call or info.reason is not ExitReason.EXITED or info.exit_code != 0)
+    return not was_ordered(info) and (in_call or info.reason is not ExitReason.EXITED or info.exit_code != 0)
+
+
+def was_ordered(info: ExitInfo) -> bool:
+    return info.ordered or info.reason in ORDERED
 
 
 def decide(policy: RestartPolicy, crashes: Sequence[float], now: float) -> float | None:
@@ -34,4 +38,26 @@ def permits(policy: RestartPolicy, info: ExitInfo, *, crashed: bool) -> bool:
     """Whether the policy's mode starts a new child after this end. What the supervisor ordered is always made good."""
     if policy.mode == "never":
         return False
-    return policy.mode == "always" or crashed or info.reason in ORDERED
+    return policy.mode == "always" or crashed or was_ordered(info)
+
+
+class Crashes:
+    """The times of an isolator's last crashes, as many as its policy needs to know."""
+
+    def __init__(self, policy: RestartPolicy) -> None:
+        self._policy = policy
+        self.times: list[float] = []
+
+    def add(self, now: float) -> None:
+        self.times = [*self.times, now][-self._policy.max_restarts - 1 :]
+
+    def forgive(self) -> None:
+        """The last one does not count."""
+        self.times = self.times[:-1]
+
+    def clear(self) -> None:
+        self.times = []
+
+    def delay(self, now: float) -> float | None:
+        """See ``decide``."""
+        return decide(self._policy, self.times, now)

@@ -13,10 +13,11 @@ from pisupervisor.launch.templates import Template
 from pisupervisor.options import IsolationOptions
 from pisupervisor.supervise.child import Child
 
-#: the options that make a difference to a launch; the others may differ between the one who asked and the one who takes
-_OF_THE_LAUNCH = tuple(
-    sorted({f.name for f in fields(IsolationOptions)} - {"call_timeout", "start_timeout", "restart"})
-)
+#: what makes no difference to a launch may differ between the one who asked and the one who takes
+_NOT_OF_THE_LAUNCH = {
+    "call_timeout", "start_timeout", "restart", "idle_timeout", "max_calls", "die_on_crash", "on_start",
+}  # fmt: skip
+_OF_THE_LAUNCH = tuple(sorted({f.name for f in fields(IsolationOptions)} - _NOT_OF_THE_LAUNCH))
 
 
 def prepare(template: Template, options: IsolationOptions) -> None:

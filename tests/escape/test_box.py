@@ -74,7 +74,7 @@ def test_R12_an_orphan_daemon_dies_with_the_box(isolator: ProcessIsolator, aroun
     assert box.blocked(box.run(isolator, "R12", around))
     members = isolator.pids()
     assert len(members) >= 3, "the daemon should be running by now"
-    groups = list(isolator._session.child._group.paths.values())  # type: ignore[union-attr]
+    groups = list(isolator._keeper.child._group.paths.values())  # type: ignore[union-attr]
     isolator.close()
     assert [pid for pid in members if os.path.exists(f"/proc/{pid}")] == []
     assert [path for path in groups if os.path.exists(path)] == []

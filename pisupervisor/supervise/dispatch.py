@@ -1,0 +1,133 @@
+"""Where an application's handlers run: one thread for each isolator that has any, never in the way of a call."""
+
+from __future__ import annotations
+
+import select
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from pisupervisor.events import ErrorLine, Event, IsolationEvents, OutputLine
+from pisupervisor.supervise.output import Line, OutputPipes
+from pisupervisor.supervise.wake import Wake
+
+_FAREWELL = 5.0  # seconds that close() gives the handlers to see the last events
+
+
+class Dispatcher:
+    """``settle`` is told of each event after its handler has run (or at once, where there is none)."""
+
+    def __init__(self, events: IsolationEvents, isolator_id: int, settle: Callable[[Event], None]) -> None:
+        self.events, self.id = events, isolator_id
+        self.wanted = events.wanted()
+        self._settle = settle
+        self._queue: deque[Event] = deque()
+        self._outputs: dict[OutputPipes, int] = {}  # pipes -> the child's pid
+        self._loop = _running_loop()
+        self._wake = Wake()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"pisupervisor-events-{isolator_id}", daemon=True)
+        self._thread.start()
+
+    def emit(self, event: Event) -> None:
+        """Queue it for its handler. Never waits."""
+        if event.kind not in self.wanted:
+            self._settle(event)
+            return
+        self._queue.append(event)
+        self._wake.ring()
+
+    def attach(self, output: OutputPipes, pid: int) -> None:
+        """From now on the lines of that child are events."""
+        self._outputs[output] = pid
+        self._wake.ring()
+
+    def detach(self, output: OutputPipes, last: list[Line]) -> None:
+        """The child is dead: what it wrote last comes before the event of its end."""
+        pid = self._outputs.pop(output, None)
+        for line in last:
+            self.emit(self._event(line, pid))
+
+    def close(self) -> None:
+        """End the thread when it has told all, which a handler that hangs may put off for ever: that is not waited for."""
+        self._closing.set()
+        self._wake.ring()
+        if threading.current_thread() is not self._thread:
+            self._thread.join(_FAREWELL)
+
+    def _event(self, line: Line, pid: int | None) -> Event:
+        kind = OutputLine if line.stream == "stdout" else ErrorLine
+        return kind(isolator_id=self.id, pid=pid, line=line.text)
+
+    # --- in the thread ----------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while self._queue or not self._closing.is_set():
+                if self._queue:
+                    self._handle(self._queue.popleft())
+                else:
+                    self._wait()
+        finally:
+            self._wake.close()
+
+    def _wait(self) -> None:
+        """For the next event or line. Lines are read only while no handler runs: that is what slows a flood down."""
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        outputs = dict(self._outputs)
+        for output in outputs:
+            for fd in output.readers():
+                poll.register(fd, select.POLLIN)
+        for fd, _events in poll.poll():
+            if fd == self._wake.fileno():
+                self._wake.clear()
+        for output, pid in outputs.items():
+            for line in output.read():
+                self._handle(self._event(line, pid))
+
+    def _handle(self, event: Event) -> None:
+        handler = getattr(self.events, event.kind)
+        if handler is not None:
+            try:
+                self._call(handler, event)
+            except Exception:
+                import logging
+
+                logging.getLogger("pisupervisor").exception("the handler of the event %r raised", event.kind)
+        self._settle(event)
+
+    def _call(self, handler: Callable[[Event], object], event: Event) -> None:
+        result = handler(event)
+        if hasattr(result, "__await__"):
+            self._complete(result)
+
+    def _complete(self, awaitable: Any) -> None:
+        """In the loop of whoever created the isolator; close() may be called from there, so it is not waited for then."""
+        import asyncio
+
+        async def wait() -> object:
+            return await awaitable
+
+        if self._loop is None or self._loop.is_closed():
+            asyncio.run(wait())
+            return
+        future = asyncio.run_coroutine_threadsafe(wait(), self._loop)
+        while not future.done() and not self._closing.is_set():
+            try:
+                future.exception(0.05)
+            except TimeoutError:
+                continue
+        if future.done():
+            future.result()
+
+
+def _running_loop() -> Any:
+    """The event loop of this thread; whoever has one has imported asyncio."""
+    asyncio = sys.modules.get("asyncio")
+    try:
+        return asyncio.get_running_loop() if asyncio is not None else None
+    except RuntimeError:
+        return None

@@ -1,0 +1,331 @@
+"""One isolator's child and what becomes of it: launched, dead, replaced, or not."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+
+from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, RestartLimitReached
+from pisupervisor.launch.templates import Template, release
+from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
+from pisupervisor.options import IsolationOptions
+from pisupervisor.results import Applied, ExitInfo, ExitReason
+from pisupervisor.supervise import restart, spare, watch
+from pisupervisor.supervise.child import Child
+from pisupervisor.supervise.lifecycle import Event, State, next_state
+from pisupervisor.supervise.telling import Teller
+
+_DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
+_SOON = 0.05
+_NEVER = float("inf")
+
+
+class Keeper:
+    """Belongs to one isolator, in one process. ``turn`` is held for the time of one call, or of one restart."""
+
+    def __init__(
+        self, options: IsolationOptions, template: Template, isolator_id: int, without: tuple[str, ...] = ()
+    ) -> None:
+        self.options, self.id, self.without = options, isolator_id, without
+        self.owner = os.getpid()
+        self.state: State = "starting"
+        self.child: Child | None = None
+        self.connection: Connection | None = None
+        self.last_exit: ExitInfo | None = None
+        self.last_pid: int | None = None
+        self.applied: Mapping[str, Applied] = {}
+        self.on_start: bytes | None = None  # the body of the call that each new child gets first
+        self.in_call = False
+        self.idle_since = time.monotonic()
+        self.turn = threading.Lock()
+        self.lock = threading.Lock()  # held for a change of state
+        self.closed = threading.Event()
+        self.overtaken = threading.Event()  # a stop ends the wait before a restart
+        self._template: Template | None = template
+        self._crashes = restart.Crashes(options.restart)
+        self._crashed = False  # whether the last child died of itself
+        self.teller = Teller(options, isolator_id, self._settle)
+        self._watch = watch.Watch(self) if watch.is_needed(options) else None
+
+    @property
+    def template(self) -> Template:
+        """Raises IsolatorClosed after ``close``."""
+        template = self._template
+        if template is None:
+            raise IsolatorClosed("this isolator is closed")
+        return template
+
+    def check_open(self) -> None:
+        """Raises IsolatorClosed after ``close``, and in a fork of the application."""
+        if os.getpid() != self.owner:
+            raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
+        if self.closed.is_set():
+            raise IsolatorClosed("this isolator is closed")
+
+    def enter(self, event: Event) -> None:
+        with self.lock:
+            self.enter_locked(event)
+
+    def enter_locked(self, event: Event) -> None:
+        if not self.closed.is_set():
+            self.state = next_state(self.state, event)
+
+    # --- launch -----------------------------------------------------------------------------------------------
+
+    def start(self, deadline: float | None = None) -> None:
+        """Launch a child, or take the spare one, and let it begin. The state is "starting"."""
+        limit = self.options.start_timeout
+        until = min(deadline or _NEVER, _NEVER if limit is None else time.monotonic() + limit)
+        child = None
+        try:
+            child = self._launch(None if until == _NEVER else until)
+            connection = Connection(child.link, int(self.options.limits.result), child.stdio())
+            self._begin(connection, None if until == _NEVER else until)
+        except BaseException as error:
+            self.enter("launch_failed")
+            if child is not None:
+                child.discard("on_start failed")
+            if isinstance(error, IsolationError):
+                self.teller.tell("StartFailed", child.pid if child is not None else None, error=error)
+            raise
+        self._adopt(child, connection)
+        if self.options.debug:
+            line = (
+                f"pisupervisor: child {child.pid} is stopped before user code; debug it, then: kill -CONT {child.pid}\n"
+            )
+            sys.stderr.write(line)
+            sys.stderr.flush()
+
+    def _launch(self, deadline: float | None) -> Child:
+        template = self.template
+        child = None if self.without else spare.take(template, self.options, deadline)
+        if child is None:
+            child = Child(self.options, template)
+            child.request(self.without)
+            _import_call_path()
+            child.complete(deadline)
+        return child
+
+    def _begin(self, connection: Connection, deadline: float | None) -> None:
+        """``on_start`` in the new child. What it raises there is a failed launch."""
+        if self.on_start is None:
+            return
+        from pisupervisor.link.calls import unpack_answer
+
+        try:
+            answer = connection.call(self.on_start, deadline)
+            unpack_answer(answer, pickled=self.options.results == "pickle")
+        except DeadlinePassed:
+            raise LaunchError("on_start was not over at start_timeout", step="on_start") from None
+        except LinkClosed:
+            raise LaunchError("the child died in on_start", step="on_start") from None
+        except IsolationError as error:
+            raise LaunchError(str(error), step="on_start") from error
+
+    def _adopt(self, child: Child, connection: Connection) -> None:
+        with self.lock:
+            closed = self.closed.is_set()  # by another thread, while this one launched
+            if not closed:
+                self.connection, self.child, self.applied = connection, child, child.applied
+                self.idle_since = time.monotonic()
+                self.enter_locked("launched")
+        if closed:
+            child.discard("the isolator was closed")
+            raise IsolatorClosed("this isolator is closed")
+        self.teller.started(child)
+        self._wake_watch()
+
+    # --- restart ----------------------------------------------------------------------------------------------
+
+    def ready_child(self, deadline: float | None) -> tuple[Child, Connection]:
+        """The child for the next call, started anew where the last one has died. Called with the turn held."""
+        child = self.child
+        if child is not None and child.ended:
+            self.bury(child)
+        if self.child is None:
+            self.replace(deadline)
+        child, connection = self.child, self.connection
+        if child is None or connection is None:
+            self.check_open()
+            raise IsolatorClosed("the isolator was stopped before the call began")
+        return child, connection
+
+    def replace(self, deadline: float | None) -> None:
+        """Another child for the one that has died, if and when the policy says so. Called with the turn held."""
+        delay = self._delay()
+        if deadline is not None and time.monotonic() + delay > deadline:
+            raise CallTimeout(f"the child crashed, and the next one starts in {delay:.1f} s, after the deadline")
+        self.overtaken.clear()
+        if self.closed.is_set() or self.overtaken.wait(delay):
+            raise IsolatorClosed("the isolator was stopped while a restart was waited for")
+        self.start_another(deadline)
+
+    def start_another(self, deadline: float | None = None) -> None:
+        """Launch the next child, now. A launch that fails counts as a crash."""
+        self.enter("restart")
+        try:
+            self.start(deadline)
+        except LaunchError as error:
+            with self.lock:
+                self._crashes.add(time.monotonic())
+            if deadline is not None and error.step == "start_timeout" and time.monotonic() >= deadline:
+                raise CallTimeout("the deadline passed while another child was being started") from error
+            raise
+        if self.last_exit is not None:
+            child = self.child
+            self.teller.tell("Restarted", child.pid if child is not None else None, old_pid=self.last_pid)
+
+    def _delay(self) -> float:
+        """Seconds to wait for the next start. Raises IsolatorClosed or RestartLimitReached where there will be none."""
+        policy, info = self.options.restart, self.last_exit
+        if info is not None and not restart.permits(policy, info, crashed=self._crashed):
+            raise IsolatorClosed(f"the child {info.describe()}, and restart mode {policy.mode!r} starts no other")
+        with self.lock:
+            count = len(self._crashes.times)
+            delay = None if self.state == "failed" else self._crashes.delay(time.monotonic())
+        if delay is None:
+            self._give_up(count)
+            last = info.describe() if info is not None else "its launch failed"
+            raise RestartLimitReached(f"{count} crashes within {policy.within:g} s; the last: {last}")
+        if self._crashed or self.last_exit is None:
+            self.teller.tell(
+                "RestartAttempt", self.last_pid, attempt=count, max_restarts=policy.max_restarts, delay=delay, exit_info=info
+            )  # fmt: skip
+        return delay
+
+    def _give_up(self, attempts: int) -> None:
+        first = self.state != "failed"
+        self.enter("gave_up")
+        if first:
+            self.teller.tell("RestartAttemptsExceeded", self.last_pid, attempts=attempts, exit_info=self.last_exit)
+
+    def revive(self) -> float | None:
+        """What the watch does where there is no child: the restart that is due. Seconds until it shall look again."""
+        if self.state != "backoff":
+            return None
+        return 0.0 if self.make_good(None, patience=0.0) else _SOON  # a call may be at it
+
+    def make_good(self, deadline: float | None, patience: float) -> bool:
+        """Start another child, if that is due and ``patience`` seconds suffice to get the turn. Errors are no errors here:
+        a launch that fails counts as a crash, until it is one too many.
+        """
+        if not self.turn.acquire(timeout=patience):
+            return False
+        try:
+            if self.child is None and self.state == "backoff":
+                self.replace(deadline)
+        except IsolationError:
+            pass
+        finally:
+            self.turn.release()
+        return True
+
+    # --- death ------------------------------------------------------------------------------------------------
+
+    def bury(self, child: Child, *, truncated: bool = False) -> ExitInfo:
+        """Take the account of a child that is dying or closed its link, and decide what it means. Any thread may come
+        first; the account is the same for all. ``truncated``: the call that ran reached its output limit.
+        """
+        if not child.wait(_DEATH_GRACE):
+            child.kill(ExitReason.PROTOCOL, "it closed its link and lived on")
+        info = child.finish(in_call=self.in_call and child is self.child, truncated=truncated)
+        with self.lock:
+            if self.child is not child:
+                return info
+            self._crashed = crashed = self.state != "stopping" and restart.is_crash(info, in_call=self.in_call)
+            self.child = self.connection = None
+            self.last_exit, self.last_pid = info, child.pid
+            if crashed:
+                self._crashes.add(time.monotonic())
+            due = restart.permits(self.options.restart, info, crashed=crashed)
+            self.enter_locked("child_died" if due else "ended")
+        self.teller.ended(child, crashed=crashed)
+        self._wake_watch()
+        return info
+
+    def end(self, child: Child, reason: ExitReason, message: str, *, truncated: bool = False) -> ExitInfo:
+        child.kill(reason, message)
+        return self.bury(child, truncated=truncated)
+
+    def retire(self, child: Child, why: str) -> bool:
+        """End a child that nobody uses; False when a call is under way. The next call starts another."""
+        if not self.turn.acquire(blocking=False):
+            return False
+        try:
+            if self.child is child and not child.ended:
+                self.enter("stop")
+                self.end(child, ExitReason.KILLED, why)
+        finally:
+            self.turn.release()
+        return True
+
+    def out_of_cpu_time(self, child: Child, used: float) -> None:
+        self.teller.tell("LimitReached", child.pid, limit="cpu_time", count=1, detail=f"{used:.2f} s used")
+        child.kill(ExitReason.CPU_TIME, f"{used:.2f} s of CPU time used, {self.options.limits.cpu_time:g} s allowed")
+
+    def forget_crashes(self) -> None:
+        with self.lock:
+            self._crashes.clear()
+
+    def notice(self) -> None:
+        """See whether the child has died while nobody was looking."""
+        child = self.child
+        if child is not None and os.getpid() == self.owner and not self.in_call and child.ended:
+            self.bury(child)
+
+    def _settle(self, kind: str, handled: bool) -> None:
+        """After the handler of an event: what ``handled`` changes, and what happens where nobody handled it."""
+        with self.lock:
+            if handled and kind in ("exit_with_error", "start_failed"):
+                self._crashes.forgive()
+            elif handled and kind == "restart_attempts_exceeded":
+                self._crashes.clear()
+                self.state = "backoff" if self.state == "failed" else self.state
+        if kind == "exit_with_error" and not handled and self.options.die_on_crash and not self.closed.is_set():
+            os.kill(self.owner, signal.SIGTERM)
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    def _wake_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.wake()
+
+    def close(self) -> None:
+        """Idempotent. In a fork of the application nothing happens: it must not end what belongs to the original."""
+        if os.getpid() != self.owner:
+            return
+        with self.lock:
+            self.enter_locked("close")
+            self.closed.set()
+            child, self.child, self.connection = self.child, None, None
+            template, self._template = self._template, None
+        self.overtaken.set()
+        try:
+            self._close_child(child, template)
+        finally:
+            if template is not None:
+                release(template)
+            if self._watch is not None:
+                self._watch.close()
+            self.teller.close()
+
+    def _close_child(self, child: Child | None, template: Template | None) -> None:
+        if child is not None:
+            child.kill(ExitReason.KILLED, "the isolator was closed")
+            if template is not None and template.users > 1 and not self.without:
+                spare.prepare(template, self.options)  # launched while the old one dies
+            self.last_exit, self.last_pid = child.finish(), child.pid
+            self.teller.ended(child, crashed=False)
+
+
+def _import_call_path() -> None:
+    """What the first call will need, imported while the zygote works: 10 ms that nobody then waits for."""
+    import pisupervisor.link.arguments
+    import pisupervisor.link.serializer  # noqa: F401
+
+    if len(os.sched_getaffinity(0)) > 1:  # on a single CPU nothing is won, and small answers do without
+        import msgspec.json  # noqa: F401

@@ -1,0 +1,78 @@
+"""What an isolator tells its application, and what the application's ``handled`` changes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from pisupervisor.limits.cgroups import GroupEvents
+from pisupervisor.options import IsolationOptions
+from pisupervisor.supervise.watch import reached
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pisupervisor.supervise.child import Child
+    from pisupervisor.supervise.dispatch import Dispatcher
+
+Settle = Callable[[str, bool], None]
+
+
+class Teller:
+    """``settle(kind, handled)`` is called after the handler of an event, and at once where there is none."""
+
+    def __init__(self, options: IsolationOptions, isolator_id: int, settle: Settle) -> None:
+        self._options, self._id, self._settle = options, isolator_id, settle
+        self._lock = threading.Lock()
+        self._told = GroupEvents()  # which of the present child's limit events are told already
+        self._dispatcher: Dispatcher | None = None
+        if options.events is not None and options.events.wanted():
+            from pisupervisor.supervise.dispatch import Dispatcher
+
+            self._dispatcher = Dispatcher(options.events, isolator_id, lambda event: settle(event.kind, event.handled))
+
+    def tell(self, kind: str, pid: int | None, **more: Any) -> None:
+        """``kind`` is the name of a class in ``pisupervisor.events``. Never waits."""
+        if self._dispatcher is None:
+            if kind == "ExitedWithError":
+                self._settle("exit_with_error", False)
+            return
+        from pisupervisor import events
+
+        self._dispatcher.emit(getattr(events, kind)(isolator_id=self._id, pid=pid, **more))
+
+    def wants(self, kind: str) -> bool:
+        return self._dispatcher is not None and kind in self._dispatcher.wanted
+
+    def started(self, child: Child) -> None:
+        with self._lock:
+            self._told = GroupEvents()
+        if self._dispatcher is not None and child.pipes is not None:
+            self._dispatcher.attach(child.pipes, child.pid)
+        self.tell("Started", child.pid)
+
+    def limits(self, child: Child, events: GroupEvents) -> None:
+        """An event for every limit that was reached since the last look."""
+        if self.wants("limit"):
+            with self._lock:
+                rows, self._told = reached(self._told, events), events
+            for limit, count, detail in rows:
+                self.tell("LimitReached", child.pid, limit=limit, count=count, detail=detail)
+
+    def output_limit(self, child: Child) -> None:
+        if self.wants("limit"):
+            kept = f"{self._options.limits.output} bytes of a stream were kept"
+            self.tell("LimitReached", child.pid, limit="output", count=1, detail=kept)
+
+    def ended(self, child: Child, *, crashed: bool) -> None:
+        """What it wrote last, the limits it reached last, its end."""
+        if self._dispatcher is not None and child.pipes is not None:
+            self._dispatcher.detach(child.pipes, child.last_lines)
+        self.limits(child, child.last_events)
+        self.tell("Exited", child.pid, exit_info=child.exit_info)
+        if crashed:
+            self.tell("ExitedWithError", child.pid, exit_info=child.exit_info)
+
+    def close(self) -> None:
+        if self._dispatcher is not None:
+            self._dispatcher.close()
