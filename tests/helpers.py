@@ -67,8 +67,14 @@ def open_fds() -> dict[int, str]:
 
 def own_groups(pid: int | None = None) -> list[str]:
     """Every cgroup that this process (or another) made and that is still there."""
-    bases = [Path(base) / PARENT for base in detect().directories()]
-    return [str(path) for base in bases if base.is_dir() for path in base.glob(f"{pid or os.getpid()}-*")]
+    found: list[str] = []
+    for base in detect().directories():
+        try:
+            names = os.listdir(f"{base}/{PARENT}")
+        except FileNotFoundError:
+            continue  # it comes and goes with the groups of all processes
+        found += [f"{base}/{PARENT}/{name}" for name in names if name.startswith(f"{pid or os.getpid()}-")]
+    return found
 
 
 def descendants(pid: int) -> list[int]:

@@ -47,6 +47,10 @@ class GroupEvents(NamedTuple):
     throttled_time: float = 0.0
     memory_failcnt: int = 0
 
+    def since(self, before: GroupEvents) -> GroupEvents:
+        """The same, less the ``oom_kills`` and ``pids_max`` that were counted before."""
+        return self._replace(oom_kills=self.oom_kills - before.oom_kills, pids_max=self.pids_max - before.pids_max)
+
 
 class GroupUsage(NamedTuple):
     """What the group's processes, dead ones included, have used: seconds, bytes, count. None: nobody counts it."""
@@ -79,6 +83,9 @@ class ChildGroup(Protocol):
 
     def events(self) -> GroupEvents:
         """Counters of reached limits. Read them before ``remove``; zeros afterwards."""
+
+    def refusals(self) -> GroupEvents:
+        """Of the counters only ``oom_kills`` and ``pids_max``; cheap (15 us)."""
 
     def usage(self) -> GroupUsage:
         """What was used so far. Read it before ``remove``."""

@@ -74,7 +74,7 @@ class V2Freezer:
 
     def _await_frozen(self) -> None:
         deadline = time.monotonic() + _PATIENCE
-        while b"frozen 1" not in directories.read(f"{self._path}/cgroup.events"):
+        while not {b"frozen 1", b"populated 0"} & set(directories.read(f"{self._path}/cgroup.events").splitlines()):
             if time.monotonic() > deadline:
                 raise OSError(0, f"not everything was frozen within {_PATIENCE:g} s", self._path)
             time.sleep(_POLL)

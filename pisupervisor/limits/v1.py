@@ -148,6 +148,11 @@ class V1Group:
         except OSError:
             return GroupEvents()  # removed meanwhile
 
+    def refusals(self) -> GroupEvents:
+        lines = self._lines(f"{self.paths['memory']}/memory.oom_control") if "memory" in self.paths else []
+        kills = sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
+        return GroupEvents(oom_kills=kills, pids_max=self._pids_max())
+
     def _failcnt(self, memory: Any) -> int:
         # With swap=0 both limits are equal and the kernel charges, and counts, the one for memory and swap first.
         return int(memory.failcnt) + (int(memory.memsw_failcnt) if self._host.memsw else 0)

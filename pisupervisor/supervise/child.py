@@ -33,6 +33,7 @@ _CREDENTIALS = struct.Struct("3i")
 _END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 _LAUNCH_GRACE = 0.2  # the same for a launch that failed: a zygote that hangs must not hold the caller as well
 _SPIN = 0.02
+_LOOK_EVERY = 0.01
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 
 
@@ -61,6 +62,10 @@ class Child:
         self.link: socket.socket
         self.status: socket.socket
         self._farewell = ""
+        self._before, self._looked = (
+            cgroups.GroupEvents(),
+            0.0,
+        )  # counters at the beginning of a call, and when that was
         self._asked = False  # whether the zygote was given the plan
         self._cleanup: list[Callable[[], object]] = []
 
@@ -295,7 +300,7 @@ class Child:
             step()
         ordered, message = self._ordered or (None, self._farewell)
         return explain_exit(
-            self._status, events, ordered, duration=time.monotonic() - self.started, cpu_time=used.cpu_time,
+            self._status, events.since(self._before), ordered, duration=time.monotonic() - self.started, cpu_time=used.cpu_time,
             peak_memory=used.peak_memory, message=message, cpu_limited=self.options.limits.cpu_time is not None,
             in_call=in_call, truncated=truncated, stderr_tail=tail,
         )  # fmt: skip
@@ -329,6 +334,12 @@ class Child:
                 _send_kill(fds[0])
                 os.close(fds[0])
             self._status.update(json.loads(data))
+
+    def begin_call(self) -> None:
+        """Limits that were reached before a call do not explain its end. Quick calls look every 10 ms only."""
+        now = time.monotonic()
+        if self._group is not None and now - self._looked > _LOOK_EVERY:
+            self._before, self._looked = self._group.refusals(), now
 
     # --- pause ------------------------------------------------------------------------------------------------
 

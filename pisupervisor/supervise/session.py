@@ -103,6 +103,7 @@ class Session:
                 raise LinkClosed  # stopped or closed by another thread in this very moment
             keeper.in_call = True
             keeper.enter_locked("call")
+        child.begin_call()
         if code is not None and code.key not in connection.sent:
             connection.send(wire.CODE, pickle.dumps(code.payload(), 5), deadline=deadline)
             connection.sent.add(code.key)

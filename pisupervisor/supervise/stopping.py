@@ -129,14 +129,17 @@ def pause(keeper: Keeper) -> None:
     keeper.check_open()
     keeper.notice()
     child = keeper.child
-    if child is None or keeper.state not in ("ready", "busy", "paused"):
-        raise IsolationError(f"there is nothing to pause: this isolator is {keeper.state}")
-    if keeper.state == "paused":
-        return
-    child.pause()
     with keeper.lock:
-        if keeper.child is child:
-            keeper.enter_locked("pause")
+        if keeper.state == "paused":
+            return
+        if child is None or keeper.child is not child or keeper.state not in ("ready", "busy"):
+            raise IsolationError(f"there is nothing to pause: this isolator is {keeper.state}")
+        keeper.enter_locked("pause")  # before it is frozen: a stop must know that it has to be thawed
+    try:
+        child.pause()
+    except IsolationError:
+        if _unpause(keeper, child):
+            raise  # else it was stopped meanwhile, and that is what holds
 
 
 def resume(keeper: Keeper) -> None:
@@ -146,6 +149,12 @@ def resume(keeper: Keeper) -> None:
     if child is None or keeper.state != "paused":
         return
     child.resume()
+    _unpause(keeper, child)
+
+
+def _unpause(keeper: Keeper, child: Child) -> bool:
     with keeper.lock:
-        if keeper.state == "paused":
-            keeper.enter_locked("resume_busy" if keeper.in_call else "resume_idle")
+        if keeper.state != "paused" or keeper.child is not child:
+            return False
+        keeper.enter_locked("resume_busy" if keeper.in_call else "resume_idle")
+        return True

@@ -1,0 +1,430 @@
+"""Ends that are asked for, waiting for ends, and pauses, on real children."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers import in_thread, init_of, linux, nothing_left, own_groups, state_of, wait_until, write
+
+from pisupervisor import (
+    CallTimeout,
+    ChildTerminated,
+    ExitReason,
+    IsolationError,
+    IsolatorClosed,
+    Limits,
+    ProcessIsolator,
+    RestartPolicy,
+)
+
+pytestmark = linux
+
+FAMILY = """
+    import os, signal, time
+
+    def spin_deaf():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for _ in range(3):
+            if os.fork() == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                os.setsid()
+                while True:
+                    time.sleep(1)
+        while True:
+            pass
+
+    def say_goodbye(number):
+        signal.signal(number, lambda *_: (print("goodbye", file=__import__("sys").stderr, flush=True), os._exit(5)))
+        time.sleep(1000)
+
+    def deaf_to(number):
+        signal.signal(number, signal.SIG_IGN)
+
+    def at_exit(text):
+        import atexit, sys
+        atexit.register(lambda: print(text, file=sys.stderr, flush=True))
+
+    def hang_at_exit():
+        import atexit
+        atexit.register(time.sleep, 1000)
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path) -> Path:
+    return write(tmp_path, "family.py", FAMILY)
+
+
+# --- exit ----------------------------------------------------------------------------------------------------------
+
+
+def test_exit_runs_handlers_and_keeps_the_reason(plugin: Path) -> None:
+    """parity: 5"""
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.invoke_method(plugin, "at_exit", "the handler ran")
+        info = isolator.exit("end of the day")
+        assert (info.reason, info.exit_code, info.message) == (ExitReason.EXITED, 0, "end of the day")
+        assert info.stderr_tail == "the handler ran\n"
+        assert (isolator.state, isolator.pid) == ("stopped", None)
+        assert isolator.wait_for_exit() == info
+
+
+def test_exit_after_a_captured_call_still_tells_what_handlers_say(plugin: Path) -> None:
+    """A captured call put its own pipes in the place of stderr."""
+    with ProcessIsolator.create() as isolator:
+        isolator.run_source(
+            "import atexit, sys; _ = atexit.register(lambda: print('late', file=sys.stderr, flush=True))"
+        )
+        assert isolator.exit().stderr_tail == "late\n"
+
+
+def test_after_an_exit_calls_are_refused_until_restart(plugin: Path) -> None:
+    """parity: 13 (an exit with code 0 starts no other under on-failure)"""
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        old = isolator.pid
+        isolator.exit()
+        with pytest.raises(IsolatorClosed, match="exited with code 0"):
+            isolator.invoke(len, "abc")
+        isolator.restart()
+        assert isolator.pid not in (None, old)
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_an_exit_that_takes_too_long_is_a_kill(plugin: Path) -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.invoke_method(plugin, "hang_at_exit")
+        info = isolator.exit("enough", timeout=0.2)
+        assert info.reason is ExitReason.KILLED
+        assert "0.2 s after exit(enough)" in info.message
+
+
+def test_exit_waits_for_the_call_under_way() -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        future = isolator.submit(_sleep_and_answer, 0.3)
+        assert wait_until(lambda: isolator.state == "busy")
+        info = isolator.exit()
+        assert (future.result(1), info.exit_code) == ("slept", 0)
+
+
+def _sleep_and_answer(seconds: float) -> str:
+    import time
+
+    time.sleep(seconds)
+    return "slept"
+
+
+def test_exit_where_there_is_nothing_to_end() -> None:
+    with ProcessIsolator.create() as isolator:
+        first = isolator.exit("once")
+        assert isolator.exit("twice") == first
+
+
+# --- terminate and abort -------------------------------------------------------------------------------------------
+
+
+def test_terminate_ends_the_whole_family(plugin: Path) -> None:
+    """parity: 6. A child that ignores SIGTERM, with three grandchildren in sessions of their own."""
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        future = isolator.submit_call(isolator.invoke_method, plugin, "spin_deaf")
+        assert wait_until(lambda: len(isolator.pids()) == 5), "PID 1, the payload and three"
+        pids = isolator.pids()
+        assert isolator.terminate(grace=0.2) is True
+        assert not any(state_of(pid) not in ("", "Z") for pid in pids)
+        error = future.exception(1)
+        assert isinstance(error, ChildTerminated)
+        assert error.exit_info.reason is ExitReason.KILLED
+
+
+def test_terminate_lets_the_child_say_goodbye(plugin: Path) -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        future = isolator.submit_call(isolator.invoke_method, plugin, "say_goodbye", int(signal.SIGTERM))
+        assert wait_until(lambda: isolator.state == "busy")
+        time.sleep(0.1)
+        assert isolator.terminate(grace=5)
+        error = future.exception(1)
+        assert isinstance(error, ChildTerminated)
+        info = error.exit_info
+        assert (info.exit_code, info.stderr_tail, info.ordered) == (5, "goodbye\n", True)
+
+
+def test_terminate_without_grace_is_a_kill(plugin: Path) -> None:
+    with ProcessIsolator.create() as isolator:
+        assert isolator.terminate(grace=0)
+        assert isolator.wait_for_exit().signal == signal.SIGKILL
+
+
+def test_abort_is_a_sigabrt() -> None:
+    """parity: 7"""
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        assert isolator.abort("it knows why")
+        info = isolator.wait_for_exit()
+        assert (info.signal, info.reason, info.message) == (signal.SIGABRT, ExitReason.KILLED, "it knows why")
+        assert isolator.invoke(len, "ab") == 2
+
+
+def test_abort_of_a_child_that_is_deaf_to_it(plugin: Path) -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.invoke_method(plugin, "deaf_to", int(signal.SIGABRT))
+        assert isolator.abort()
+        assert isolator.wait_for_exit().signal == signal.SIGKILL
+
+
+def test_ordered_ends_never_count_as_crashes() -> None:
+    with ProcessIsolator.create(restart=RestartPolicy(max_restarts=0)) as isolator:
+        for _ in range(3):
+            isolator.terminate()
+            assert isolator.invoke(len, "abc") == 3
+            isolator.abort()
+            isolator.restart()
+            with pytest.raises(CallTimeout):
+                isolator.run_source("while True: pass", timeout=0.05)
+
+
+def test_a_stop_overtakes_a_waiting_restart() -> None:
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(backoff=60, max_backoff=60)) as isolator:
+        with pytest.raises(ChildTerminated):
+            isolator.run_source("import os; os._exit(1)")
+        assert isolator.state == "backoff"
+        future = isolator.submit(len, "abc")
+        time.sleep(0.1)
+        started = time.monotonic()
+        assert isolator.terminate()
+        assert isinstance(future.exception(1), IsolatorClosed)
+        assert time.monotonic() - started < 1
+        assert isolator.state == "stopped"
+
+
+def test_close_overtakes_a_waiting_restart() -> None:
+    with nothing_left():
+        isolator = ProcessIsolator.create(restart=RestartPolicy(backoff=60, max_backoff=60))
+        with pytest.raises(ChildTerminated):
+            isolator.run_source("import os; os._exit(1)")
+        future = isolator.submit(len, "abc")
+        time.sleep(0.1)
+        isolator.close()
+        assert future.cancelled() or isinstance(future.exception(1), IsolatorClosed)
+
+
+def test_restart_is_another_child_whatever_the_policy_says() -> None:
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(mode="never")) as isolator:
+        old = isolator.pid
+        isolator.restart()
+        assert isolator.pid not in (None, old)
+        isolator.exit()
+        isolator.restart()
+        assert isolator.invoke(len, "abc") == 3
+
+
+@pytest.mark.parametrize("act", ["exit", "terminate", "abort", "restart", "pause", "resume"])
+def test_a_closed_isolator_refuses(act: str) -> None:
+    isolator = ProcessIsolator.create()
+    isolator.close()
+    with pytest.raises(IsolatorClosed):
+        getattr(isolator, act)()
+
+
+# --- waiting -------------------------------------------------------------------------------------------------------
+
+
+def test_waiting_for_the_exit() -> None:
+    """parity: 8"""
+    with ProcessIsolator.create() as isolator:
+        with pytest.raises(TimeoutError):
+            isolator.wait_for_exit(0.2)
+        timer = threading.Timer(0.3, isolator.exit, ["later"])
+        timer.start()
+        assert isolator.wait_for_exit().message == "later"
+        timer.join()
+
+
+def test_waiting_spans_restarts_and_returns_the_final_exit() -> None:
+    """parity: 14"""
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(backoff=0.05)) as isolator:
+        ends = []
+        waiter = threading.Thread(target=lambda: ends.append(isolator.wait_for_exit()))
+        waiter.start()
+        for _ in range(2):
+            time.sleep(0.1)
+            pid = isolator.pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
+            assert wait_until(lambda old=pid: isolator.pid not in (None, old)), "the waiting thread has started another"
+        assert waiter.is_alive()
+        isolator.exit("the end")
+        waiter.join(5)
+        assert [info.message for info in ends] == ["the end"]
+
+
+def test_an_exit_that_has_happened_is_not_waited_beyond() -> None:
+    """parity: 9 (any exit is returned; the call that was running raises)"""
+    with ProcessIsolator.create() as isolator:
+        os.kill(isolator.pid or 0, signal.SIGKILL)
+        assert isolator.wait_for_exit(5).reason is ExitReason.SIGNALED
+        with pytest.raises(ChildTerminated) as caught:
+            isolator.run_source("import os; os._exit(7)")
+        assert isolator.wait_for_exit() == caught.value.exit_info
+        assert caught.value.exit_info.exit_code == 7
+
+
+# --- pause ---------------------------------------------------------------------------------------------------------
+
+
+def ticks(pids: list[int]) -> int:
+    return sum(
+        int(field) for pid in pids for field in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    )
+
+
+def test_a_paused_child_stands_still() -> None:
+    with nothing_left(), ProcessIsolator.create(limits=Limits(cpus=None)) as isolator:
+        future = isolator.submit(_count_for_ever)
+        assert wait_until(lambda: isolator.state == "busy")
+        time.sleep(0.1)
+        isolator.pause()
+        assert isolator.state == "paused"
+        pids = isolator.pids()
+        before = ticks(pids)
+        time.sleep(0.3)
+        assert ticks(pids) == before
+        isolator.resume()
+        assert isolator.state == "busy"
+        assert wait_until(lambda: ticks(pids) > before + 5)
+        future.cancel()
+
+
+def _count_for_ever() -> None:
+    import os
+
+    for _ in range(2):
+        os.fork()
+    while True:
+        pass
+
+
+def test_calls_wait_while_it_is_paused() -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.pause()
+        isolator.pause()
+        future = isolator.submit(len, "abc")
+        time.sleep(0.2)
+        assert not future.done()
+        assert isolator.state == "paused"
+        isolator.resume()
+        assert future.result(1) == 3
+        assert isolator.state == "ready"
+        isolator.resume()
+
+
+def test_deadlines_run_on_while_it_is_paused() -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.pause()
+        with pytest.raises(CallTimeout):
+            isolator.invoke(len, "abc", timeout=0.2)
+        assert isolator.invoke(len, "abc") == 3, "another child, which is not paused"
+
+
+@pytest.mark.parametrize("end", ["close", "terminate", "abort", "exit", "restart"])
+def test_a_paused_child_can_be_ended(end: str) -> None:
+    with nothing_left():
+        isolator = ProcessIsolator.create()
+        pids = isolator.pids()
+        isolator.pause()
+        started = time.monotonic()
+        getattr(isolator, end)()
+        assert time.monotonic() - started < 1
+        assert not any(os.path.exists(f"/proc/{pid}") for pid in pids)
+        isolator.close()
+
+
+def test_what_is_not_there_cannot_be_paused() -> None:
+    with ProcessIsolator.create() as isolator:
+        isolator.exit()
+        with pytest.raises(IsolationError, match="stopped"):
+            isolator.pause()
+
+
+@pytest.mark.parametrize("killed", ["payload", "init"])
+def test_a_paused_child_dies_of_a_kill(killed: str) -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        pid = isolator.pid if killed == "payload" else init_of(isolator)
+        isolator.pause()
+        os.kill(pid or 0, signal.SIGKILL)
+        if killed == "payload":
+            isolator.resume()  # PID 1 is frozen as well, and cannot see it
+        assert wait_until(lambda: isolator.state == "backoff")
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_an_ordinary_user_pauses_by_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same where no v2 group can be made; PID 1 runs on, and with it the lifeline."""
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        monkeypatch.setattr(isolator._keeper.template, "features", _without_v2(isolator))
+        isolator.pause()
+        assert wait_until(lambda: state_of(isolator.pid or 0) == "T")
+        assert state_of(init_of(isolator)) in ("S", "R")
+        future = isolator.submit(len, "abc")
+        time.sleep(0.1)
+        assert not future.done()
+        isolator.resume()
+        assert future.result(1) == 3
+
+
+def _without_v2(isolator: ProcessIsolator) -> object:
+    from dataclasses import replace
+
+    features = isolator._keeper.template.features
+    return replace(features, cgroups=features.cgroups._replace(unified=None))
+
+
+def test_the_group_of_a_pause_goes_with_the_child() -> None:
+    with ProcessIsolator.create() as isolator:
+        before = set(v2_groups())
+        isolator.pause()
+        assert len(set(v2_groups()) - before) == 1
+        isolator.terminate()
+        assert set(v2_groups()) == before
+    assert own_groups() == []
+
+
+def v2_groups() -> list[str]:
+    from pisupervisor.limits.detect import detect
+
+    base = Path(detect().unified or "/nowhere") / "pisupervisor"
+    return [str(path) for path in base.glob(f"{os.getpid()}-*")] if base.is_dir() else []
+
+
+# --- from several threads ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("first", ["exit", "terminate", "abort", "close", "restart", "pause"])
+@pytest.mark.parametrize("second", ["terminate", "close", "restart", "invoke"])
+def test_two_at_once(first: str, second: str) -> None:
+    """Whatever two threads ask for: both end, with a result or a typed error, and nothing is left."""
+    with nothing_left():
+        isolator = ProcessIsolator.create()
+        acts = {"invoke": lambda: isolator.invoke(len, "abc", timeout=2)}
+        strange: list[BaseException] = []
+        chosen = [acts.get(name) or getattr(isolator, name) for name in (first, second)]
+        threads = [threading.Thread(target=_typed, args=(act, strange)) for act in chosen]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in threads)
+        in_thread(isolator.close)
+        assert strange == []
+
+
+def _typed(act: Callable[[], object], strange: list[BaseException]) -> None:
+    try:
+        act()
+    except IsolationError:
+        pass
+    except BaseException as error:
+        strange.append(error)
