@@ -258,7 +258,7 @@ class ProcessIsolator:
 
     # --- life -------------------------------------------------------------------------------------------------
 
-    def exit(self, reason: str | None = None, *, timeout: float = 5.0) -> ExitInfo:
+    def exit(self, reason: str | None = None, timeout: float = 5.0) -> ExitInfo:
         """Have the child leave by itself after the call that runs: its threads are waited for, its exit handlers run.
         ``reason`` is in the ExitInfo and the events. What has not left after ``timeout`` seconds is killed.
 
@@ -314,6 +314,9 @@ class ProcessIsolator:
     def close(self) -> None:
         """End the child and everything in it, and give back every thread, fd, group and process. Idempotent."""
         self._keeper.close()
+        self._close_worker()
+
+    def _close_worker(self) -> None:
         with self._worker_lock:
             worker, self._worker = self._worker, None
         if worker is not None and os.getpid() == self._keeper.owner:
@@ -331,7 +334,8 @@ class ProcessIsolator:
         keeper = getattr(self, "_keeper", None)
         if keeper is None or keeper.closed.is_set() or sys.is_finalizing():
             return  # when the application ends, all children end with it
-        self.close()  # the last net: nobody else called it
+        keeper.abandon()  # the last net: nobody called close()
+        self._close_worker()
 
     # --- looking ----------------------------------------------------------------------------------------------
 

@@ -134,7 +134,8 @@ def create_group(host: CgroupHost, limits: GroupLimits, name: str) -> ChildGroup
 
 def sweep(host: CgroupHost) -> int:
     """Remove the empty groups that dead supervisors left; those of living ones stay. Returns how many groups went."""
-    return len(set().union(*(directories.sweep(base) for base in host.directories())))
+    bases = [*host.directories(), *([host.unified] if host.unified else [])]  # the latter: of pauses, see freezer
+    return len(set().union(*(directories.sweep(base) for base in bases)))
 
 
 # --- what cannot hold, and what to do ------------------------------------------------------------------------------

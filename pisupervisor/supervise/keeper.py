@@ -294,6 +294,13 @@ class Keeper:
         if self._watch is not None:
             self._watch.wake()
 
+    def abandon(self) -> None:
+        """What is left of ``close`` for the garbage collector."""
+        if self._watch is not None and os.getpid() == self.owner:
+            self._watch.abandon()
+        else:
+            self.close()
+
     def close(self) -> None:
         """Idempotent. In a fork of the application nothing happens: it must not end what belongs to the original."""
         if os.getpid() != self.owner:

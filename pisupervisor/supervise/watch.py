@@ -55,12 +55,17 @@ class Watch:
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self._wake = Wake()
-        self._closing = False
+        self._closing = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=f"pisupervisor-watch-{keeper.id}", daemon=True)
         self._thread.start()
 
     def wake(self) -> None:
         """There is another child, or none any more."""
+        self._wake.ring()
+
+    def abandon(self) -> None:
+        """Have the keeper closed from here: the isolator was forgotten, and collected in a thread that may hold any lock."""
+        self._abandoned = True
         self._wake.ring()
 
     def close(self) -> None:
@@ -73,6 +78,9 @@ class Watch:
 
     def _run(self) -> None:
         while not self._closing:
+            if self._abandoned:
+                self._keeper.close()
+                break
             child = self._keeper.child
             wait = self._keeper.revive() if child is None else self._look(child)
             if not self._closing:
