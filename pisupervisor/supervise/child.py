@@ -234,6 +234,12 @@ class Child:
         finally:
             os.close(fd)
 
+    def is_dying(self) -> bool:
+        """Whether its payload is gone, or a signal is on the way to it."""
+        with self._lock:
+            gone = self.exit_info is not None or has_ended(self.payload_pidfd)
+        return gone or metrics.has_signal_pending(self.pid)
+
     def kill(self, reason: ExitReason, message: str = "") -> None:
         """SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its namespace. The first order wins."""
         with self._lock:

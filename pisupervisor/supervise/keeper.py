@@ -127,6 +127,7 @@ class Keeper:
             raise LaunchError(str(error), step="on_start") from error
 
     def _adopt(self, child: Child, connection: Connection) -> None:
+        self.teller.started(child)
         with self.lock:
             closed = self.closed.is_set()  # by another thread, while this one launched
             if not closed:
@@ -135,8 +136,8 @@ class Keeper:
                 self.enter_locked("launched")
         if closed:
             child.discard("the isolator was closed")
+            self.teller.ended(child, crashed=False)
             raise IsolatorClosed("this isolator is closed")
-        self.teller.started(child)
         self._wake_watch()
 
     # --- restart ----------------------------------------------------------------------------------------------
@@ -226,13 +227,16 @@ class Keeper:
 
     # --- death ------------------------------------------------------------------------------------------------
 
-    def bury(self, child: Child, *, truncated: bool = False) -> ExitInfo:
+    def bury(self, child: Child, *, truncated: bool | None = None) -> ExitInfo:
         """Take the account of a child that is dying or closed its link, and decide what it means. Any thread may come
-        first; the account is the same for all. ``truncated``: the call that ran reached its output limit.
+        first; the account is the same for all. ``truncated``: the call that ran reached its output limit; only the
+        thread that calls knows, and goes before all others.
         """
+        if truncated is None:
+            self._let_the_caller_go_first(child)
         if not child.wait(_DEATH_GRACE):
             child.kill(ExitReason.PROTOCOL, "it closed its link and lived on")
-        info = child.finish(in_call=self.in_call and child is self.child, truncated=truncated)
+        info = child.finish(in_call=self.in_call and child is self.child, truncated=bool(truncated))
         with self.lock:
             if self.child is not child:
                 return info
@@ -247,7 +251,12 @@ class Keeper:
         self._wake_watch()
         return info
 
-    def end(self, child: Child, reason: ExitReason, message: str, *, truncated: bool = False) -> ExitInfo:
+    def _let_the_caller_go_first(self, child: Child) -> None:
+        deadline = time.monotonic() + _DEATH_GRACE
+        while self.in_call and self.child is child and time.monotonic() < deadline:
+            time.sleep(0.001)  # it is reading from the link, and sees its end now
+
+    def end(self, child: Child, reason: ExitReason, message: str, *, truncated: bool | None = None) -> ExitInfo:
         child.kill(reason, message)
         return self.bury(child, truncated=truncated)
 

@@ -22,6 +22,21 @@ def usage_from_proc(pid: int) -> Usage:
     return Usage(cpu_time=ticks / os.sysconf("SC_CLK_TCK"), peak_memory=peak)
 
 
+def has_signal_pending(pid: int) -> bool:
+    """Whether a signal was sent to the process that it neither blocks nor ignores, and has not seen yet."""
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            masks = {
+                name: int(text, 16) for name, _, text in (line.partition(":\t") for line in status) if name in _MASKS
+            }
+    except OSError:
+        return True  # it is gone
+    return bool((masks["SigPnd"] | masks["ShdPnd"]) & ~masks["SigBlk"] & ~masks["SigIgn"])
+
+
+_MASKS = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn")
+
+
 def tree(pid: int) -> list[int]:
     """A process and its descendants. All of a sandbox, from its PID 1: whoever is orphaned in it becomes a child of that."""
     import psutil

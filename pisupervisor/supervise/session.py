@@ -66,12 +66,13 @@ class Session:
                     info = self.keeper.end(child, ExitReason.TIMEOUT, message, truncated=connection.written[2])
                     raise _timeout(message, info).with_output(*connection.written) from None
                 except ProtocolError as error:
-                    self.keeper.end(child, ExitReason.PROTOCOL, str(error))
+                    self.keeper.end(child, ExitReason.PROTOCOL, str(error), truncated=False)
                     raise
                 except IsolationError:
                     raise  # the call's own outcome
                 except BaseException as error:  # such as KeyboardInterrupt: an answer nobody waits for must not come
-                    self.keeper.end(child, ExitReason.KILLED, f"the call was interrupted by {type(error).__name__}")
+                    why = f"the call was interrupted by {type(error).__name__}"
+                    self.keeper.end(child, ExitReason.KILLED, why, truncated=False)
                     raise
                 finally:
                     self._end_exchange(child)

@@ -14,7 +14,6 @@ from pisupervisor.supervise.keeper import Keeper
 
 _SURELY = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 _ABORT_GRACE = 1.0
-_IS_OVER = 0.02  # a killed child is seen dead within 5 ms: an exit that is happening already is no exit to wait for
 
 
 def leave(keeper: Keeper, reason: str | None, timeout: float) -> ExitInfo:
@@ -99,7 +98,7 @@ def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     child = keeper.child
-    if child is None or child.wait(_IS_OVER if timeout is None else min(_IS_OVER, timeout)):
+    if child is None or _is_over(child, deadline):
         return keeper.bury(child) if child is not None else last_exit(keeper)
     while True:
         child = keeper.child
@@ -112,6 +111,14 @@ def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
         left = _left(deadline)
         if left == 0 or not keeper.make_good(deadline, -1 if left is None else left):
             raise TimeoutError(f"a restart was still waited for after {timeout:g} s")
+
+
+def _is_over(child: Child, deadline: float | None) -> bool:
+    """Whether it has ended, or is about to: a signal that was sent before we were asked must not look like one sent later."""
+    while child.is_dying() and _left(deadline) != 0:
+        if child.wait(0.005):
+            break
+    return child.ended
 
 
 def _left(deadline: float | None) -> float | None:
