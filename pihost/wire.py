@@ -5,7 +5,10 @@
       | CODE    id n, a module's source ---->|   (no answer; kept by its key)
       | OUTPUT  id n, two pipe ends -------->|   (no answer; stdout and stderr of the next call)
       | STDIO   id n, stdout and stderr ---->|   (no answer; where they go outside of such a call)
+      | RELEASE id n, numbers of objects --->|   (no answer; they are kept no longer)
       | CALL    id n, what to run ---------->|
+      | <---------------- CALLBACK, CALLBACK_RAW  id m, a name and arguments: for a function of the host
+      | ANSWER  id m ----------------------->|   before it, other calls may be made and answered in turn
       | EXIT    id n ----------------------->|   (no answer but the end: exit handlers run, the exit code is 0)
       | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
       | <------------------------- one of RESULT, PICKLED, RAISED, REFUSED  id n, the (last part of the) answer
@@ -30,9 +33,9 @@ PIECE_SIZE = 1 << 20
 STDERR_TAIL = 4096  #: bytes of the end of stderr that PID 1 keeps where nobody reads it
 MAX_BUFFERS = 1000  #: binary buffers beside the text of one value
 
-CODE, CALL, OUTPUT, EXIT, STDIO = 1, 2, 3, 4, 5
-READY, RESULT, PICKLED, RAISED, REFUSED, PIECE = 64, 65, 66, 67, 68, 69
-FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE))
+CODE, CALL, OUTPUT, EXIT, STDIO, RELEASE, ANSWER = 1, 2, 3, 4, 5, 6, 7
+READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW = 64, 65, 66, 67, 68, 69, 70, 71
+FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW))
 
 _COUNTS = struct.Struct("<II")
 

@@ -38,6 +38,7 @@ class Library:
     def __init__(self) -> None:
         self._units: dict[str, Unit] = {}
         self._found: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
         self._importer = Importer()
 
     def add(self, payload: Payload) -> None:
@@ -64,16 +65,25 @@ class Library:
             found = self._found[key, target] = self._resolve(self.unit(key), target)
         return found
 
-    def _resolve(self, unit: Unit, target: str) -> Callable[..., Any]:
+    def function_for(self, key: str, target: str) -> Callable[..., Any]:
+        """The same without an instance made for it: what a class has under that name takes the object as its first
+        argument. Raises what ``callable_for`` raises.
+        """
+        found = self._functions.get((key, target))
+        if found is None:
+            found = self._functions[key, target] = self._resolve(self.unit(key), target, bound=False)
+        return found
+
+    def _resolve(self, unit: Unit, target: str, *, bound: bool = True) -> Callable[..., Any]:
         parts = target.split(".")
         if not all(part.isidentifier() for part in parts):
             raise NotFound("attribute", f"target {target!r} is no dotted name such as 'function' or 'Class.method'")
         where = unit.origin or unit.name
         if unit.kind == "module":
-            return _walk(_import_named(unit.name), parts, where)
+            return _walk(_import_named(unit.name), parts, where, bound)
         self._importer.register(unit)  # not before: what only runs as a script must find its name free
         top = _top_of(unit, parts) if unit.kind == "archive" else unit.name
-        return _walk(_load(unit.names[top]), parts, where)
+        return _walk(_load(unit.names[top]), parts, where, bound)
 
 
 def _load(name: str) -> Any:
@@ -106,20 +116,30 @@ def _top_of(unit: Unit, parts: list[str]) -> str:
     raise NotFound("callable" if parts[0] in tops else "module", message)
 
 
-def _walk(owner: Any, parts: list[str], where: str) -> Callable[..., Any]:
+def method_of(owner: Any, name: str) -> Callable[..., Any]:
+    """A method of an object that is kept here, whatever its name begins with. Raises NotFound."""
+    found = _attribute(owner, name)
+    if found is _MISSING:
+        raise NotFound("attribute", f"{_label(owner)} has no {name!r}{_close(name, _names(owner))}")
+    if not callable(found):
+        raise NotFound("callable", f"{name!r} of {_label(owner)} is of type {type(found).__name__}, which cannot be called")
+    return found  # type: ignore[no-any-return]
+
+
+def _walk(owner: Any, parts: list[str], where: str, bound: bool = True) -> Callable[..., Any]:
     """Attributes first. Where they lead nowhere: a submodule (``run.run`` of a package with a function ``run`` too)."""
     head, rest = parts[0], parts[1:]
     failure = None
     found = _attribute(owner, head)
     if found is not _MISSING:
         try:
-            return _walk(found, rest, where) if rest else _callable(owner, head, found, where)
+            return _walk(found, rest, where, bound) if rest else _callable(owner, head, found, where, bound)
         except NotFound as error:
             failure = error
     module = _submodule(owner, head)
     if module is None or module is found:
         raise failure or NotFound("attribute", f"{where}: {_label(owner)} has no {head!r}{_close(head, _names(owner))}")
-    return _walk(module, rest, where) if rest else _callable(owner, head, module, where)
+    return _walk(module, rest, where, bound) if rest else _callable(owner, head, module, where, bound)
 
 
 def _attribute(owner: Any, name: str) -> Any:
@@ -141,12 +161,12 @@ def _submodule(owner: Any, name: str) -> Any:
         return None
 
 
-def _callable(owner: Any, name: str, found: Any, where: str) -> Callable[..., Any]:
+def _callable(owner: Any, name: str, found: Any, where: str, bound: bool = True) -> Callable[..., Any]:
     if isinstance(found, _MODULE):
         raise NotFound("callable", f"{where}: {name!r} is a module; name something in it: {_some(_names(found))}")
     if not callable(found):
         raise NotFound("callable", f"{where}: {name!r} is of type {type(found).__name__}, which cannot be called")
-    if isinstance(owner, type) and _wants_instance(owner, name):
+    if bound and isinstance(owner, type) and _wants_instance(owner, name):
         _check_constructor(owner, name, where)
         return _on_new_instance(owner, name)
     return found  # type: ignore[no-any-return]

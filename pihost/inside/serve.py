@@ -10,7 +10,7 @@ import os
 import struct
 
 from pihost import wire
-from pihost.inside import encode, raised, resolve, run
+from pihost.inside import callbacks, encode, objects, raised, resolve, run
 from pihost.inside.capture import Capture, redirect
 from pihost.jsontext import dump
 
@@ -27,24 +27,13 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
     """Answer calls until the host closes the link; the exit code of the payload."""
     if debug:
         os.kill(os.getpid(), _signal.SIGSTOP)
-    worker = Worker(limits)
-    own_pid = os.getpid()
+    worker = Worker(link, limits)
+    callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
     while True:
         frame = link.receive()
         if frame is None:
             return 0
-        kind, ident, body = frame
-        if kind == wire.CALL:
-            answer = worker.answer(_pickle.loads(body), link.take_fds)
-            if os.getpid() != own_pid:
-                os._exit(0)  # user code forked and let the copy return: only the original may answer
-            link.send(answer[0], ident, answer[1])
-        elif kind == wire.CODE:
-            worker.library.add(_pickle.loads(body))
-        elif kind == wire.STDIO:
-            redirect(link.take_fds())
-        elif kind == wire.EXIT:
-            return run.leave()
+        worker.serve_one(frame)
 
 
 class Link:
@@ -105,10 +94,28 @@ def _pieces(parts: list[bytes]) -> Iterator[tuple[memoryview, bool]]:
 class Worker:
     """Runs calls. What they leave behind (modules, the namespace of source snippets) stays for the next ones."""
 
-    def __init__(self, limits: dict[str, int]) -> None:
-        self.limits = limits
+    def __init__(self, link: Link, limits: dict[str, int]) -> None:
+        self.link, self.limits = link, limits
+        self.own_pid = os.getpid()
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
+
+    def serve_one(self, frame: tuple[int, int, bytes]) -> None:
+        """Do what one frame says. Also while user code waits for the host: see ``callbacks``."""
+        kind, ident, body = frame
+        if kind == wire.CALL:
+            answer = self.answer(_pickle.loads(body), self.link.take_fds)
+            if os.getpid() != self.own_pid:
+                os._exit(0)  # user code forked and let the copy return: only the original may answer
+            self.link.send(answer[0], ident, answer[1])
+        elif kind == wire.CODE:
+            self.library.add(_pickle.loads(body))
+        elif kind == wire.STDIO:
+            redirect(self.link.take_fds())
+        elif kind == wire.RELEASE:
+            objects.kept.release(struct.unpack(f"<{len(body) // 8}Q", body))
+        elif kind == wire.EXIT:
+            os._exit(run.leave())
 
     def answer(self, call: tuple[Any, ...], take_fds: Callable[[], list[int]]) -> tuple[int, list[bytes]]:
         """(kind, parts) of the reply to one call. Whatever user code does is an answer too."""
@@ -128,6 +135,10 @@ class Worker:
             return refused("not_data", str(error))
         except Unloadable as error:
             return refused("unloadable", str(error))
+        except objects.Released as error:
+            return refused("released", str(error))
+        except callbacks.UnknownCallback as error:
+            return refused("unknown_callback", str(error))
         except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the call, not the child
             return wire.RAISED, [dump(raised.describe_exception(error, _HIDDEN))]
 
@@ -146,6 +157,28 @@ class Worker:
         function, args, kwargs = load(arguments)
         return function(*args, **kwargs)
 
+    def create_object(self, key: str, target: str, arguments: bytes) -> int:
+        return objects.kept.keep(self.call_method(key, target, arguments))
+
+    def create_by_value(self, arguments: bytes) -> int:
+        return objects.kept.keep(self.call_function(arguments))
+
+    def copy_object(self, value: bytes) -> int:
+        return objects.kept.keep(load(value))
+
+    def call_on_object(self, number: int, name: str, arguments: bytes) -> object:
+        method = resolve.method_of(objects.kept.get(number), name)
+        args, kwargs = load(arguments)
+        return method(*args, **kwargs)
+
+    def apply_method(self, key: str, target: str, number: int, arguments: bytes) -> object:
+        function = self.library.function_for(key, target)
+        args, kwargs = load(arguments)
+        return function(objects.kept.get(number), *args, **kwargs)
+
+    def count_objects(self) -> int:
+        return len(objects.kept)
+
     def run_source(self, source: str, filename: str) -> object:
         return run.run_source(self.namespace, source, filename)
 
@@ -158,6 +191,12 @@ VERBS: dict[str, Callable[..., object]] = {
     "function": Worker.call_function,
     "source": Worker.run_source,
     "script": Worker.run_script,
+    "create": Worker.create_object,
+    "create by value": Worker.create_by_value,
+    "copy": Worker.copy_object,
+    "on object": Worker.call_on_object,
+    "apply": Worker.apply_method,
+    "count objects": Worker.count_objects,
 }
 
 
@@ -168,6 +207,8 @@ class Unloadable(Exception):
 def load(data: bytes) -> Any:
     try:
         return _pickle.loads(data)
+    except objects.Released:
+        raise
     except Exception as error:
         raise Unloadable(f"{type(error).__name__}: {error}") from error
 

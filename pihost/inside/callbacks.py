@@ -1,0 +1,92 @@
+"""``pihost.call_host`` and ``pihost.call_host_raw``: from code in the child to a function that the host has registered.
+
+The host answers, or asks something itself first: until the answer is there, calls that arrive are served here, so that
+host and child may call each other in turn. One thread only: it is the one that reads the link.
+"""
+
+from __future__ import annotations
+
+import _pickle
+import _thread
+import os
+
+from pihost import wire
+from pihost.inside import encode
+from pihost.jsontext import dump
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pihost.inside.serve import Link
+
+VALUE, RAW, FAILED, UNKNOWN = 0, 1, 2, 3  # the first byte of an answer
+
+
+class HostError(Exception):
+    """The host's function failed. What it says is the host's choice: by default no more than that."""
+
+
+class UnknownCallback(LookupError):
+    """The host has registered no function of that name."""
+
+
+class Host:
+    """The way back to the host while a call runs."""
+
+    def __init__(self, link: Link, serve_one: Callable[[tuple[int, int, bytes]], None], limit: int) -> None:
+        self._link, self._serve_one, self._limit = link, serve_one, limit
+        self._owner = (os.getpid(), _thread.get_ident())
+        self._last = 0
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        text, buffers = encode.encode([name, list(args), kwargs], self._limit)
+        return self._ask(wire.CALLBACK, wire.pack_value(text, buffers))
+
+    def call_raw(self, name: str, parts: tuple[bytes, ...]) -> bytes:
+        answer: bytes = self._ask(wire.CALLBACK_RAW, wire.pack_value(dump(str(name)), list(parts)))
+        return answer
+
+    def _ask(self, kind: int, parts: list[Any]) -> Any:
+        if self._owner != (os.getpid(), _thread.get_ident()):
+            raise RuntimeError("the host can be called only by the thread that runs the call, and in no fork of it")
+        self._last += 1
+        own = self._last
+        self._link.send(kind, own, parts)
+        while True:
+            frame = self._link.receive()
+            if frame is None:
+                os._exit(0)  # the host is gone, and so are we in a moment
+            if frame[0] == wire.ANSWER and frame[1] == own:
+                return _understand(frame[2])
+            self._serve_one(frame)
+
+
+def _understand(body: bytes) -> Any:
+    kind, content = body[0], body[1:]
+    if kind == RAW:
+        return content
+    if kind == VALUE:
+        return _pickle.loads(content)
+    text = content.decode()
+    raise UnknownCallback(text) if kind == UNKNOWN else HostError(text)
+
+
+host: Host | None = None  # set by the call loop
+
+
+def call_host(name: str, /, *args: Any, **kwargs: Any) -> Any:
+    """Call the function that the host has registered as ``name``; arguments travel as data, like results."""
+    return _host().call(name, args, kwargs)
+
+
+def call_host_raw(name: str, /, *parts: bytes) -> bytes:
+    """The same with bytes as they are, without any encoding: bytes in, bytes out."""
+    return _host().call_raw(name, parts)
+
+
+def _host() -> Host:
+    if host is None:
+        raise RuntimeError("this process has no host to call")
+    return host
