@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 
 from pihost import mounts, syscalls
-from pihost.plan import TemplatePlan
+from pihost.jsontext import dump  # now: once the root is built, nothing of the host's can be imported any more
+from pihost.plan import PlanError, TemplatePlan
 
 # Any folder that exists serves: the new root is mounted over it in our own namespace, and then becomes "/".
 _PLACES = ("/tmp", "/mnt", "/run", "/home", "/usr")
@@ -25,6 +26,26 @@ class StepFailed(Exception):
     def report(self) -> dict[str, object]:
         """As it travels to the host."""
         return {"failed": self.step, "errno": self.errno, "detail": self.detail}
+
+
+def enter(control: int, host: int) -> None:
+    """Read the template plan, build its root, and exec the interpreter that is inside it."""
+    data = os.read(control, 1 << 20)
+    if not data:
+        return  # the host thought better of it
+    step = "plan"
+    try:
+        plan = TemplatePlan.load(data)
+        build(plan)
+        step = "interpreter"
+        arguments = [plan.interpreter, "-I", "-S", f"{plan.package}/__main__.py", "zygote", str(control), str(host)]
+        os.set_inheritable(control, True)
+        os.set_inheritable(host, True)
+        os.execve(plan.interpreter, arguments, plan.environment)  # noqa: S606
+    except (StepFailed, PlanError, OSError) as error:
+        failure = error if isinstance(error, StepFailed) else StepFailed(step, error)
+        os.write(control, dump(failure.report()))
+        os._exit(1)
 
 
 def enter_namespaces(own_ids: list[int]) -> None:

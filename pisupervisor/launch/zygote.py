@@ -5,12 +5,12 @@ A zygote is exec'd, never forked from the host application, and shared by all is
 
 from __future__ import annotations
 
-import _socket  # not socket: importing that and json before the zygote is started would cost 3 ms
+import _signal as signal  # signal, socket and json would cost a start 7 ms, mostly for enum and re
+import _socket
 import errno
 import fcntl
 import os
 import select
-import signal
 import struct
 import sys
 import time
@@ -111,7 +111,7 @@ class Zygote:
                     return failure(message)
         except (OSError, ValueError):
             pass
-        remedy = f"see what the interpreter says on stderr: {sys.executable} -I -S {PACKAGE}"
+        remedy = f"see what the interpreter says on stderr: {sys.executable} -I -S {PACKAGE}/__main__.py"
         return LaunchError("the zygote ended before the child was there", step="zygote", errno=number, remedy=remedy)
 
     def alive(self) -> bool:
@@ -183,7 +183,7 @@ def _spawn(python: str, control: int, host: int, lifeline: int) -> int:
         (os.POSIX_SPAWN_DUP2, spares[2], _LIFELINE),
     ]
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
-    arguments = [python, "-I", "-S", PACKAGE, "root", str(_CONTROL), str(_HOST)]
+    arguments = [python, "-I", "-S", f"{PACKAGE}/__main__.py", "root", str(_CONTROL), str(_HOST)]
     try:
         return os.posix_spawn(
             python, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=range(1, 32)
