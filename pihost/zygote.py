@@ -42,6 +42,7 @@ _DEBUG = 10
 _WHEN_IDLE = ("pickle", "socket", "json", "traceback", "ast")
 _FREE_NETWORKS = 16
 _IDLE_AFTER = 3  # ms without a request
+_IMPORT_AFTER = 30  # the first child starts and answers in less: on a busy machine imports would take its time
 
 
 def main(control: int, host: int) -> None:
@@ -107,8 +108,11 @@ class Zygote:
 
     def serve(self) -> None:
         while True:
-            idle = self.network >= 0 or self.network_failed
-            ready = self.poll.poll(_IDLE_AFTER if self.idle_imports else None if idle else 0)
+            if self.network < 0 and not self.network_failed:
+                patience: int | None = _IDLE_AFTER if self.idle_imports else 0
+            else:
+                patience = _IMPORT_AFTER if self.idle_imports else None
+            ready = self.poll.poll(patience)
             if not ready:
                 self.use_idle_time()
             for fd, _events in ready:
