@@ -7,12 +7,12 @@ import os
 import sys
 import threading
 import time
-from dataclasses import replace
 
 from pisupervisor.errors import SerializationError
 from pisupervisor.launch import templates
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
+from pisupervisor.records import replace
 
 # What is not needed to start a zygote is imported while that wakes up (see ``ProcessIsolator.__init__``).
 TYPE_CHECKING = False

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
 from pisupervisor.errors import OptionsError
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.sizes import parse_size
+from pisupervisor.records import dataclass, field, fields
 
 TYPE_CHECKING = False  # typing costs 2 ms of a program's start; type checkers know this name
 if TYPE_CHECKING:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import signal as _signal
-from dataclasses import dataclass, field
 from enum import Enum
+
+from pisupervisor.records import dataclass, field
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ _WORDS = {
 
 def signal_name(number: int | None) -> str:
     """``SIGKILL`` for 9; the bare number where the platform has no name."""
+    import signal as _signal  # imported by who asks: it makes an enum of every signal
+
     try:
         return _signal.Signals(number or 0).name
     except ValueError:

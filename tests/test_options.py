@@ -78,13 +78,41 @@ def test_every_field_is_documented(kind: Any) -> None:
         ("3GB", 3 << 30),
         ("1.5M", 3 << 19),
         ("2kib", 2048),
+        (" 2 \tMiB\n", 2 << 20),
+        ("2B", 2),
     ],
 )
 def test_sizes(text: int | str, size: int) -> None:
     assert parse_size(text, "memory") == size
 
 
-@pytest.mark.parametrize("text", [-1, True, 1.5, None, "", "M", "12X", "1e6", "-1M", "0x10", "1 2"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        -1,
+        True,
+        1.5,
+        None,
+        "",
+        "M",
+        "12X",
+        "1e6",
+        "-1M",
+        "0x10",
+        "1 2",
+        "1.",
+        ".5",
+        "1.5.5",
+        "1kk",
+        "1i",
+        "B",
+        "1 .5K",
+        "\u00b2",
+        "1\u00a0K",
+        "1\u212a",
+        "1bb",
+    ],
+)
 def test_what_is_no_size(text: Any) -> None:
     with pytest.raises(OptionsError, match="memory"):
         parse_size(text, "memory")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
 
 from pihost.plan import ChildPlan
 from pisupervisor.errors import LaunchError
 from pisupervisor.launch.planning import NAMESPACE_LINKS, limits_text
 from pisupervisor.options import IsolationOptions
+from pisupervisor.records import NamedTuple
 from pisupervisor.results import Applied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _LIMITS = frozenset(("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "devices"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from pihost import syscalls
 from pisupervisor.limits.cgroups import CgroupHost, detect
+from pisupervisor.records import dataclass
 
 NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
 
 from pisupervisor.errors import LaunchError, OptionsError
 from pisupervisor.options import host_python
+from pisupervisor.records import dataclass
 
 OLDEST = (3, 9)
 INSIDE = "/py"  # an interpreter that does not live below /usr is shown here: its own folder may lie in a private home

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import Any
 
 from pihost import mounts, syscalls
 from pihost.plan import ChildPlan, TemplatePlan
@@ -13,6 +12,10 @@ from pisupervisor.launch.features import Features
 from pisupervisor.launch.interpreter import Interpreter
 from pisupervisor.limits.cgroups import CgroupHost, missing, wanted_limits
 from pisupervisor.options import IsolationOptions, Limits
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 OURS = "/pis"  # pihost, and what it brings, inside
 SCRATCH = ("/tmp", "/dev/shm")

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING, Any, NoReturn
 
 from pisupervisor.errors import ProfileError
 from pisupervisor.launch import seccomp_cache
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any, NoReturn
 
     from pisupervisor.launch.seccomp_rules import Flaw
 

@@ -175,7 +175,9 @@ def _program(options: IsolationOptions) -> bytes:
 
 
 def _cloudpickle_folder() -> str | None:
-    from importlib.util import find_spec
-
-    spec = find_spec("cloudpickle")
-    return os.path.dirname(spec.origin) if spec is not None and spec.origin else None
+    """Where it is installed, without importing it, nor importlib.util."""
+    for finder in sys.meta_path:
+        spec = finder.find_spec("cloudpickle", None)
+        if spec is not None:
+            return os.path.dirname(spec.origin) if spec.origin else None
+    return None

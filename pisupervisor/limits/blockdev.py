@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from pisupervisor.errors import OptionsError
 from pisupervisor.limits import directories
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pisupervisor.options import IoLimit
 

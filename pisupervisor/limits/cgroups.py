@@ -7,12 +7,12 @@ makes the group of one child with all limits written. The child enters by itself
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, Protocol
-
 from pisupervisor.limits import directories
 from pisupervisor.limits.detect import CgroupHost, Place, detect
 from pisupervisor.limits.directories import group_name
+from pisupervisor.records import NamedTuple, Protocol
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pisupervisor.limits.cpuset import CpuSet
     from pisupervisor.options import IoLimit, Limits

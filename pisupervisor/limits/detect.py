@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple
 
 from pisupervisor.limits import directories
+from pisupervisor.records import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
+
+    Mode = Literal["v1", "hybrid", "v2", "none"]
 
 CONTROLLERS = ("pids", "memory", "cpu", "cpuacct", "cpuset", "devices", "blkio", "freezer")
 
-Mode = Literal["v1", "hybrid", "v2", "none"]
 IsDir = Callable[[str], bool]
 
 

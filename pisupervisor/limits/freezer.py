@@ -6,15 +6,15 @@ stopped does too. So the v1 freezer is no choice: a paused child must end with i
 
 from __future__ import annotations
 
+import _signal as signal  # signal imports enum for names that nobody needs here
 import os
-import signal
 import time
 from collections.abc import Callable, Iterable
-from typing import Protocol
 
 from pisupervisor.errors import IsolationError
 from pisupervisor.limits import directories
 from pisupervisor.limits.detect import CgroupHost
+from pisupervisor.records import Protocol
 
 _PATIENCE = 2.0  # seconds for the kernel to stop everything; measured: under 1 ms
 _POLL = 0.0005

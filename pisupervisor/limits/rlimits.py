@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import resource
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pisupervisor.options import Limits
 

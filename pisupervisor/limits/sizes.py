@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 from pisupervisor.errors import OptionsError
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE | re.ASCII)
+_SPACE = " \t\n\r\f\v"
 _FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _MAX = 1 << 62  # the kernel's counters are signed 64-bit pages at the most
 
@@ -16,12 +14,27 @@ def parse_size(value: int | str, name: str = "size") -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise OptionsError(f"{name}: expected bytes as an int or a string like '256M', not {value!r}")
     if isinstance(value, str):
-        match = _SIZE.fullmatch(value)
-        if match is None:
+        parsed = _parse(value)
+        if parsed is None:
             raise OptionsError(f"{name}: {value!r} is not a size; write bytes as an int, or '256M', '3GB', '1.5G'")
-        size = int(float(match[1]) * _FACTOR[match[2].lower()])
+        size = parsed
     else:
         size = value
     if not 0 <= size <= _MAX:
         raise OptionsError(f"{name}: {value!r} is out of range (0 to 2**62 bytes)")
     return size
+
+
+def _parse(text: str) -> int | None:
+    """``1.5 GiB`` -> bytes, None for what is no size. By hand: re takes 3 ms to import, and a start parses three sizes."""
+    if not text.isascii():
+        return None
+    text = text.strip(_SPACE).lower()
+    if text.endswith("b"):
+        text = text[:-1].removesuffix("i")
+    unit = text[-1:] if text[-1:] in _FACTOR else ""
+    number = text.removesuffix(unit).rstrip(_SPACE)
+    whole, point, part = number.partition(".")
+    if not whole.isdigit() or (point and not part.isdigit()):
+        return None
+    return int(float(number) * _FACTOR[unit])

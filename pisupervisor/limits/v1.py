@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import _signal as signal  # signal imports enum for names that nobody needs here
 import os
-import signal
 import time
-from typing import TYPE_CHECKING, Any
 
 from pisupervisor.errors import LaunchError, OptionsError
 from pisupervisor.limits import cgroups, directories
@@ -15,7 +14,10 @@ from pisupervisor.limits.detect import CONTROLLERS
 from pisupervisor.limits.v1_files import FileWrite, file_writes, io_writes
 from pisupervisor.limits.v1_readback import read_back
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pisupervisor.results import Applied
 
 _PID_BATCH = 256  # pidfds held open at once

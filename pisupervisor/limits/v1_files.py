@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from errno import EINVAL, ENOENT
-from typing import NamedTuple
 
 from pisupervisor.limits import blockdev
 from pisupervisor.limits.cgroups import GroupLimits
+from pisupervisor.records import NamedTuple
 
 PERIOD = 100_000  # us; what every new group has
 _DEVICES = (3, 5, 7, 8, 9)  # minors of major 1: null, zero, full, random, urandom

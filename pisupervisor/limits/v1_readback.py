@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
-from typing import Any
 
 from pisupervisor.limits import blockdev, directories
 from pisupervisor.limits.cgroups import CONTROLLER_OF, CgroupHost, GroupLimits
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.v1_files import shares
 from pisupervisor.results import Applied
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 Paths = Mapping[str, str]
 """Controller to the directory of the group."""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import _socket  # not socket: with its enum members it costs 4 ms of a start
 import os
 import select
-import socket
+import struct
 import time
-from typing import NamedTuple
 
 from pihost import wire
 from pisupervisor.errors import IsolationError, ProtocolError
+from pisupervisor.records import NamedTuple
 
 _READ = 1 << 16
 _FRAME_TIME = 10.0  # seconds that a child may take from the first byte of a frame to its last
@@ -38,7 +39,7 @@ class Connection:
     child's stdout and stderr (or stderr alone) go outside of captured calls.
     """
 
-    def __init__(self, link: socket.socket, largest: int, stdio: tuple[int, ...] = ()) -> None:
+    def __init__(self, link: _socket.socket, largest: int, stdio: tuple[int, ...] = ()) -> None:
         self.link = link
         self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
         self._stdio, self._displaced = stdio, False
@@ -56,7 +57,8 @@ class Connection:
             self._set_timeout(deadline)
             if fds:
                 self.link.sendall(header)
-                socket.send_fds(self.link, [body], fds)
+                rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
+                self.link.sendmsg([body], [rights])
             else:
                 self.link.sendall(header + body if len(body) < _READ else header)
                 if len(body) >= _READ:
@@ -197,7 +199,7 @@ class _Output:
             os.close(writer)
         self.writers = ()
 
-    def wait_for(self, link: socket.socket, until: float | None) -> None:
+    def wait_for(self, link: _socket.socket, until: float | None) -> None:
         """Read output until the link has something to say or ``until`` has passed."""
         if self._link < 0:
             self._link = link.fileno()

@@ -6,11 +6,13 @@ Calls to the child are in ``arguments``, its exceptions in ``remote_errors``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from pisupervisor.errors import ProtocolError, SerializationError
 from pisupervisor.link.arguments import child_importable, dump_call, dump_function
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 __all__ = ["build", "child_importable", "decode", "dump_call", "dump_function", "load_pickled"]
 
@@ -90,6 +92,8 @@ def build(value: Any, returns: Any) -> Any:
 
     Raises SerializationError that names the part which does not fit, or says that ``returns`` cannot be built.
     """
+    from typing import Any
+
     import msgspec
 
     if returns is None or returns is Any:

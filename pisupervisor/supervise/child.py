@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import _signal as signal  # signal and socket import enum for names that nobody needs here: 5 ms of a start
+import _socket as socket
 import os
 import select
-import signal
-import socket
 import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from pihost import wire
 from pisupervisor.errors import LaunchError
@@ -23,11 +20,17 @@ from pisupervisor.launch.templates import Template
 from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
 from pisupervisor.limits import cgroups, rlimits
 from pisupervisor.limits.freezer import Freezer, make_freezer
+from pisupervisor.link import jsontext
 from pisupervisor.options import IsolationOptions
+from pisupervisor.records import replace
 from pisupervisor.results import Applied, ExitInfo, ExitReason, Usage
 from pisupervisor.supervise import metrics
 from pisupervisor.supervise.exits import explain_exit
 from pisupervisor.supervise.output import Line, OutputPipes, StderrTail
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 _CREDENTIALS = struct.Struct("3i")
 _END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
@@ -161,9 +164,12 @@ class Child:
         # The kernel then tells who sends READY: the payload's pid as we number it, which the child cannot forge.
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._asked = True
-        with theirs, reports:
+        try:
             fds = [theirs.fileno(), reports.fileno(), *self._output.fds(), *self._attach_fds()]
             zygote.launch(plan, fds)
+        finally:
+            theirs.close()
+            reports.close()
         self._output.launched()
         if self._group is not None:
             self._group.close_attach_fds()
@@ -186,8 +192,8 @@ class Child:
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
 
     def _read_launch_report(self, zygote: Zygote) -> None:
-        data, fds, _flags, _address = socket.recv_fds(self.status, 65536, 1)
-        message = json.loads(data) if data else {}
+        data, fds = _receive_report(self.status)
+        message = jsontext.load(data) if data else {}
         if "launched" in message and fds:
             self.init_pidfd, self.init_pid = fds[0], int(message["launched"])
             self._cleanup.append(partial(os.close, fds[0]))
@@ -293,7 +299,9 @@ class Child:
             self._abandon_launch(deadline)
         events, used = cgroups.GroupEvents(), cgroups.GroupUsage()
         if self._group is not None:
-            events, used = self._group.events(), self._group.usage()
+            used = self._group.usage()
+            if self._ordered is None:  # else the cause is known
+                events = self._group.events()
             if not self._group.remove():
                 self._group.kill(max(0.0, deadline - time.monotonic()))
                 self._group.remove()
@@ -322,7 +330,7 @@ class Child:
             if not data:
                 return
             try:
-                self._status.update(json.loads(data))
+                self._status.update(jsontext.load(data))
             except ValueError:
                 return
 
@@ -331,7 +339,7 @@ class Child:
         while "gone" not in self._status and time.monotonic() < deadline:
             self.status.settimeout(max(_SPIN, deadline - time.monotonic()))
             try:
-                data, fds, _flags, _address = socket.recv_fds(self.status, 65536, 1)
+                data, fds = _receive_report(self.status)
             except OSError:
                 return
             if not data:
@@ -339,7 +347,7 @@ class Child:
             if fds:
                 _send_kill(fds[0])
                 os.close(fds[0])
-            self._status.update(json.loads(data))
+            self._status.update(jsontext.load(data))
 
     def begin_call(self) -> None:
         """Limits that were reached before a call do not explain its end. Quick calls look every 10 ms only."""
@@ -386,6 +394,13 @@ class Child:
 
     def events(self) -> cgroups.GroupEvents:
         return self._group.events() if self._group is not None else cgroups.GroupEvents()
+
+
+def _receive_report(status: socket.socket) -> tuple[bytes, list[int]]:
+    """One report and the pidfd that may ride on it."""
+    data, ancillary, _flags, _address = status.recvmsg(65536, socket.CMSG_SPACE(4))
+    rights = [content for _level, kind, content in ancillary if kind == socket.SCM_RIGHTS]
+    return data, [fd for content in rights for (fd,) in struct.iter_unpack("i", content)]
 
 
 def _send_kill(pidfd: int) -> None:

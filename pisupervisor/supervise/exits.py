@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-from dataclasses import replace
-from typing import Any
+import _signal as signal  # signal imports enum for names that nobody needs here
 
 from pisupervisor import errors
 from pisupervisor.limits.cgroups import GroupEvents
+from pisupervisor.records import replace
 from pisupervisor.results import ExitInfo, ExitReason, signal_name
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def explain_exit(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import _signal as signal
 import os
-import signal
 import sys
 import threading
 import time
@@ -16,8 +16,12 @@ from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import restart, spare, watch
 from pisupervisor.supervise.child import Child
-from pisupervisor.supervise.lifecycle import Event, State, next_state
+from pisupervisor.supervise.lifecycle import next_state
 from pisupervisor.supervise.telling import Teller
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pisupervisor.supervise.lifecycle import Event, State
 
 _DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
 _SOON = 0.05

@@ -6,13 +6,15 @@ end that was ordered. After ``close`` nothing is an event any more.
 
 from __future__ import annotations
 
-from typing import Literal
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Literal
 
-State = Literal["starting", "ready", "busy", "paused", "stopping", "backoff", "stopped", "failed"]
-Event = Literal[
-    "launched", "launch_failed", "call", "answered", "pause", "resume_idle", "resume_busy", "stop", "child_died", "ended",
-    "restart", "gave_up", "close",
-]  # fmt: skip
+    State = Literal["starting", "ready", "busy", "paused", "stopping", "backoff", "stopped", "failed"]
+    Event = Literal[
+        "launched", "launch_failed", "call", "answered", "pause", "resume_idle", "resume_busy", "stop", "child_died", "ended",
+        "restart", "gave_up", "close",
+    ]  # fmt: skip
 
 TABLE: dict[tuple[State, Event], State] = {
     ("starting", "launched"): "ready",

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import Any
 
 from pisupervisor.limits.cgroups import GroupUsage
+from pisupervisor.records import replace
 from pisupervisor.results import Usage
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 def usage_from_proc(pid: int) -> Usage:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import NamedTuple
 
 from pihost.wire import STDERR_TAIL
+from pisupervisor.records import NamedTuple
 
 _READ = 1 << 16  # what a pipe holds
 _LONGEST = 1 << 16  # bytes of one line; a longer one comes in pieces

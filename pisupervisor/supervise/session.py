@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import pickle
+import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
 import threading
 import time
-from typing import Any, NamedTuple
 
 from pihost import wire
 from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, ProtocolError
@@ -13,10 +12,15 @@ from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.sources import Code
 from pisupervisor.options import check_timeout
+from pisupervisor.records import NamedTuple
 from pisupervisor.results import ExitReason, Usage
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.keeper import Keeper
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
 
 
 class Outcome(NamedTuple):

@@ -6,11 +6,10 @@ get a child that is there already, all others pay nothing. No thread is needed: 
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from pisupervisor.errors import IsolationError
 from pisupervisor.launch.templates import Template
 from pisupervisor.options import IsolationOptions
+from pisupervisor.records import fields
 from pisupervisor.supervise.child import Child
 
 #: what makes no difference to a launch may differ between the one who asked and the one who takes

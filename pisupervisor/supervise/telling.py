@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
 from pisupervisor.limits.cgroups import GroupEvents
 from pisupervisor.options import IsolationOptions
@@ -12,6 +11,8 @@ from pisupervisor.supervise.watch import reached
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pisupervisor.supervise.child import Child
     from pisupervisor.supervise.dispatch import Dispatcher
 
