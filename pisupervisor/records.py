@@ -58,9 +58,6 @@ class Field:
     def required(self) -> bool:
         return self.default is _MISSING and self.default_factory is None
 
-    def make(self) -> Any:
-        return self.default if self.default_factory is None else self.default_factory()
-
     def standard(self) -> Any:
         """The same for the standard library."""
         import dataclasses
@@ -94,18 +91,28 @@ class _Record:
     """The methods that every record gets."""
 
     _fields: dict[str, Field]
+    _defaults: dict[str, Any]
+    _required: frozenset[str]
+    _made: tuple[tuple[str, Any], ...]
     __dataclass_fields__, __dataclass_params__, __signature__ = _Standard(), _Standard(), _Standard()
     __match_args__ = ()
 
     def __init__(self, **values: Any) -> None:
-        own, fields, kind = self.__dict__, self._fields, type(self).__name__
-        if odd := [name for name in values if name not in fields]:
-            raise TypeError(f"{kind}.__init__() got an unexpected keyword argument {odd[0]!r}")
-        if missing := [name for name, field in fields.items() if field.required and name not in values]:
-            raise TypeError(f"{kind}.__init__() missing required keyword-only arguments: {', '.join(missing)}")
-        for name, field in fields.items():
-            own[name] = values[name] if name in values else field.make()
+        own = self.__dict__
+        own.update(self._defaults)  # all of them, so that the order is that of the fields
+        own.update(values)
+        if len(own) > len(self._defaults) or not self._required <= values.keys():
+            self._refuse(values)
+        for name, make in self._made:
+            if name not in values:
+                own[name] = make()
         self.__post_init__()
+
+    def _refuse(self, values: dict[str, Any]) -> None:
+        if odd := [name for name in values if name not in self._fields]:
+            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {odd[0]!r}")
+        missing = ", ".join(name for name in self._fields if name in self._required and name not in values)
+        raise TypeError(f"{type(self).__name__}.__init__() missing required keyword-only arguments: {missing}")
 
     def __post_init__(self) -> None:
         pass
@@ -143,4 +150,9 @@ def _complete(cls: type) -> type:
         found[name].name = name
     body = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__", *found)}
     body.update((name, field.default) for name, field in found.items() if field.default is not _MISSING)
-    return type(cls.__name__, (_Record,), {**body, "_fields": found})
+    body["__qualname__"] = cls.__qualname__
+    body["_fields"] = found
+    body["_defaults"] = {name: field.default for name, field in found.items()}
+    body["_required"] = frozenset(name for name, field in found.items() if field.required)
+    body["_made"] = tuple((name, field.default_factory) for name, field in found.items() if field.default_factory)
+    return type(cls.__name__, (_Record,), body)
