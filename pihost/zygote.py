@@ -84,11 +84,13 @@ def prepare(plan: TemplatePlan) -> None:
     threads = len(os.listdir("/proc/self/task"))
     if threads != 1:
         raise StepFailed("preload", OSError(0, f"a module started {threads - 1} threads: a zygote must have one"))
-    settle()
+    settle(collect=bool(plan.preload))  # our own imports left nothing to collect
 
 
-def settle() -> None:
-    gc.collect()
+def settle(collect: bool = True) -> None:
+    """Nothing that is there now is looked at again by the collector, so that children need not copy its page."""
+    if collect:
+        gc.collect()
     gc.freeze()
     gc.disable()
 

@@ -68,7 +68,8 @@ def detect() -> CgroupHost:
     with open("/proc/self/cgroup") as own, open("/proc/self/mountinfo") as mounts:
         cgroup, mountinfo = own.read(), mounts.read()
     mode, found = find_groups(cgroup, mountinfo)
-    host = describe_host(mode, found, _has_swap(), probe_group, os.geteuid())
+    name = directories.group_name(time.monotonic_ns())  # once: it reads our own /proc/PID/stat, 50 us
+    host = describe_host(mode, found, _has_swap(), lambda base: probe_group(base, name), os.geteuid())
     return host._replace(unified=find_unified(cgroup, mountinfo))
 
 
@@ -152,10 +153,10 @@ def _own_directory(mount: str, root: str, own: str, is_dir: IsDir) -> str:
     return mount
 
 
-def probe_group(base: str) -> Probe:
-    """Make a group below ``base``, look at its files, try the one write that needs more than file rights, remove it."""
+def probe_group(base: str, name: str) -> Probe:
+    """Make the group ``name`` below ``base``, look at its files, try a write that takes more than file rights, remove it."""
     try:
-        path = directories.make(base, directories.group_name(time.monotonic_ns()))
+        path = directories.make(base, name)
     except OSError as error:
         return Probe(error)
     try:
