@@ -16,22 +16,40 @@ from pisupervisor import IsolationOptions, Limits, RestartPolicy
 from pisupervisor.launch.interpreter import Interpreter
 from pisupervisor.limits.detect import Place
 from pisupervisor.records import dataclass, field, fields, replace
-from pisupervisor.results import ExitInfo, ExitReason, Usage
 
-INFO = ExitInfo(exit_code=1, signal=None, reason=ExitReason.EXITED, stdout="hidden")
+
+@dataclass(frozen=True, kw_only=True)
+class Used:
+    """Like results.Usage."""
+
+    cpu_time: float | None = None
+    peak_memory: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Like results.ExitInfo."""
+
+    exit_code: int | None
+    signal: int | None
+    reason: str
+    stdout: str = field(default="", repr=False)
+
+
+INFO = Info(exit_code=1, signal=None, reason="exited", stdout="hidden")
 
 
 def test_it_is_a_dataclass_to_everybody() -> None:
-    assert dataclasses.is_dataclass(Usage)
-    assert [one.name for one in dataclasses.fields(Usage)] == ["cpu_time", "peak_memory"]
-    assert dataclasses.asdict(Usage(cpu_time=1.0)) == {"cpu_time": 1.0, "peak_memory": None}
-    assert dataclasses.replace(Usage(cpu_time=1.0), peak_memory=2) == Usage(cpu_time=1.0, peak_memory=2)
+    assert dataclasses.is_dataclass(Used)
+    assert [one.name for one in dataclasses.fields(Used)] == ["cpu_time", "peak_memory"]
+    assert dataclasses.asdict(Used(cpu_time=1.0)) == {"cpu_time": 1.0, "peak_memory": None}
+    assert dataclasses.replace(Used(cpu_time=1.0), peak_memory=2) == Used(cpu_time=1.0, peak_memory=2)
     assert dataclasses.fields(IsolationOptions)[0].default_factory is Limits
     assert dataclasses.fields(Interpreter)[0].default is dataclasses.MISSING
 
 
 def test_its_signature_is_shown() -> None:
-    assert str(inspect.signature(Usage)).startswith("(*, cpu_time: 'float | None' = None, peak_memory:")
+    assert str(inspect.signature(Used)).startswith("(*, cpu_time: 'float | None' = None, peak_memory:")
 
 
 def test_a_standard_dataclass_can_be_made_from_it() -> None:
@@ -43,14 +61,14 @@ def test_a_standard_dataclass_can_be_made_from_it() -> None:
 
 
 def test_equality_and_hash() -> None:
-    assert Usage(cpu_time=1.0) == Usage(cpu_time=1.0) != Usage(cpu_time=2.0)
-    assert hash(Usage(cpu_time=1.0)) == hash(Usage(cpu_time=1.0))
-    assert Usage() != "Usage()"
+    assert Used(cpu_time=1.0) == Used(cpu_time=1.0) != Used(cpu_time=2.0)
+    assert hash(Used(cpu_time=1.0)) == hash(Used(cpu_time=1.0))
+    assert Used() != "Used()"
     assert len({Limits(), Limits(), Limits(pids=5)}) == 2
 
 
 def test_repr() -> None:
-    assert repr(Usage(cpu_time=1.0)) == "Usage(cpu_time=1.0, peak_memory=None)"
+    assert repr(Used(cpu_time=1.0)) == "Used(cpu_time=1.0, peak_memory=None)"
     assert "hidden" not in repr(INFO)
 
 
@@ -71,14 +89,14 @@ def test_copies() -> None:
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(TypeError, match=r"Usage.__init__\(\) got an unexpected keyword argument 'memory'"):
-        Usage(memory=1)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"Used.__init__\(\) got an unexpected keyword argument 'memory'"):
+        Used(memory=1)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="missing required keyword-only arguments: signal, reason"):
-        ExitInfo(exit_code=1)  # type: ignore[call-arg]
+        Info(exit_code=1)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="positional"):
-        Usage(1.0)  # type: ignore[misc]
+        Used(1.0)  # type: ignore[misc]
     with pytest.raises(TypeError, match="unexpected keyword argument 'memory'"):
-        replace(Usage(), memory=1)
+        replace(Used(), memory=1)
 
 
 def test_each_instance_gets_its_own_default() -> None:
