@@ -537,6 +537,16 @@ def test_a_timeout_kills_whatever_it_is(target: str, arguments: tuple[Any, ...])
         assert isolator.pid != pid
 
 
+@pytest.mark.root
+def test_a_timeout_after_a_limit_tells_of_the_limit() -> None:
+    source = "import os, time\ntry:\n    while os.fork(): pass\nexcept OSError: pass\ntime.sleep(60)"
+    with ProcessIsolator.create(limits=Limits(pids=8)) as isolator:
+        with pytest.raises(CallTimeout) as caught:
+            isolator.run_source(source, timeout=0.5)
+        assert caught.value.exit_info is not None
+        assert caught.value.exit_info.reason is ExitReason.PIDS
+
+
 def test_a_timeout_for_all_calls() -> None:
     with ProcessIsolator.create(call_timeout=0.2) as isolator:
         with pytest.raises(CallTimeout, match=r"0\.2 s"):

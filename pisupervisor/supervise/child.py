@@ -25,7 +25,7 @@ from pisupervisor.options import IsolationOptions
 from pisupervisor.records import replace
 from pisupervisor.results import Applied, ExitInfo, ExitReason, Usage
 from pisupervisor.supervise import metrics
-from pisupervisor.supervise.exits import explain_exit
+from pisupervisor.supervise.exits import explain_exit, limits_matter
 from pisupervisor.supervise.output import Line, OutputPipes, StderrTail
 
 TYPE_CHECKING = False
@@ -300,7 +300,7 @@ class Child:
         events, used = cgroups.GroupEvents(), cgroups.GroupUsage()
         if self._group is not None:
             used = self._group.usage()
-            if self._ordered is None:  # else the cause is known
+            if limits_matter(self._ordered[0] if self._ordered else None):
                 events = self._group.events()
             if not self._group.remove():
                 self._group.kill(max(0.0, deadline - time.monotonic()))
@@ -397,8 +397,8 @@ class Child:
 
 
 def _receive_report(status: socket.socket) -> tuple[bytes, list[int]]:
-    """One report and the pidfd that may ride on it."""
-    data, ancillary, _flags, _address = status.recvmsg(65536, socket.CMSG_SPACE(4))
+    """One report and the pidfd that may ride on it. CMSG_LEN, not CMSG_SPACE: there is room for one, and no second leaks."""
+    data, ancillary, _flags, _address = status.recvmsg(65536, socket.CMSG_LEN(4))
     rights = [content for _level, kind, content in ancillary if kind == socket.SCM_RIGHTS]
     return data, [fd for content in rights for (fd,) in struct.iter_unpack("i", content)]
 

@@ -47,12 +47,17 @@ def _own_reason(number: int | None, *, zygote_spoke: bool, cpu_limited: bool) ->
     return ExitReason.EXITED if number is None else ExitReason.SIGNALED
 
 
+def limits_matter(ordered: ExitReason | None) -> bool:
+    """Whether a limit that was reached may explain an end: it had nothing to do with any other order."""
+    return ordered in (None, ExitReason.TIMEOUT)
+
+
 def _reached_limit(
     ordered: ExitReason | None, number: int | None, events: GroupEvents, *, in_call: bool, truncated: bool
 ) -> ExitReason | None:
     """The limit that was reached before the end came, and explains it."""
-    if ordered not in (None, ExitReason.TIMEOUT):
-        return None  # a limit reached earlier had nothing to do with that order
+    if not limits_matter(ordered):
+        return None
     if events.oom_kills and (number == signal.SIGKILL or ordered is ExitReason.TIMEOUT):
         return ExitReason.MEMORY
     if not in_call or number in (signal.SIGSYS, signal.SIGXCPU):
@@ -88,4 +93,4 @@ _ERRORS: dict[ExitReason, type[errors.ChildTerminated]] = {
     ExitReason.SECCOMP: errors.SyscallViolation,
 }
 
-__all__ = ["explain_exit", "signal_name", "termination"]
+__all__ = ["explain_exit", "limits_matter", "signal_name", "termination"]
