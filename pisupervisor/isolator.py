@@ -34,7 +34,7 @@ class Template:
     """Keeps the zygote for ``options`` warm while it is open, whether or not an isolator is.
 
     Without one, the zygote lives from the first isolator with equal options to the last; a program that creates and
-    closes isolators one after another pays its start (about 40 ms) each time.
+    closes isolators one after another pays its start (about 30 ms) each time.
     """
 
     def __init__(self, options: IsolationOptions | None = None, **changes: Any) -> None:

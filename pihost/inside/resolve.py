@@ -122,7 +122,9 @@ def method_of(owner: Any, name: str) -> Callable[..., Any]:
     if found is _MISSING:
         raise NotFound("attribute", f"{_label(owner)} has no {name!r}{_close(name, _names(owner))}")
     if not callable(found):
-        raise NotFound("callable", f"{name!r} of {_label(owner)} is of type {type(found).__name__}, which cannot be called")
+        raise NotFound(
+            "callable", f"{name!r} of {_label(owner)} is of type {type(found).__name__}, which cannot be called"
+        )
     return found  # type: ignore[no-any-return]
 
 

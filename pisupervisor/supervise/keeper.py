@@ -298,6 +298,7 @@ class Keeper:
             elif handled and kind == "restart_attempts_exceeded":
                 self._crashes.clear()
                 self.state = "backoff" if self.state == "failed" else self.state
+        self._wake_watch()
         if kind == "exit_with_error" and not handled and self.options.die_on_crash and not self.closed.is_set():
             os.kill(self.owner, signal.SIGTERM)
 
