@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         IsolatorClosed as IsolatorClosed,
         LaunchError as LaunchError,
         MemoryLimitExceeded as MemoryLimitExceeded,
+        ObjectReleased as ObjectReleased,
         OptionsError as OptionsError,
         OutputLimitExceeded as OutputLimitExceeded,
         PidsLimitExceeded as PidsLimitExceeded,
@@ -36,12 +37,14 @@ if TYPE_CHECKING:
         SerializationError as SerializationError,
         SyscallViolation as SyscallViolation,
         TargetNotFound as TargetNotFound,
+        UnknownCallback as UnknownCallback,
     )
     from pisupervisor.events import IsolationEvents as IsolationEvents
     from pisupervisor.futures import CallCancelled as CallCancelled, IsolationFuture as IsolationFuture
     from pisupervisor.isolator import ProcessIsolator as ProcessIsolator, Template as Template
     from pisupervisor.launch.seccomp import SeccompProfile as SeccompProfile
     from pisupervisor.limits.cpuset import CpuSet as CpuSet
+    from pisupervisor.objects import IsolatedMethod as IsolatedMethod, IsolatedObject as IsolatedObject
     from pisupervisor.options import (
         Filesystem as Filesystem,
         IoLimit as IoLimit,
@@ -63,15 +66,17 @@ __version__ = "0.1.0"
 _HOMES = {
     "errors": (
         "CallError", "CallTimeout", "ChildTerminated", "CompileError", "CpuLimitExceeded", "FeatureUnavailable",
-        "IsolationError", "IsolatorClosed", "LaunchError", "MemoryLimitExceeded", "OptionsError", "OutputLimitExceeded",
+        "IsolationError", "IsolatorClosed", "LaunchError", "MemoryLimitExceeded",
+        "ObjectReleased", "OptionsError", "OutputLimitExceeded",
         "PidsLimitExceeded", "ProfileError", "ProtocolError", "RemoteError", "RestartLimitReached",
-        "SerializationError", "SyscallViolation", "TargetNotFound",
+        "SerializationError", "SyscallViolation", "TargetNotFound", "UnknownCallback",
     ),
     "events": ("IsolationEvents",),
     "futures": ("CallCancelled", "IsolationFuture"),
     "isolator": ("ProcessIsolator", "Template"),
     "launch.seccomp": ("SeccompProfile",),
     "limits.cpuset": ("CpuSet",),
+    "objects": ("IsolatedMethod", "IsolatedObject"),
     "options": ("Filesystem", "IoLimit", "IsolationOptions", "Limits", "RestartPolicy", "Security"),
     "results": ("Applied", "CallResult", "ExitInfo", "ExitReason", "Usage"),
 }  # fmt: skip

@@ -12,6 +12,7 @@ IsolationError
 │   ├── RemoteError                      user code raised
 │   ├── CompileError                     the source does not compile
 │   ├── TargetNotFound(LookupError)
+│   ├── UnknownCallback  ObjectReleased
 │   ├── CallTimeout(TimeoutError)
 │   └── CallCancelled(concurrent.futures.CancelledError)   in futures.py: its base imports logging
 ├── SerializationError                   a value that is not data, or a result that is too large
@@ -146,6 +147,14 @@ class CompileError(CallError):
 
 class TargetNotFound(CallError, LookupError):
     """The module, or a part of the dotted target, does not exist in the child."""
+
+
+class UnknownCallback(CallError, LookupError):
+    """Code in the child called a function that the host has not registered, and did not handle that."""
+
+
+class ObjectReleased(CallError):
+    """The object is no more: it was released, or its child has ended."""
 
 
 class CallTimeout(CallError, TimeoutError):

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 
-from pisupervisor.errors import SerializationError
 from pisupervisor.launch import templates
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from pisupervisor.futures import IsolationFuture
     from pisupervisor.link.sources import Code
+    from pisupervisor.objects import IsolatedMethod, IsolatedObject
     from pisupervisor.results import Applied, CallResult, ExitInfo, Usage
     from pisupervisor.supervise.lifecycle import State
     from pisupervisor.worker import Worker
@@ -72,6 +72,8 @@ class ProcessIsolator:
     def __init__(self, options: IsolationOptions, *, without: tuple[str, ...] = ()) -> None:
         """Use ``create``. ``without`` leaves out steps of the launch: for tests that show what each is good for."""
         template = acquire(options)  # starts the zygote, which wakes up while this process imports the rest
+        from pisupervisor.callbacks import Callbacks
+        from pisupervisor.link.packing import Packer
         from pisupervisor.link.sources import CodeReader
         from pisupervisor.supervise.keeper import Keeper
         from pisupervisor.supervise.session import Session
@@ -80,9 +82,11 @@ class ProcessIsolator:
         self.id = next(_ids)
         self._keeper = Keeper(options, template, self.id, without)
         self._session = Session(self._keeper)
+        self._packer = Packer(options, self._keeper.present_template)
+        self._callbacks = Callbacks(self._packer.value, options.callback_rate)
+        self._keeper.answer = self._callbacks.answer
         self._reader = CodeReader()
         self._data: dict[str, Any] = {}
-        self._known_importable: Callable[[str], bool] | None = None
         self._worker: Worker | None = None
         self._worker_lock = threading.Lock()
 
@@ -115,7 +119,7 @@ class ProcessIsolator:
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._code(path, target)
-        arguments = self._arguments(args, {**keywords, **(kwargs or {})})
+        arguments = self._packer.arguments(args, {**keywords, **(kwargs or {})})
         return self._session.call(
             "method", code.key, target, arguments, code=code, timeout=timeout, idempotent=idempotent, returns=returns
         ).value
@@ -127,7 +131,7 @@ class ProcessIsolator:
         """Call a function, lambda or closure in the child. It is sent by value with cloudpickle; what it changes there
         changes nothing here. Parameters and errors as for ``invoke_method``.
         """
-        payload = self._function(function, args, {**keywords, **(kwargs or {})})
+        payload = self._packer.function(function, args, {**keywords, **(kwargs or {})})
         return self._session.call("function", payload, timeout=timeout, idempotent=idempotent, returns=returns).value
 
     def execute(
@@ -143,9 +147,11 @@ class ProcessIsolator:
         if isinstance(function, str):
             path, _, target = function.rpartition(":")
             code = self._code(path, target)
-            call: tuple[Any, ...] = ("method", code.key, target, self._arguments(args, merged))
+            call: tuple[Any, ...] = ("method", code.key, target, self._packer.arguments(args, merged))
             return self._captured(call, code, timeout, returns, idempotent)
-        return self._captured(("function", self._function(function, args, merged)), None, timeout, returns, idempotent)
+        return self._captured(
+            ("function", self._packer.function(function, args, merged)), None, timeout, returns, idempotent
+        )
 
     def run_source(self, source: str, *, timeout: float | None = None, returns: Any = None) -> CallResult:
         """Run a snippet in a namespace that is kept between calls; ``value`` is that of the last expression, or None.
@@ -184,6 +190,61 @@ class ProcessIsolator:
                 self._worker = Worker(f"pisupervisor-{self.id}", self._session.want, self._session.cancel)
             return self._worker.add(method, args, keywords)
 
+    # --- objects and callbacks --------------------------------------------------------------------------------
+
+    def create_object(
+        self, code: str | os.PathLike[str] | Callable[..., Any], /, *args: Any, timeout: float | None = None,
+        kwargs: Mapping[str, Any] | None = None, **keywords: Any,
+    ) -> IsolatedObject:  # fmt: skip
+        """Make an object that lives in the child: ``create_object("plugin.py", "Counter", 5)``, with a class or a function
+        that makes the object as the target, or ``create_object(Counter, 5)`` for a class or function sent by value.
+        """
+        merged = {**keywords, **(kwargs or {})}
+        if callable(code):
+            return self._keep(("create by value", self._packer.function(code, args, merged)), None, timeout)
+        if not args or not isinstance(args[0], str):
+            from pisupervisor.errors import OptionsError
+
+            raise OptionsError('create_object: name a class too, as in create_object("plugin.py", "Counter", 5)')
+        target, *rest = args
+        read = self._code(code, target)
+        return self._keep(("create", read.key, target, self._packer.arguments(tuple(rest), merged)), read, timeout)
+
+    def copy_object(self, value: Any, *, timeout: float | None = None) -> IsolatedObject:
+        """A copy of ``value`` that lives in the child."""
+        return self._keep(("copy", self._packer.value(value)), None, timeout)
+
+    def get_method(self, path: str | os.PathLike[str], target: str) -> IsolatedMethod:
+        """A handle to a function or method: ``method(*args)`` as ``invoke_method``, ``method.invoke(obj, *args)`` on objects."""
+        from pisupervisor.objects import IsolatedMethod
+
+        self._code(path, target)  # what is missing here is better said now
+        return IsolatedMethod(self, path, target)
+
+    def object_count(self) -> int:
+        """How many objects live in the child that were made by create_object and copy_object."""
+        count: int = self._session.call("count objects", returns=int).value
+        return count
+
+    def register_callback(self, name: str, function: Callable[..., Any], *, expose_errors: bool = False) -> None:
+        """Let code in the child call ``function``: ``pihost.call_host(name, *args, **kwargs)``, arguments and result as data.
+
+        It runs in the thread that made the call which the child works on, and may call into the child in turn. What it
+        raises is logged here; the child is told that it failed, and only with ``expose_errors`` how.
+        """
+        self._keeper.check_open()
+        self._callbacks.register(name, function, expose_errors)
+
+    def unregister_callback(self, name: str) -> None:
+        """Raises OptionsError where there is none of that name."""
+        self._callbacks.unregister(name)
+
+    def _keep(self, call: tuple[Any, ...], code: Code | None, timeout: float | None) -> IsolatedObject:
+        from pisupervisor.objects import IsolatedObject
+
+        done = self._session.call(*call, code=code, timeout=timeout, returns=int)
+        return IsolatedObject(self, done.connection, done.value)
+
     # --- one call ---------------------------------------------------------------------------------------------
 
     def _captured(
@@ -208,7 +269,7 @@ class ProcessIsolator:
         if self.options.on_start is not None:
             from pisupervisor.link.calls import pack_call
 
-            self._keeper.on_start = pack_call("function", False, self._function(self.options.on_start, (), {}))
+            self._keeper.on_start = pack_call("function", False, self._packer.function(self.options.on_start, (), {}))
         self._keeper.start()
 
     def _code(self, path: str | os.PathLike[str], target: str) -> Code:
@@ -216,45 +277,6 @@ class ProcessIsolator:
 
         check_target(target)
         return self._reader.read(path)
-
-    def _arguments(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
-        from pisupervisor.link.arguments import dump_call
-
-        same = self._keeper.template.interpreter.version == sys.version_info[:2]
-        payload, needs_cloudpickle = dump_call(args, keywords, importable=self._importable(), python_minor_matches=same)
-        if needs_cloudpickle:
-            self._need_cloudpickle()
-        return payload
-
-    def _function(self, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
-        from pisupervisor.link.arguments import dump_function
-
-        if not callable(function):
-            from pisupervisor.errors import OptionsError
-
-            raise OptionsError(f"expected a function, not {function!r}; for a file use invoke_method(path, target)")
-        self._need_cloudpickle()
-        return dump_function(function, args, keywords, self._importable())
-
-    def _importable(self) -> Callable[[str], bool]:
-        """Whether the child can import a module by name; what it cannot travels by value."""
-        if self._known_importable is None:
-            from pisupervisor.launch.planning import import_paths
-            from pisupervisor.link.arguments import child_importable
-
-            template = self._keeper.template
-            self._known_importable = child_importable(import_paths(self.options, template.interpreter))
-        return self._known_importable
-
-    def _need_cloudpickle(self) -> None:
-        template = self._keeper.template
-        if template.cloudpickle is None:
-            version = ".".join(map(str, template.interpreter.version))
-            raise SerializationError(
-                f"functions cannot be sent to Python {version} from {sys.version_info[0]}.{sys.version_info[1]}: their byte"
-                " code differs; use invoke_method with a file", direction="to child",
-            )  # fmt: skip
-        template.warm_cloudpickle()
 
     # --- life -------------------------------------------------------------------------------------------------
 

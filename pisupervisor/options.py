@@ -186,6 +186,8 @@ class IsolationOptions:
     call_timeout         default for calls that give no ``timeout``
     idle_timeout         seconds without a call after which the child is ended; the next call starts another
     max_calls            answered calls after which the child is replaced by another
+    callback_rate        calls of registered callbacks in a second; what is more gets an error in the child
+    callback_depth       how deep calls from callbacks from calls may be nested
     die_on_crash         the application gets a SIGTERM when a child crashes, unless a handler says ``handled``
     debug                the child stops itself (SIGSTOP) before user code, and says so on the host's stderr
     log_level            of the child's side, on the host's stderr; default: PISUPERVISOR_LOG_LEVEL, else WARNING
@@ -209,6 +211,8 @@ class IsolationOptions:
     call_timeout: float | None = None
     idle_timeout: float | None = None
     max_calls: int | None = None
+    callback_rate: float | None = 10_000.0
+    callback_depth: int = 16
     die_on_crash: bool = False
     debug: bool = False
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
@@ -235,6 +239,8 @@ class IsolationOptions:
         _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, LONGEST))
         _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))
         _integer(self.max_calls, "max_calls", 1, 1 << 62)
+        _store(self, "callback_rate", _number(self.callback_rate, "callback_rate", 0.001, 1e9))
+        _integer(self.callback_depth, "callback_depth", 0, 100)
         _check_functions(self.events, self.on_start)
         _store(self, "log_level", _log_level(self.log_level))
 

@@ -12,7 +12,7 @@ import pytest
 TOP = Path(__file__).parent.parent
 PIHOST = sorted((TOP / "pihost").rglob("*.py"))
 PISUPERVISOR = sorted((TOP / "pisupervisor").rglob("*.py"))
-AUDITED_LINES = 1330
+AUDITED_LINES = 1340
 #: of the 10 to 40 ms kind: the zygote pays for them at every start, and each child with the pages it copies
 HEAVY = {
     "asyncio", "concurrent", "dataclasses", "email", "enum", "inspect", "json", "logging", "multiprocessing", "pickle",
@@ -67,7 +67,10 @@ def test_pihost_is_read_by_python_3_9(path: Path) -> None:
 def test_pisupervisor_takes_only_the_language_of_plans_from_pihost(path: Path) -> None:
     ours = {module for module in imported(path) if module.startswith("pihost")}
     rooms = {".".join(module.split(".")[:2]) for module in ours}
-    assert rooms <= {"pihost", "pihost.wire", "pihost.plan", "pihost.syscalls", "pihost.mounts"}
+    assert rooms <= {
+        "pihost", "pihost.wire", "pihost.plan", "pihost.syscalls", "pihost.mounts",
+        "pihost.inside",  # one name in a pickle: what a handle among the arguments becomes there
+    }  # fmt: skip
 
 
 def test_what_is_trusted_is_small() -> None:

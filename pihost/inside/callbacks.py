@@ -41,7 +41,10 @@ class Host:
         self._last = 0
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        text, buffers = encode.encode([name, list(args), kwargs], self._limit)
+        try:
+            text, buffers = encode.encode([name, list(args), kwargs], self._limit)
+        except encode.NotData as error:
+            raise TypeError(f"arguments of call_host({name!r}): {error}") from None
         return self._ask(wire.CALLBACK, wire.pack_value(text, buffers))
 
     def call_raw(self, name: str, parts: tuple[bytes, ...]) -> bytes:
@@ -68,7 +71,7 @@ def _understand(body: bytes) -> Any:
     if kind == RAW:
         return content
     if kind == VALUE:
-        return _pickle.loads(content)
+        return _pickle.loads(content)[0][0]  # the one argument of a call that has no function
     text = content.decode()
     raise UnknownCallback(text) if kind == UNKNOWN else HostError(text)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -13,16 +15,15 @@ class Released(LookupError):
 
 
 class Objects:
-    """Numbers are never used twice: a late release cannot hit another object."""
+    """Numbers are random: one that belongs to another child is found in none."""
 
     def __init__(self) -> None:
         self._kept: dict[int, Any] = {}
-        self._last = 0
 
     def keep(self, value: Any) -> int:
-        self._last += 1
-        self._kept[self._last] = value
-        return self._last
+        number = int.from_bytes(os.urandom(7), "little")  # a small int for JSON
+        self._kept[number] = value
+        return number
 
     def get(self, number: int) -> Any:
         try:

@@ -163,8 +163,9 @@ class Worker:
     def create_by_value(self, arguments: bytes) -> int:
         return objects.kept.keep(self.call_function(arguments))
 
-    def copy_object(self, value: bytes) -> int:
-        return objects.kept.keep(load(value))
+    def copy_object(self, arguments: bytes) -> int:
+        (value,), _nothing = load(arguments)
+        return objects.kept.keep(value)
 
     def call_on_object(self, number: int, name: str, arguments: bytes) -> object:
         method = resolve.method_of(objects.kept.get(number), name)

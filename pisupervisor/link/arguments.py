@@ -15,7 +15,7 @@ from functools import cache
 from threading import RLock
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 
-from pisupervisor.errors import SerializationError
+from pisupervisor.errors import ObjectReleased, SerializationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,6 +82,8 @@ def dump_call(
     importable = importable or _stdlib_only
     try:
         return _dump_plain((args, kwargs), importable), False
+    except ObjectReleased:
+        raise
     except Exception as error:  # our signal, or what pickle and the values' own __reduce__ raise
         if not python_minor_matches:
             raise _refusal(_dump_plain, importable, _labelled(args, kwargs), error) from error
@@ -176,6 +178,8 @@ def _is_compiled(top: str) -> bool:
 def _dump_by_value(value: Any, importable: Importable, labelled: Callable[[], list[tuple[str, Any]]]) -> bytes:
     try:
         return _dump_registered(value, importable)
+    except ObjectReleased:
+        raise
     except Exception as error:  # pickle raises whatever the values' own __reduce__ raises
         raise _refusal(_dump_registered, importable, labelled(), error) from error
 

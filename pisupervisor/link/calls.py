@@ -5,7 +5,15 @@ from __future__ import annotations
 import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
 
 from pihost import wire
-from pisupervisor.errors import CallError, CompileError, ProtocolError, SerializationError, TargetNotFound
+from pisupervisor.errors import (
+    CallError,
+    CompileError,
+    ObjectReleased,
+    ProtocolError,
+    SerializationError,
+    TargetNotFound,
+    UnknownCallback,
+)
 from pisupervisor.link.connection import Answer
 
 TYPE_CHECKING = False
@@ -72,6 +80,10 @@ def refusal(payload: dict[str, Any]) -> Exception:
     if kind == "unloadable":
         hint = f"; {_IMPORT_HINT}" if "ModuleNotFoundError" in message or "ImportError" in message else ""
         return SerializationError(f"the child could not rebuild the arguments: {message}{hint}", direction="to child")
+    if kind == "released":
+        return ObjectReleased(message)
+    if kind == "unknown_callback":
+        return UnknownCallback(message)
     return ProtocolError(f"a refusal of kind {str(kind)[:100]!r}")
 
 

@@ -16,6 +16,13 @@ _READ = 1 << 16
 _FRAME_TIME = 10.0  # seconds that a child may take from the first byte of a frame to its last
 
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Answerer = Callable[[int, bytes], bytes]
+
+
 class LinkClosed(Exception):
     """The other end is gone. Who owns the child knows why."""
 
@@ -35,24 +42,31 @@ class Answer(NamedTuple):
 
 
 class Connection:
-    """One call at a time. ``largest`` bounds one answer, in bytes, however many pieces it comes in; ``stdio`` is where the
-    child's stdout and stderr (or stderr alone) go outside of captured calls.
+    """One call at a time, and within it those that its callbacks make. ``largest`` bounds one answer, in bytes, however
+    many pieces it comes in; ``stdio`` is where the child's stdout and stderr (or stderr alone) go outside of captured
+    calls.
     """
 
-    def __init__(self, link: _socket.socket, largest: int, stdio: tuple[int, ...] = ()) -> None:
+    def __init__(
+        self, link: _socket.socket, largest: int, stdio: tuple[int, ...] = (), answer: Answerer | None = None
+    ) -> None:
         self.link = link
+        self._answer = answer  # for what the child asks while it works on a call: kind and body in, body out
+        self._outputs: list[_Output] = []  # of the calls under way that are captured, the innermost last
+        self.released: list[int] = []  # objects that nobody holds any more
         self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
         self._stdio, self._displaced = stdio, False
-        self._ident = 0
         self._pending = bytearray()
         self.sent: set[str] = set()  # keys of the code that the child has
         self.written = (b"", b"", False)  # by the last call whose output was asked for: stdout, stderr, truncated
 
-    def send(self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None) -> int:
+    def send(
+        self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None, ident: int = 0
+    ) -> int:
         """Send one frame; its id. Descriptors ride on the body, which the child always reads with room for them."""
         if kind == wire.CALL:
-            self._ident = int.from_bytes(os.urandom(8), "little")  # an answer given before its call cannot guess it
-        header = wire.pack_header(kind, self._ident, len(body))
+            ident = int.from_bytes(os.urandom(8), "little")  # an answer given before its call cannot guess it
+        header = wire.pack_header(kind, ident, len(body))
         try:
             self._set_timeout(deadline)
             if fds:
@@ -67,7 +81,7 @@ class Connection:
             raise DeadlinePassed from None
         except OSError as error:
             raise LinkClosed from error
-        return self._ident
+        return ident
 
     def call(self, body: bytes, deadline: float | None = None, output: int | None = None) -> Answer:
         """Send a call and wait for its answer. ``output``: bytes to keep of each of stdout and stderr, None for neither.
@@ -75,30 +89,45 @@ class Connection:
         Raises LinkClosed, DeadlinePassed (the child is then in an unknown state: kill it) or ProtocolError (likewise).
         """
         self.written = (b"", b"", False)
+        self._release(deadline)
         if output is None:
             self.restore_stdio(deadline)
             return self._receive(self.send(wire.CALL, body, deadline=deadline), deadline)
-        self._displaced = True
         with _Output(output) as captured:
+            self._outputs.append(captured)
             self.send(wire.OUTPUT, b"\0", captured.writers, deadline)
-            captured.close_writers()
             try:
-                answer = self._receive(self.send(wire.CALL, body, deadline=deadline), deadline, captured)
+                answer = self._receive(self.send(wire.CALL, body, deadline=deadline), deadline)
             finally:
                 captured.drain()
                 self.written = (captured.text(0), captured.text(1), captured.truncated)
+                self._outputs.pop()
+                self._displaced = True
+            self.restore_stdio(deadline, only_outer=True)
             return answer._replace(stdout=captured.text(0), stderr=captured.text(1), truncated=captured.truncated)
 
-    def restore_stdio(self, deadline: float | None = None) -> None:
-        """After a captured call, and before anything else runs: its pipes were put in their place."""
-        if self._displaced and self._stdio:
-            self._displaced = False
-            self.send(wire.STDIO, b"\0", self._stdio, deadline)
+    def restore_stdio(self, deadline: float | None = None, *, only_outer: bool = False) -> None:
+        """After a captured call, and before anything else runs: its pipes were put in the place of stdout and stderr.
 
-    def _receive(self, ident: int, deadline: float | None, captured: _Output | None = None) -> Answer:
+        Around it there may be another captured call, whose callback made this one: that goes on at once.
+        """
+        stdio = self._outputs[-1].writers if self._outputs else () if only_outer else self._stdio
+        if self._displaced and stdio:
+            self._displaced = False
+            self.send(wire.STDIO, b"\0", stdio, deadline)
+
+    def _release(self, deadline: float | None) -> None:
+        if self.released:
+            numbers, self.released = self.released, []
+            self.send(wire.RELEASE, struct.pack(f"<{len(numbers)}Q", *numbers), deadline=deadline)
+
+    def _receive(self, ident: int, deadline: float | None) -> Answer:
         whole = bytearray()
         while True:
-            kind, answered, body = self._frame(deadline, captured)
+            kind, answered, body = self._frame(deadline, self._outputs[-1] if self._outputs else None)
+            if kind in (wire.CALLBACK, wire.CALLBACK_RAW):
+                self._callback(kind, answered, body, deadline)
+                continue
             if answered != ident:
                 raise ProtocolError(f"an answer to call {answered}, where {ident} is the one under way")
             if kind == wire.READY:
@@ -108,6 +137,14 @@ class Connection:
             if kind != wire.PIECE:
                 return Answer(kind, bytes(whole + body) if whole else body)
             whole += body
+
+    def _callback(self, kind: int, ident: int, body: bytes, deadline: float | None) -> None:
+        if self._answer is None:
+            raise ProtocolError("a callback where there are none")
+        answer = self._answer(kind, body)  # may call into the child in turn
+        if deadline is not None and time.monotonic() >= deadline:
+            raise DeadlinePassed
+        self.send(wire.ANSWER, answer, deadline=deadline, ident=ident)
 
     def _frame(self, deadline: float | None, captured: _Output | None) -> tuple[int, int, bytes]:
         """The next whole frame. The time for one runs from its first byte, so that a slow writer cannot hold a caller."""

@@ -21,6 +21,7 @@ from pisupervisor.supervise.telling import Teller
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pisupervisor.link.connection import Answerer
     from pisupervisor.supervise.lifecycle import Event, State
 
 _DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
@@ -43,6 +44,7 @@ class Keeper:
         self.last_pid: int | None = None
         self.applied: Mapping[str, Applied] = {}
         self.on_start: bytes | None = None  # the body of the call that each new child gets first
+        self.answer: Answerer | None = None  # what a child asks of the host is answered by this
         self.in_call = False
         self.idle_since = time.monotonic()
         self.turn = threading.Lock()
@@ -62,6 +64,9 @@ class Keeper:
         if template is None:
             raise IsolatorClosed("this isolator is closed")
         return template
+
+    def present_template(self) -> Template:
+        return self.template
 
     def check_open(self) -> None:
         """Raises IsolatorClosed after ``close``, and in a fork of the application."""
@@ -87,7 +92,7 @@ class Keeper:
         child = None
         try:
             child = self._launch(None if until == _NEVER else until)
-            connection = Connection(child.link, int(self.options.limits.result), child.stdio())
+            connection = Connection(child.link, int(self.options.limits.result), child.stdio(), self.answer)
             self._begin(connection, None if until == _NEVER else until)
         except BaseException as error:
             self.enter("launch_failed")

@@ -7,7 +7,14 @@ import threading
 import time
 
 from pihost import wire
-from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, ProtocolError
+from pisupervisor.errors import (
+    CallError,
+    CallTimeout,
+    IsolationError,
+    IsolatorClosed,
+    ObjectReleased,
+    ProtocolError,
+)
 from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.sources import Code
@@ -24,116 +31,134 @@ if TYPE_CHECKING:
 
 
 class Outcome(NamedTuple):
-    """A call that was answered: its value, the answer's output, and (where captured) what the child had used before and after."""
+    """A call that was answered: its value, the answer's output, what the child had used before and after (where that was
+    captured), and the link it went over.
+    """
 
     value: Any
     answer: Answer
     before: Usage
     after: Usage
+    connection: Connection
+
+
+class Call(NamedTuple):
+    """What a call needs for each of its tries. ``limit`` is the time it was given, ``deadline`` when that is over;
+    ``only_on`` the link of the child that has the object it is about.
+    """
+
+    body: bytes
+    code: Code | None
+    limit: float | None
+    deadline: float | None
+    capture: bool
+    returns: Any
+    only_on: Connection | None
 
 
 class Session:
-    """One call at a time; the thread that calls does the waiting."""
+    """One call at a time, and within it those that its callbacks make; the thread that calls does the waiting."""
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper, self.options = keeper, keeper.options
         self._holder: int | None = None  # the thread whose turn it is
+        self._depth = 0  # of its calls: a callback may call in turn
         self._unwanted: set[int] = set()  # threads whose present call was cancelled while it waited
         self._calls = 0  # that the present child has answered
         self._caller: Child | None = None  # the child they were counted on
 
     def call(
         self, verb: str, *arguments: Any, code: Code | None = None, timeout: float | None = None, idempotent: bool = False,
-        capture: bool = False, returns: Any = None,
+        capture: bool = False, returns: Any = None, only_on: Connection | None = None,
     ) -> Outcome:  # fmt: skip
         """Have one call done, on a new child where the last has died, and its answer understood. Raises what the call
         raised, CallTimeout, ChildTerminated, ProtocolError, RestartLimitReached, IsolatorClosed, LaunchError.
         """
         limit = self.options.call_timeout if timeout is None else check_timeout(timeout)
         deadline = None if limit is None else time.monotonic() + limit
-        body = pack_call(verb, capture, *arguments)
+        call = Call(pack_call(verb, capture, *arguments), code, limit, deadline, capture, returns, only_on)
+        if self._holder == threading.get_ident():
+            return self._call_from_callback(call)
         self._take_turn(deadline)
         try:
             self._begin()
             while True:
                 child, connection = self.keeper.ready_child(deadline)
                 try:
-                    before = child.usage() if capture else Usage()
-                    answer = self._exchange(child, connection, code, body, deadline, capture)
-                    return Outcome(self._value(answer, returns), answer, before, child.usage() if capture else Usage())
+                    return self._attempt(call, child, connection)
                 except LinkClosed:
                     info = self.keeper.bury(child, truncated=connection.written[2])
                     if not idempotent or info.reason is ExitReason.KILLED:
                         raise termination(info, connection.written) from None
-                except DeadlinePassed:
-                    message = f"the call was still running after {limit:g} s"
-                    info = self.keeper.end(child, ExitReason.TIMEOUT, message, truncated=connection.written[2])
-                    raise _timeout(message, info).with_output(*connection.written) from None
-                except ProtocolError as error:
-                    self.keeper.end(child, ExitReason.PROTOCOL, str(error), truncated=False)
-                    raise
-                except IsolationError:
-                    raise  # the call's own outcome
-                except BaseException as error:  # such as KeyboardInterrupt: an answer nobody waits for must not come
-                    why = f"the call was interrupted by {type(error).__name__}"
-                    self.keeper.end(child, ExitReason.KILLED, why, truncated=False)
-                    raise
                 finally:
-                    self._end_exchange(child)
+                    self._end_turn(child)
         finally:
             self._holder = None
             self.keeper.turn.release()
 
-    def _begin(self) -> None:
-        """The turn is won: from here on ``cancel`` means the child; what was cancelled before does not run."""
-        own = threading.get_ident()
-        with self.keeper.lock:
-            self._holder = own
-            unwanted = own in self._unwanted
-        if unwanted:
-            raise IsolatorClosed("the call was cancelled before it ran")
+    def _call_from_callback(self, call: Call) -> Outcome:
+        """The child waits for a callback's answer, and serves calls meanwhile. It is never replaced in the middle."""
+        if self._depth > self.options.callback_depth:
+            raise CallError(f"callbacks and calls are nested more than {self.options.callback_depth} deep")
+        child, connection = self.keeper.child, self.keeper.connection
+        if child is None or connection is None:
+            raise IsolatorClosed("the child whose callback this is has ended")
+        try:
+            return self._attempt(call, child, connection)
+        except LinkClosed:
+            raise termination(self.keeper.bury(child, truncated=False), connection.written) from None
 
-    def _exchange(
-        self,
-        child: Child,
-        connection: Connection,
-        code: Code | None,
-        body: bytes,
-        deadline: float | None,
-        capture: bool,
-    ) -> Answer:
+    # --- one try ----------------------------------------------------------------------------------------------
+
+    def _attempt(self, call: Call, child: Child, connection: Connection) -> Outcome:
+        """Raises LinkClosed when the child dies of it, else what the call comes to."""
+        if call.only_on not in (None, connection):
+            raise ObjectReleased("the child in which the object lived has ended")
+        try:
+            before = child.usage() if call.capture else Usage()
+            answer = self._exchange(call, child, connection)
+            value = self._value(answer, call.returns)
+            return Outcome(value, answer, before, child.usage() if call.capture else Usage(), connection)
+        except DeadlinePassed:
+            message = f"the call was still running after {call.limit:g} s"
+            info = self.keeper.end(child, ExitReason.TIMEOUT, message, truncated=connection.written[2])
+            raise _timeout(message, info).with_output(*connection.written) from None
+        except ProtocolError as error:
+            self.keeper.end(child, ExitReason.PROTOCOL, str(error), truncated=False)
+            raise
+        except (IsolationError, LinkClosed):
+            raise  # the call's own outcome
+        except BaseException as error:  # such as KeyboardInterrupt: an answer nobody waits for must not come
+            why = f"the call was interrupted by {type(error).__name__}"
+            self.keeper.end(child, ExitReason.KILLED, why, truncated=False)
+            raise
+
+    def _exchange(self, call: Call, child: Child, connection: Connection) -> Answer:
+        self._enter_call(child)
+        self._depth += 1
+        try:
+            code = call.code
+            if code is not None and code.key not in connection.sent:
+                connection.send(wire.CODE, pickle.dumps(code.payload(), 5), deadline=call.deadline)
+                connection.sent.add(code.key)
+            kept = int(self.options.limits.output) if call.capture else None
+            answer = connection.call(call.body, call.deadline, kept)
+        finally:
+            self._depth -= 1
+        if answer.truncated:
+            self.keeper.teller.output_limit(child)
+        return answer
+
+    def _enter_call(self, child: Child) -> None:
         keeper = self.keeper
         with keeper.lock:
             if keeper.child is not child:
                 raise LinkClosed  # stopped or closed by another thread in this very moment
+            if self._depth:
+                return
             keeper.in_call = True
             keeper.enter_locked("call")
         child.begin_call()
-        if code is not None and code.key not in connection.sent:
-            connection.send(wire.CODE, pickle.dumps(code.payload(), 5), deadline=deadline)
-            connection.sent.add(code.key)
-        answer = connection.call(body, deadline, int(self.options.limits.output) if capture else None)
-        if answer.truncated:
-            keeper.teller.output_limit(child)
-        self._count(child)
-        return answer
-
-    def _end_exchange(self, child: Child) -> None:
-        keeper = self.keeper
-        with keeper.lock:
-            if keeper.in_call:
-                keeper.in_call = False
-                keeper.enter_locked("answered")
-        keeper.idle_since = time.monotonic()
-        if self.options.max_calls is not None and self._calls >= self.options.max_calls and self._caller is child:
-            self._calls = 0
-            if keeper.child is child:
-                keeper.enter("stop")
-                keeper.end(child, ExitReason.KILLED, f"max_calls={self.options.max_calls} calls answered")
-
-    def _count(self, child: Child) -> None:
-        self._calls = self._calls + 1 if self._caller is child else 1
-        self._caller = child
 
     def _value(self, answer: Answer, returns: Any) -> Any:
         try:
@@ -141,6 +166,8 @@ class Session:
         except IsolationError as error:
             error.with_output(answer.stdout, answer.stderr, answer.truncated)
             raise
+
+    # --- turns ------------------------------------------------------------------------------------------------
 
     def _take_turn(self, deadline: float | None) -> None:
         keeper = self.keeper
@@ -153,6 +180,27 @@ class Session:
         except BaseException:
             keeper.turn.release()
             raise
+
+    def _begin(self) -> None:
+        """The turn is won: from here on ``cancel`` means the child; what was cancelled before does not run."""
+        own = threading.get_ident()
+        with self.keeper.lock:
+            self._holder = own
+            unwanted = own in self._unwanted
+        if unwanted:
+            raise IsolatorClosed("the call was cancelled before it ran")
+
+    def _end_turn(self, child: Child) -> None:
+        keeper = self.keeper
+        with keeper.lock:
+            if keeper.in_call:
+                keeper.in_call = False
+                keeper.enter_locked("answered")
+        keeper.idle_since = time.monotonic()
+        self._calls, self._caller = self._calls + 1 if self._caller is child else 1, child
+        if self.options.max_calls is not None and self._calls >= self.options.max_calls and keeper.child is child:
+            keeper.enter("stop")
+            keeper.end(child, ExitReason.KILLED, f"max_calls={self.options.max_calls} calls answered")
 
     # --- from outside -----------------------------------------------------------------------------------------
 

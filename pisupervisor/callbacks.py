@@ -1,0 +1,112 @@
+"""Functions of the application that code in the child may call: by the exact name they were registered under, and no other
+way. Nothing is looked up on an object because a child says so.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+
+from pihost import wire
+from pisupervisor.errors import OptionsError, ProtocolError, SerializationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Dump = Callable[[Any], bytes]
+
+_VALUE, _RAW, _FAILED, _UNKNOWN = b"\0", b"\1", b"\2", b"\3"
+_BURST = 1.0  # seconds' worth of calls that may come at once
+
+
+class Callbacks:
+    """One isolator's functions. They run in the thread whose call the child is working on; ``rate`` is calls per second."""
+
+    def __init__(self, dump: Dump, rate: float | None) -> None:
+        self._functions: dict[str, tuple[Callable[..., Any], bool]] = {}
+        self._lock = threading.Lock()
+        self._dump, self._rate = dump, rate
+        self._tokens, self._filled = (rate or 0.0) * _BURST, time.monotonic()
+
+    def register(self, name: str, function: Callable[..., Any], expose_errors: bool) -> None:
+        if not isinstance(name, str) or not name:
+            raise OptionsError(f"a callback needs a name, not {name!r}")
+        if not callable(function):
+            raise OptionsError(f"callback {name!r}: expected a function, not {function!r}")
+        with self._lock:
+            self._functions = {**self._functions, name: (function, expose_errors)}
+
+    def unregister(self, name: str) -> None:
+        """Raises OptionsError where there is none of that name."""
+        with self._lock:
+            if name not in self._functions:
+                raise OptionsError(f"there is no callback {name!r}")
+            self._functions = {known: entry for known, entry in self._functions.items() if known != name}
+
+    def answer(self, kind: int, body: bytes) -> bytes:
+        """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
+        name, args, kwargs = _request(kind, body)
+        entry = self._functions.get(name)
+        if entry is None:
+            return _UNKNOWN + f"the host has registered no function {name[:200]!r}".encode("utf-8", "replace")
+        if not self._may_pass():
+            return _FAILED + f"more than {self._rate:g} calls of the host in a second".encode()
+        function, expose_errors = entry
+        try:
+            value = function(*args, **kwargs)
+            return _raw(value) if kind == wire.CALLBACK_RAW else _VALUE + self._dump(value)
+        except Exception as error:
+            _log(name)
+            return _FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
+
+    def _may_pass(self) -> bool:
+        """A bucket of tokens that fills at ``rate``."""
+        if self._rate is None:
+            return True
+        with self._lock:
+            now = time.monotonic()
+            self._tokens = min(self._rate * _BURST, self._tokens + (now - self._filled) * self._rate)
+            self._filled = now
+            if self._tokens < 1:
+                return False
+            self._tokens -= 1
+            return True
+
+
+def _request(kind: int, body: bytes) -> tuple[str, list[Any], dict[str, Any]]:
+    from pisupervisor.link.serializer import decode
+
+    try:
+        text, buffers = wire.unpack_value(body)
+        if kind == wire.CALLBACK_RAW:
+            name, args, kwargs = decode(text, []), [bytes(part) for part in buffers], {}
+        else:
+            name, args, kwargs = decode(text, buffers)
+    except (wire.BadFrame, SerializationError, TypeError, ValueError) as error:
+        raise ProtocolError(f"a callback that cannot be read: {error}") from None
+    if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):
+        raise ProtocolError("a callback that is not a name, a list and a mapping")
+    if not all(isinstance(key, str) for key in kwargs):
+        raise ProtocolError("a callback whose keywords are no text")
+    return name, args, kwargs
+
+
+def _raw(value: object) -> bytes:
+    if not isinstance(value, (bytes, bytearray, memoryview)):
+        raise TypeError(f"a function called by call_host_raw must return bytes, not {type(value).__name__}")
+    return _RAW + bytes(value)
+
+
+def _told(name: str, error: Exception, expose_errors: bool) -> str:
+    """What the child learns. By default not even the class of the error: its text may hold what is not the child's."""
+    if not expose_errors:
+        return f"the host's function {name!r} failed"
+    return f"the host's function {name!r} failed: {type(error).__name__}: {error}"[:8192]
+
+
+def _log(name: str) -> None:
+    import logging
+
+    logging.getLogger("pisupervisor").exception("the callback %r raised; the child is told so", name)

@@ -1,0 +1,116 @@
+"""Handles to what lives in a child: objects, and methods of classes."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pisupervisor.errors import ObjectReleased
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from pisupervisor.isolator import ProcessIsolator
+    from pisupervisor.link.connection import Connection
+
+_OPTIONS = ("timeout", "returns", "kwargs")
+
+
+class IsolatedObject:
+    """An object in the child. ``obj.add(2)`` or ``obj.invoke("add", 2)`` call its methods; names that begin with an
+    underscore, and those that this class has itself, only the second way. It can be an argument of calls into its child.
+
+    It ends with ``release()``, as a context manager, when it is forgotten, and with its child.
+    """
+
+    def __init__(self, isolator: ProcessIsolator, connection: Connection, number: int) -> None:
+        self._isolator, self._connection = isolator, connection
+        self._number: int | None = number
+        self._owner = os.getpid()
+
+    def invoke(
+        self, name: str, /, *args: Any, timeout: float | None = None, returns: Any = None,
+        kwargs: Mapping[str, Any] | None = None, **keywords: Any,
+    ) -> Any:  # fmt: skip
+        """Call the method ``name``, private ones too. Raises what ``invoke_method`` raises, and ObjectReleased."""
+        number = self._live()
+        arguments = self._isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
+        session = self._isolator._session
+        return session.call(
+            "on object", number, name, arguments, timeout=timeout, returns=returns, only_on=self._connection
+        ).value
+
+    def find_method(self, name: str) -> Callable[..., Any]:
+        """A method of this object as something to call."""
+
+        def method(*args: Any, **keywords: Any) -> Any:
+            return self.invoke(name, *args, **keywords)
+
+        method.__name__ = method.__qualname__ = name
+        return method
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(f"{name!r}: call what is private with invoke({name!r}, ...)")
+        return self.find_method(name)
+
+    def release(self) -> None:
+        """Let go of the object in the child. Idempotent."""
+        number, self._number = self._number, None
+        if number is not None and os.getpid() == self._owner:
+            self._connection.released.append(number)  # told with the next call: nothing is sent from a collector
+
+    def _live(self) -> int:
+        if self._number is None:
+            raise ObjectReleased("the object was released")
+        if self._connection is not self._isolator._keeper.connection:
+            raise ObjectReleased("the child in which the object lived has ended")
+        return self._number
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        from pihost.inside.objects import find  # by name: the child has the other end
+
+        return find, (self._live(),)
+
+    def __enter__(self) -> IsolatedObject:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.release()
+
+    def __del__(self) -> None:
+        if "_number" in self.__dict__:
+            self.release()
+
+    def __repr__(self) -> str:
+        return (
+            f"<IsolatedObject {'released' if self._number is None else self._number} of isolator {self._isolator.id}>"
+        )
+
+
+class IsolatedMethod:
+    """A function or method of code in the child: call it, or ``invoke`` it on objects of its class."""
+
+    def __init__(self, isolator: ProcessIsolator, path: Any, target: str) -> None:
+        self._isolator, self._path, self._target = isolator, path, target
+
+    def __call__(self, *args: Any, **keywords: Any) -> Any:
+        """As ``isolator.invoke_method(path, target, ...)``."""
+        return self._isolator.invoke_method(self._path, self._target, *args, **keywords)
+
+    def invoke(
+        self, obj: IsolatedObject, /, *args: Any, timeout: float | None = None, returns: Any = None,
+        kwargs: Mapping[str, Any] | None = None, **keywords: Any,
+    ) -> Any:  # fmt: skip
+        """Call it with an object of the child as its first argument."""
+        isolator = self._isolator
+        code = isolator._code(self._path, self._target)
+        arguments = isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
+        return isolator._session.call(
+            "apply", code.key, self._target, obj._live(), arguments, code=code, timeout=timeout, returns=returns,
+            only_on=obj._connection,
+        ).value  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"<IsolatedMethod {self._path}:{self._target} of isolator {self._isolator.id}>"

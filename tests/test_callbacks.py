@@ -1,0 +1,385 @@
+"""Functions of the application, called from the child: by exact names, with data, in turn, and not too often."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import linux, nothing_left, write
+
+from pihost import wire
+from pisupervisor import (
+    CallTimeout,
+    ChildTerminated,
+    IsolatorClosed,
+    OptionsError,
+    ProcessIsolator,
+    ProtocolError,
+    RemoteError,
+    RestartPolicy,
+    UnknownCallback,
+)
+from pisupervisor.callbacks import Callbacks
+
+pytestmark = linux
+
+PLUGIN = """
+    import os, sys, threading
+    import pihost
+
+    def ask(name, *args, **kwargs):
+        return pihost.call_host(name, *args, **kwargs)
+
+    def ask_raw(name, *parts):
+        return pihost.call_host_raw(name, *parts)
+
+    def ask_raw_without_pickle(name, part):
+        sys.modules.pop("pickle", None)
+        answer = pihost.call_host_raw(name, part)
+        return [answer, "pickle" in sys.modules]
+
+    def catch(name, *args):
+        try:
+            return pihost.call_host(name, *args)
+        except Exception as error:
+            return [type(error).__name__, str(error)]
+
+    def many(name, count):
+        answers = [catch(name) for _ in range(count)]
+        return [sum(answer == "ok" for answer in answers), answers[-1]]
+
+    def down(depth):
+        return depth if depth == 0 else pihost.call_host("down", depth)
+
+    def from_a_thread(name):
+        found = []
+        thread = threading.Thread(target=lambda: found.append(catch(name)))
+        thread.start()
+        thread.join()
+        return found[0]
+
+    def from_a_fork(name):
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            os.write(writer, catch(name)[0].encode())
+            os._exit(0)
+        os.close(writer)
+        os.wait()
+        return os.read(reader, 100).decode()
+
+    def say(text):
+        print(text, flush=True)
+
+    def say_around(text):
+        print("before", flush=True)
+        pihost.call_host("say", text)
+        print("after", flush=True)
+        return "done"
+
+    def die():
+        os._exit(3)
+"""
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("callbacks"), "plugin.py", PLUGIN)
+
+
+@pytest.fixture
+def isolator() -> Iterator[ProcessIsolator]:
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+        yield isolator
+
+
+def test_parameters_and_results(isolator: ProcessIsolator, plugin: Path) -> None:
+    """parity: 48"""
+    seen: list[Any] = []
+
+    def take(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        return {"answer": (1, 2.5, b"x", None)}
+
+    isolator.register_callback("take", take)
+    isolator.register_callback("nothing", lambda: None)
+    assert isolator.invoke_method(plugin, "ask", "take", 1, [2, (3,)], key={"a": b"b"}) == {
+        "answer": (1, 2.5, b"x", None)
+    }
+    assert seen == [((1, [2, (3,)]), {"key": {"a": b"b"}})]
+    assert isolator.invoke_method(plugin, "ask", "nothing") is None
+
+
+def test_the_same_from_a_closure(isolator: ProcessIsolator) -> None:
+    def ask() -> Any:
+        import pihost
+
+        return pihost.call_host("now")
+
+    isolator.register_callback("now", lambda: 42)
+    assert isolator.invoke(ask) == 42
+
+
+def test_raw_bytes(isolator: ProcessIsolator, plugin: Path) -> None:
+    """parity: 50"""
+    isolator.register_callback("join", lambda *parts: b"|".join(parts))
+    assert isolator.invoke_method(plugin, "ask_raw", "join", b"a", b"", b"\xff" * 100_000) == b"a||" + b"\xff" * 100_000
+    assert isolator.invoke_method(plugin, "ask_raw_without_pickle", "join", b"x") == [b"x", False]
+    isolator.register_callback("text", lambda part: "no bytes")
+    with pytest.raises(RemoteError, match="failed"):
+        isolator.invoke_method(plugin, "ask_raw", "text", b"a")
+
+
+@pytest.mark.parametrize("name", ["unknown", "now.__class__", "__init__", "NOW", "now ", "", "x" * 5000])
+def test_only_exact_names(isolator: ProcessIsolator, plugin: Path, name: str) -> None:
+    """parity: 48"""
+    isolator.register_callback("now", time.time)
+    with pytest.raises(UnknownCallback, match="has registered no function"):
+        isolator.invoke_method(plugin, "ask", name)
+    assert isolator.invoke_method(plugin, "catch", name)[0] == "UnknownCallback"
+
+
+def test_none_are_registered(isolator: ProcessIsolator, plugin: Path) -> None:
+    with pytest.raises(UnknownCallback):
+        isolator.invoke_method(plugin, "ask", "anything")
+
+
+def test_unregistered_is_unknown(isolator: ProcessIsolator, plugin: Path) -> None:
+    isolator.register_callback("now", lambda: 1)
+    isolator.register_callback("now", lambda: 2)
+    assert isolator.invoke_method(plugin, "ask", "now") == 2
+    isolator.unregister_callback("now")
+    with pytest.raises(UnknownCallback):
+        isolator.invoke_method(plugin, "ask", "now")
+    with pytest.raises(OptionsError, match="no callback 'now'"):
+        isolator.unregister_callback("now")
+
+
+def _fail() -> None:
+    raise ValueError("a secret of the host")
+
+
+def test_errors_are_kept_from_the_child(
+    isolator: ProcessIsolator, plugin: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """parity: 49"""
+    isolator.register_callback("fail", _fail)
+    with caplog.at_level(logging.ERROR, "pisupervisor"):
+        kind, text = isolator.invoke_method(plugin, "catch", "fail")
+    assert (kind, text) == ("HostError", "the host's function 'fail' failed")
+    assert "a secret of the host" in caplog.text
+    with pytest.raises(RemoteError) as caught:
+        isolator.invoke_method(plugin, "ask", "fail")
+    assert "secret" not in str(caught.value)
+
+
+def test_errors_are_shown_where_asked(isolator: ProcessIsolator, plugin: Path) -> None:
+    isolator.register_callback("fail", _fail, expose_errors=True)
+    assert isolator.invoke_method(plugin, "catch", "fail")[1].endswith("ValueError: a secret of the host")
+
+
+def test_wrong_arguments_are_an_error_of_the_callback(isolator: ProcessIsolator, plugin: Path) -> None:
+    isolator.register_callback("one", lambda x: x)
+    assert isolator.invoke_method(plugin, "catch", "one", 1, 2)[0] == "HostError"
+    assert isolator.invoke_method(plugin, "catch", "one", 1) == 1
+
+
+def test_host_and_child_call_each_other(isolator: ProcessIsolator, plugin: Path) -> None:
+    """parity: 48. Host to child to host to child ..."""
+    depths: list[int] = []
+
+    def down(depth: int) -> int:
+        depths.append(depth)
+        return int(isolator.invoke_method(plugin, "down", depth - 1))
+
+    isolator.register_callback("down", down)
+    assert isolator.invoke_method(plugin, "down", 6) == 0
+    assert depths == [6, 5, 4, 3, 2, 1]
+    assert isolator.state == "ready"
+
+
+def test_not_too_deep(plugin: Path) -> None:
+    with ProcessIsolator.create(callback_depth=3) as isolator:
+        isolator.register_callback(
+            "down", lambda depth: isolator.invoke_method(plugin, "down", depth - 1), expose_errors=True
+        )
+        assert isolator.invoke_method(plugin, "down", 3) == 0
+        with pytest.raises(RemoteError, match="nested more than 3 deep"):
+            isolator.invoke_method(plugin, "down", 5)
+        assert isolator.invoke_method(plugin, "down", 1) == 0
+
+
+def test_not_too_often(plugin: Path) -> None:
+    with ProcessIsolator.create(callback_rate=50) as isolator:
+        isolator.register_callback("ok", lambda: "ok")
+        good, last = isolator.invoke_method(plugin, "many", "ok", 200)
+        assert 50 <= good < 150
+        assert last == ["HostError", "more than 50 calls of the host in a second"]
+
+
+def test_from_another_thread_or_process_of_the_child(isolator: ProcessIsolator, plugin: Path) -> None:
+    isolator.register_callback("now", time.time)
+    assert isolator.invoke_method(plugin, "from_a_thread", "now")[0] == "RuntimeError"
+    assert isolator.invoke_method(plugin, "from_a_fork", "now") == "RuntimeError"
+    assert isolator.invoke_method(plugin, "ask", "now") > 0
+
+
+def test_output_of_nested_calls_stays_apart(isolator: ProcessIsolator, plugin: Path) -> None:
+    inner: list[str] = []
+
+    def say(text: str) -> None:
+        inner.append(isolator.execute(f"{plugin}:say", text).stdout)
+        isolator.invoke_method(plugin, "say", "uncaptured")
+
+    isolator.register_callback("say", say)
+    outer = isolator.execute(f"{plugin}:say_around", "within")
+    assert (outer.value, outer.stdout, inner) == ("done", "before\nuncaptured\nafter\n", ["within\n"])
+
+
+def test_a_child_that_dies_in_a_nested_call(isolator: ProcessIsolator, plugin: Path) -> None:
+    inner: list[Exception] = []
+
+    def die() -> None:
+        try:
+            isolator.invoke_method(plugin, "die")
+        except ChildTerminated as error:
+            inner.append(error)
+            raise
+
+    isolator.register_callback("die", die)
+    with pytest.raises(ChildTerminated) as caught:
+        isolator.invoke_method(plugin, "ask", "die")
+    assert [error.exit_info for error in inner] == [caught.value.exit_info]  # type: ignore[attr-defined]
+    assert isolator.invoke_method(plugin, "down", 0) == 0
+
+
+def test_the_deadline_of_the_outer_call_counts_in_callbacks(isolator: ProcessIsolator, plugin: Path) -> None:
+    isolator.register_callback("sleep", time.sleep)
+    with pytest.raises(CallTimeout):
+        isolator.invoke_method(plugin, "ask", "sleep", 0.3, timeout=0.1)
+    assert isolator.invoke_method(plugin, "down", 0) == 0
+
+
+def test_a_nested_call_that_times_out(isolator: ProcessIsolator, plugin: Path) -> None:
+    def hang() -> None:
+        isolator.run_source("while True: pass", timeout=0.1)
+
+    isolator.register_callback("hang", hang)
+    with pytest.raises(ChildTerminated) as caught:
+        isolator.invoke_method(plugin, "ask", "hang")
+    assert caught.value.exit_info.reason.name == "TIMEOUT"
+
+
+def test_an_interrupted_callback_ends_the_call(isolator: ProcessIsolator, plugin: Path) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    isolator.register_callback("interrupt", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        isolator.invoke_method(plugin, "ask", "interrupt")
+    assert isolator.invoke_method(plugin, "down", 0) == 0
+
+
+def test_a_callback_that_closes_its_isolator(plugin: Path) -> None:
+    with nothing_left():
+        isolator = ProcessIsolator.create()
+        isolator.register_callback("close", isolator.close)
+        with pytest.raises((ChildTerminated, IsolatorClosed)):
+            isolator.invoke_method(plugin, "ask", "close")
+
+
+def test_callbacks_are_there_again_after_a_restart(isolator: ProcessIsolator, plugin: Path) -> None:
+    """parity: 15"""
+    isolator.register_callback("now", lambda: "now")
+    with pytest.raises(ChildTerminated):
+        isolator.invoke_method(plugin, "die")
+    assert isolator.invoke_method(plugin, "ask", "now") == "now"
+
+
+def test_on_start_may_call_the_host() -> None:
+    def begin() -> None:
+        import pihost
+
+        try:
+            pihost.call_host("not there yet")
+        except pihost.UnknownCallback:
+            return
+        raise AssertionError
+
+    with ProcessIsolator.create(on_start=begin) as isolator:
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_what_is_not_data_does_not_leave_the_child(isolator: ProcessIsolator) -> None:
+    def ask() -> Any:
+        import pihost
+
+        return pihost.call_host("take", object())
+
+    isolator.register_callback("take", lambda value: None)
+    with pytest.raises(TypeError, match=r"call_host\('take'\): .*object'> is not data"):
+        isolator.invoke(ask)
+
+
+@pytest.mark.parametrize(("name", "function"), [("", print), (3, print), ("x", "print"), ("x", None)])
+def test_what_is_no_callback(isolator: ProcessIsolator, name: Any, function: Any) -> None:
+    with pytest.raises(OptionsError):
+        isolator.register_callback(name, function)
+
+
+# --- a child that cheats -------------------------------------------------------------------------------------------
+
+
+def packed(text: bytes, *buffers: bytes) -> bytes:
+    return b"".join(wire.pack_value(text, list(buffers)))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body"),
+    [
+        (wire.CALLBACK, b""), (wire.CALLBACK, b"\0"), (wire.CALLBACK, packed(b"[]")), (wire.CALLBACK, packed(b'"now"')),
+        (wire.CALLBACK, packed(b'["now",{},[]]')), (wire.CALLBACK, packed(b'[3,[],{}]')), (wire.CALLBACK, packed(b"{")),
+        (wire.CALLBACK, packed(b'["now",[],{"$":"dict","v":[1,2]}]')), (wire.CALLBACK, packed(b"[" * 5000)),
+        (wire.CALLBACK_RAW, packed(b"3", b"x")), (wire.CALLBACK_RAW, packed(b'["now"]')), (wire.CALLBACK_RAW, b"\xff" * 20),
+    ],
+)  # fmt: skip
+def test_requests_that_no_honest_child_sends(kind: int, body: bytes) -> None:
+    called: list[object] = []
+    callbacks = Callbacks(lambda value: b"", None)
+    callbacks.register("now", lambda *args, **kwargs: called.append(args), False)
+    with pytest.raises(ProtocolError):
+        callbacks.answer(kind, body)
+    assert called == []
+
+
+def test_a_forged_request_kills_the_child(isolator: ProcessIsolator) -> None:
+    isolator.register_callback("now", time.time)
+    with pytest.raises(ProtocolError):
+        isolator.invoke(os.write, 3, wire.pack_header(wire.CALLBACK, 1, 3) + b"abc")
+    assert isolator.wait_for_exit().reason.name == "PROTOCOL"
+    assert isolator.invoke(len, "abc") == 3
+
+
+def test_a_flood_of_requests_ends_at_the_deadline(isolator: ProcessIsolator) -> None:
+    """A child that never waits for an answer only fills its own socket."""
+
+    def flood() -> None:
+        import os
+
+        from pihost import wire
+
+        body = b"".join(wire.pack_value(b'["now",[],{}]', []))
+        frame = wire.pack_header(wire.CALLBACK, 1, len(body)) + body
+        while True:
+            os.write(3, frame)
+
+    isolator.register_callback("now", lambda: 1)
+    started = time.monotonic()
+    with pytest.raises(CallTimeout):
+        isolator.invoke(flood, timeout=0.5)
+    assert time.monotonic() - started < 2
+    assert isolator.invoke(len, "abc") == 3
