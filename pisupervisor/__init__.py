@@ -53,6 +53,15 @@ if TYPE_CHECKING:
         RestartPolicy as RestartPolicy,
         Security as Security,
     )
+    from pisupervisor.plugins import (
+        IsolationContext as IsolationContext,
+        NullHost as NullHost,
+        Plugin as Plugin,
+        PluginHost as PluginHost,
+        PluginResult as PluginResult,
+        ProcessHost as ProcessHost,
+        ScannedHost as ScannedHost,
+    )
     from pisupervisor.results import (
         Applied as Applied,
         CallResult as CallResult,
@@ -78,6 +87,9 @@ _HOMES = {
     "limits.cpuset": ("CpuSet",),
     "objects": ("IsolatedMethod", "IsolatedObject"),
     "options": ("Filesystem", "IoLimit", "IsolationOptions", "Limits", "RestartPolicy", "Security"),
+    "plugins": (
+        "IsolationContext", "NullHost", "Plugin", "PluginHost", "PluginResult", "ProcessHost", "ScannedHost",
+    ),
     "results": ("Applied", "CallResult", "ExitInfo", "ExitReason", "Usage"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

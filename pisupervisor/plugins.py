@@ -1,0 +1,226 @@
+"""Plugins: an object with ``execute(context)``, run by a host of some kind, its output and its changes brought back.
+
+The same plugin runs in this process (``NullHost``, which isolates nothing) or in a confined child (``ProcessHost``);
+``ScannedHost`` looks at its imports first. All hosts are context managers, and ``execute_plugin`` means the same on each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import os
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self
+
+from pisupervisor.errors import IsolatorClosed, OptionsError
+from pisupervisor.isolator import ProcessIsolator
+from pisupervisor.options import IsolationOptions
+
+
+@dataclass
+class IsolationContext:
+    """What a plugin is given, and may change: ``properties`` by name, ``arguments`` in order. Plain data."""
+
+    properties: dict[str, Any] = field(default_factory=dict)
+    arguments: list[Any] = field(default_factory=list)
+
+
+class Plugin:
+    """Base class of plugins. Anything that has ``execute(context)`` will do."""
+
+    def execute(self, context: IsolationContext) -> Any:
+        """Do the work; the result is plain data."""
+        raise NotImplementedError(f"{type(self).__name__} has no execute of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginResult:
+    """What it wrote, what it returned, and the context as it left it (the caller's own object)."""
+
+    stdout: str
+    stderr: str
+    result: Any
+    context: IsolationContext
+
+
+class PluginHost(Protocol):
+    """Something that runs plugins."""
+
+    def execute_plugin(
+        self, plugin: Any, context: IsolationContext | None = None, timeout: float | None = None
+    ) -> PluginResult:
+        """Run ``plugin``: an instance, whose state travels, or a class, of which one is made without arguments.
+
+        Raises OptionsError for what is no plugin, RemoteError for what it raised, CallTimeout, ChildTerminated.
+        """
+
+    def close(self) -> None:
+        """Give back what the host holds. Idempotent."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_error: object) -> None: ...
+
+
+class _Host:
+    def __init__(self) -> None:
+        self._closed = False
+
+    def close(self) -> None:
+        """Give back what the host holds. Idempotent."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def _check(self, plugin: Any, context: IsolationContext | None) -> IsolationContext:
+        if self._closed:
+            raise IsolatorClosed("this host is closed")
+        check_plugin(plugin)
+        if context is not None and not isinstance(context, IsolationContext):
+            raise OptionsError(f"expected an IsolationContext, not {context!r}")
+        return context if context is not None else IsolationContext()
+
+
+def check_plugin(plugin: Any) -> None:
+    """Raises OptionsError for what cannot be run as a plugin, before anything is started."""
+    kind = plugin if isinstance(plugin, type) else type(plugin)
+    execute = getattr(kind, "execute", None)
+    if not callable(execute) or execute is Plugin.execute:
+        raise OptionsError(f"{kind.__name__} is no plugin: it has no method execute(self, context)")
+    abstract = sorted(getattr(kind, "__abstractmethods__", ()))
+    if abstract:
+        raise OptionsError(f"{kind.__name__} is no plugin yet: it is abstract, {', '.join(abstract)} not defined")
+
+
+class ProcessHost(_Host):
+    """Plugins run in one confined child, which is kept from one to the next (and replaced when it dies)."""
+
+    def __init__(self, options: IsolationOptions | None = None) -> None:
+        super().__init__()
+        self.isolator = ProcessIsolator.create(options)
+
+    def execute_plugin(
+        self, plugin: Any, context: IsolationContext | None = None, timeout: float | None = None
+    ) -> PluginResult:
+        """See ``PluginHost``. stdout and stderr are what was written to the file descriptors, up to ``Limits.output``."""
+        context = self._check(plugin, context)
+        done = self.isolator.execute(_run, plugin, context.properties, context.arguments, timeout=timeout)
+        result, properties, arguments = done.value
+        _take_over(context, properties, arguments)
+        return PluginResult(stdout=done.stdout, stderr=done.stderr, result=result, context=context)
+
+    def close(self) -> None:
+        super().close()
+        self.isolator.close()
+
+
+def _run(plugin: Any, properties: dict[str, Any], arguments: list[Any]) -> list[Any]:
+    """In the child."""
+    context = IsolationContext(properties, arguments)
+    instance = plugin() if isinstance(plugin, type) else plugin
+    return [instance.execute(context), context.properties, context.arguments]
+
+
+def _take_over(context: IsolationContext, properties: Any, arguments: Any) -> None:
+    """The caller's own dict and list show what the plugin did to its copies."""
+    if isinstance(properties, dict):
+        context.properties.clear()
+        context.properties.update(properties)
+    if isinstance(arguments, list):
+        context.arguments[:] = arguments
+
+
+_stdout_lock = threading.RLock()
+
+
+class NullHost(_Host):
+    """UNSAFE: runs plugins in this very process, without any isolation, limit or deadline. For tests and for one's own code.
+
+    Output is captured at Python level only, and one plugin runs at a time, because sys.stdout belongs to the process.
+    """
+
+    def execute_plugin(
+        self, plugin: Any, context: IsolationContext | None = None, timeout: float | None = None
+    ) -> PluginResult:
+        """See ``PluginHost``; a ``timeout`` is an OptionsError, for nothing here could be killed."""
+        context = self._check(plugin, context)
+        if timeout is not None:
+            raise OptionsError("NullHost cannot end a plugin: leave timeout out, or use ProcessHost")
+        out, err = io.StringIO(), io.StringIO()
+        with _stdout_lock, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                instance = plugin() if isinstance(plugin, type) else plugin
+                result = instance.execute(context)
+            except Exception as error:
+                raise _as_remote(error) from error
+        return PluginResult(stdout=out.getvalue(), stderr=err.getvalue(), result=result, context=context)
+
+
+def _as_remote(error: Exception) -> Exception:
+    """The error that a caller would get from a child."""
+    import traceback
+
+    from pisupervisor.link.remote_errors import MAX_MESSAGE, MAX_TRACEBACK, remote_error
+
+    kind = type(error)
+    text = "".join(traceback.format_exception(error))
+    return remote_error({
+        "module": kind.__module__, "type": kind.__qualname__, "message": str(error)[:MAX_MESSAGE],
+        "traceback": text[-MAX_TRACEBACK:], "errno": getattr(error, "errno", None), "causes": [],
+    })  # fmt: skip
+
+
+class ScannedHost(_Host):
+    """Looks at what a plugin's source imports before ``inner`` runs it. Advisory: who wants to can hide an import from
+    any scan, so this catches mistakes, and the child's walls catch the rest.
+
+    ``deny``: modules that must not be imported; ``allow``, if any are given: the only ones that may (the standard
+    library's too). A name stands for all below it. What a plugin imports of the application's own modules is looked
+    at as well; all of it must pass.
+    """
+
+    def __init__(self, inner: PluginHost, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None:
+        super().__init__()
+        self.inner = inner
+        self.allow, self.deny = _names(allow, "allow"), _names(deny, "deny")
+
+    def execute_plugin(
+        self, plugin: Any, context: IsolationContext | None = None, timeout: float | None = None
+    ) -> PluginResult:
+        """See ``PluginHost``; raises OptionsError that names the import which is not allowed, and where it stands."""
+        context = self._check(plugin, context)
+        from pisupervisor.scan import scan
+
+        for found in scan(plugin if inspect.isclass(plugin) else type(plugin)):
+            self._judge(found.module, f"{os.path.basename(found.file)}:{found.line}")
+        return self.inner.execute_plugin(plugin, context, timeout)
+
+    def _judge(self, module: str, where: str) -> None:
+        if any(_covers(name, module) for name in self.deny):
+            raise OptionsError(f"{where}: imports {module!r}, which is denied")
+        if self.allow and not any(_covers(name, module) for name in self.allow):
+            raise OptionsError(f"{where}: imports {module!r}, which is not among what is allowed")
+
+    def close(self) -> None:
+        super().close()
+        self.inner.close()
+
+
+def _names(names: Iterable[str], what: str) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise OptionsError(f"{what}: expected a list of module names, not {names!r}")
+    found = tuple(names)
+    if not all(isinstance(name, str) and all(part.isidentifier() for part in name.split(".")) for name in found):
+        raise OptionsError(f"{what}: expected module names, not {found!r}")
+    return found
+
+
+def _covers(name: str, module: str) -> bool:
+    return module == name or module.startswith(name + ".")

@@ -1,0 +1,95 @@
+"""Which modules a class's source imports, and the sources of its application's own modules among those: read, never run."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import inspect
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pisupervisor.errors import OptionsError
+
+_IMPORTERS = frozenset(("__import__", "import_module"))
+_OURS = "pisupervisor"
+
+
+class Import(NamedTuple):
+    """``module`` is the full name of what is imported (of ``from a import b``: ``a.b``, which may be no module)."""
+
+    module: str
+    file: str
+    line: int
+
+
+def scan(kind: type) -> Iterator[Import]:
+    """Every import in the module of ``kind``, and in what that imports of the application's own. Raises OptionsError where
+    there is no source to look at.
+    """
+    pending, seen = [kind.__module__], {_OURS}
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        file, source = _source(name, required=name == kind.__module__)
+        if source is None:
+            continue
+        for found in imports(source, file, name):
+            yield found
+            pending += _own_modules(found.module)
+
+
+def imports(source: str, file: str, module: str) -> Iterator[Import]:
+    """The imports that stand in a source text. ``module`` is its name, for relative ones. Raises OptionsError."""
+    try:
+        tree = ast.parse(source, file)
+    except (SyntaxError, ValueError, RecursionError) as error:
+        raise OptionsError(f"{file}: cannot be scanned: {error}") from None
+    for node in ast.walk(tree):
+        for name in _imported(node, module):
+            yield Import(name, file, getattr(node, "lineno", 0))
+
+
+def _imported(node: ast.AST, module: str) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            package = module.split(".")[: -node.level]
+            base = ".".join([*package, *([base] if base else [])])
+        return [base, *(f"{base}.{alias.name}" for alias in node.names if alias.name != "*")]
+    if isinstance(node, ast.Call) and node.args:
+        called = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
+        first = node.args[0]
+        if called in _IMPORTERS and isinstance(first, ast.Constant) and isinstance(first.value, str):
+            return [first.value]
+    return []
+
+
+def _source(name: str, *, required: bool) -> tuple[str, str | None]:
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None) or name
+    try:
+        source = inspect.getsource(module) if module is not None else _source_on_disk(name)
+    except (OSError, TypeError, ValueError, ImportError):
+        source = None
+    if source is None and required:
+        raise OptionsError(f"{name}: there is no source that could be scanned")
+    return file, source
+
+
+def _source_on_disk(name: str) -> str | None:
+    spec = importlib.util.find_spec(name)
+    return spec.loader.get_source(name) if spec is not None and hasattr(spec.loader, "get_source") else None  # type: ignore[union-attr]
+
+
+def _own_modules(name: str) -> list[str]:
+    """Loaded modules of the application that ``name`` leads to; the standard library and compiled packages are not read."""
+    parts = name.split(".")
+    if parts[0] in sys.stdlib_module_names or parts[0] == _OURS:
+        return []
+    prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    return [prefix for prefix in prefixes if prefix in sys.modules]

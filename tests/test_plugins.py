@@ -1,0 +1,324 @@
+"""Plugins on every kind of host: one contract, and what each host adds."""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import linux, nothing_left, write
+
+from pisupervisor import (
+    CallTimeout,
+    ChildTerminated,
+    IsolationContext,
+    IsolationOptions,
+    IsolatorClosed,
+    NullHost,
+    OptionsError,
+    Plugin,
+    PluginResult,
+    ProcessHost,
+    RemoteError,
+    RestartPolicy,
+    ScannedHost,
+    SerializationError,
+)
+from pisupervisor.scan import imports
+
+pytestmark = linux
+
+OPTIONS = IsolationOptions(restart=RestartPolicy(backoff=0.0))
+HOSTS: dict[str, Callable[[], Any]] = {
+    "null": NullHost,
+    "process": lambda: ProcessHost(OPTIONS),
+    "scanned null": lambda: ScannedHost(NullHost(), deny=["ctypes"]),
+    "scanned process": lambda: ScannedHost(ProcessHost(OPTIONS), deny=["ctypes"]),
+}
+
+
+class Adder(Plugin):
+    def __init__(self, n: int = 1) -> None:
+        self.n = n
+
+    def execute(self, context: IsolationContext) -> Any:
+        return self.n + sum(context.arguments)
+
+
+class Changer(Plugin):
+    def execute(self, context: IsolationContext) -> Any:
+        context.properties["old"] += 1
+        context.properties["new"] = {"added": [1, 2]}
+        del context.properties["gone"]
+        context.arguments.append("appended")
+        return None
+
+
+class Talker:
+    """No subclass of Plugin: it has execute, and that is enough."""
+
+    def execute(self, context: IsolationContext) -> str:
+        print("to stdout\n\nafter a blank line")
+        print("to stderr", file=sys.stderr)
+        return "said"
+
+
+class Failing(Plugin):
+    def execute(self, context: IsolationContext) -> Any:
+        context.properties["touched"] = True
+        raise KeyError("what it was looking for")
+
+
+class Falsy(Plugin):
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def execute(self, context: IsolationContext) -> Any:
+        return self.value
+
+
+@pytest.fixture(scope="module", params=HOSTS)
+def host(request: pytest.FixtureRequest) -> Iterator[Any]:
+    with HOSTS[request.param]() as host:
+        yield host
+
+
+# --- the contract --------------------------------------------------------------------------------------------------
+
+
+def test_an_instance_with_its_state(host: Any) -> None:
+    """parity: 59, 60, 62"""
+    result = host.execute_plugin(Adder(5), IsolationContext(arguments=[1, 2]))
+    assert isinstance(result, PluginResult)
+    assert (result.result, result.stdout, result.stderr) == (8, "", "")
+
+
+def test_a_class_is_made_an_instance_of(host: Any) -> None:
+    assert host.execute_plugin(Adder).result == 1
+
+
+def test_changes_of_the_context_are_seen_by_the_caller(host: Any) -> None:
+    """parity: 58"""
+    properties, arguments = {"old": 1, "gone": None}, [0]
+    context = IsolationContext(properties, arguments)
+    result = host.execute_plugin(Changer(), context)
+    assert result.context is context
+    assert (context.properties, context.arguments) == ({"old": 2, "new": {"added": [1, 2]}}, [0, "appended"])
+    assert properties is context.properties
+    assert arguments is context.arguments
+    assert result.result is None
+
+
+def test_the_streams_are_kept_apart_and_whole(host: Any) -> None:
+    """parity: 37"""
+    result = host.execute_plugin(Talker())
+    assert (result.stdout, result.stderr, result.result) == ("to stdout\n\nafter a blank line\n", "to stderr\n", "said")
+    assert host.execute_plugin(Adder()).stdout == ""
+
+
+def test_what_a_plugin_raises(host: Any) -> None:
+    with pytest.raises(RemoteError, match="what it was looking for") as caught:
+        host.execute_plugin(Failing())
+    assert isinstance(caught.value, KeyError)
+    assert "execute" in caught.value.remote_traceback
+    assert host.execute_plugin(Adder()).result == 1
+
+
+@pytest.mark.parametrize("value", [0, False, "", None, [], {}, 0.0, b""])
+def test_falsy_results_arrive(host: Any, value: Any) -> None:
+    """parity: 84"""
+    result = host.execute_plugin(Falsy(value)).result
+    assert (type(result), result) == (type(value), value)
+
+
+class NoPlugin:
+    def run(self) -> None: ...
+
+
+class Unfinished(Plugin):
+    pass
+
+
+class Abstract(Plugin, abc.ABC):
+    def execute(self, context: IsolationContext) -> Any:
+        return self.missing()
+
+    @abc.abstractmethod
+    def missing(self) -> Any: ...
+
+
+class WithData:
+    execute = 3
+
+
+@pytest.mark.parametrize(
+    "wrong", [NoPlugin(), NoPlugin, Unfinished(), Abstract, WithData(), None, 3, "text", lambda: 1]
+)
+def test_what_is_no_plugin(host: Any, wrong: Any) -> None:
+    """parity: 73"""
+    with pytest.raises(OptionsError, match="is no plugin"):
+        host.execute_plugin(wrong)
+
+
+def test_what_is_no_context(host: Any) -> None:
+    with pytest.raises(OptionsError, match="IsolationContext"):
+        host.execute_plugin(Adder(), {"properties": {}})
+
+
+@pytest.mark.parametrize("kind", HOSTS)
+def test_a_closed_host_refuses(kind: str) -> None:
+    host = HOSTS[kind]()
+    host.close()
+    host.close()
+    with pytest.raises(IsolatorClosed):
+        host.execute_plugin(Adder())
+
+
+# --- in a child ----------------------------------------------------------------------------------------------------
+
+
+class Spawner(Plugin):
+    def execute(self, context: IsolationContext) -> int:
+        import os
+
+        os.write(1, b"by descriptor\n")
+        subprocess.run(["echo", "by a subprocess"], check=True)
+        return os.getpid()
+
+
+class Sleeper(Plugin):
+    def execute(self, context: IsolationContext) -> None:
+        time.sleep(1000)
+
+
+class Dier(Plugin):
+    def execute(self, context: IsolationContext) -> None:
+        import os
+
+        os._exit(3)
+
+
+class Unanswerable(Plugin):
+    def execute(self, context: IsolationContext) -> Any:
+        context.properties["object"] = object()
+
+
+def test_a_child_captures_what_c_code_and_subprocesses_write() -> None:
+    """parity: 37"""
+    with ProcessHost() as host:
+        result = host.execute_plugin(Spawner())
+        assert (result.stdout, result.result) == ("by descriptor\nby a subprocess\n", 2)
+
+
+def test_a_child_can_be_killed_and_die() -> None:
+    alone = replace(OPTIONS, log_level="ERROR")  # shares its zygote with no other test's host
+    with nothing_left(), ProcessHost(alone) as host:
+        with pytest.raises(CallTimeout):
+            host.execute_plugin(Sleeper(), timeout=0.2)
+        with pytest.raises(ChildTerminated):
+            host.execute_plugin(Dier())
+        with pytest.raises(SerializationError, match="object"):
+            host.execute_plugin(Unanswerable())
+        assert host.execute_plugin(Adder(2)).result == 2
+
+
+def test_a_failed_plugin_leaves_the_callers_context_alone() -> None:
+    context = IsolationContext({"a": 1})
+    with ProcessHost() as host, pytest.raises(KeyError):
+        host.execute_plugin(Failing(), context)
+    assert context.properties == {"a": 1}
+
+
+def test_nothing_can_be_killed_in_this_process() -> None:
+    with NullHost() as host, pytest.raises(OptionsError, match="timeout"):
+        host.execute_plugin(Adder(), timeout=1.0)
+
+
+# --- scanned -------------------------------------------------------------------------------------------------------
+
+MODULES = {
+    "direct": "import ctypes, json",
+    "member": "from os import path, system",
+    "hidden": "def f():\n    import importlib\n    return importlib.import_module('ctypes.util')",
+    "called": "x = __import__('ctypes')",
+    "helper": "import socket",
+    "through": "import scanned_helper\nfrom scanned_helper import socket",
+    "clean": "import json\nfrom collections import abc",
+}
+
+
+@pytest.fixture
+def scanned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Any]]:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in MODULES.items():
+        write(tmp_path, f"scanned_{name}.py", text + "\nclass P:\n    def execute(self, context):\n        return 42\n")
+    yield lambda name: importlib.import_module(f"scanned_{name}").P()
+    for name in MODULES:
+        sys.modules.pop(f"scanned_{name}", None)
+
+
+@pytest.mark.parametrize(
+    ("name", "deny", "where"),
+    [
+        ("direct", ["ctypes"], "scanned_direct.py:1"),
+        ("member", ["os.system"], "scanned_member.py:1"),
+        ("hidden", ["ctypes"], "scanned_hidden.py:3"),
+        ("called", ["ctypes"], "scanned_called.py:1"),
+        ("through", ["socket"], "scanned_helper.py:1"),
+    ],
+)
+def test_a_denied_import(scanned: Callable[[str], Any], name: str, deny: list[str], where: str) -> None:
+    """parity: 65. Refused before anything runs, and told where."""
+    with ScannedHost(_Refusing(), deny=deny) as host, pytest.raises(OptionsError, match=rf"{where}: .* denied"):
+        host.execute_plugin(scanned(name))
+
+
+def test_all_must_be_allowed(scanned: Callable[[str], Any]) -> None:
+    """parity: 65. One harmless import does not pass for the others."""
+    with ScannedHost(NullHost(), allow=["json", "collections"]) as host:
+        assert host.execute_plugin(scanned("clean")).result == 42
+        with pytest.raises(OptionsError, match="ctypes"):
+            host.execute_plugin(scanned("direct"))
+
+
+def test_allowed_is_not_enough_where_it_is_denied(scanned: Callable[[str], Any]) -> None:
+    host = ScannedHost(NullHost(), allow=["json", "collections"], deny=["collections.abc"])
+    with host, pytest.raises(OptionsError, match=r"collections\.abc"):
+        host.execute_plugin(scanned("clean"))
+
+
+def test_a_plugin_without_a_source() -> None:
+    space: dict[str, Any] = {"__name__": "made_of_nothing"}
+    exec("class P:\n    def execute(self, context): return 1", space)
+    with ScannedHost(NullHost(), deny=["ctypes"]) as host, pytest.raises(OptionsError, match="no source"):
+        host.execute_plugin(space["P"]())
+
+
+def test_closing_closes_the_inner_host() -> None:
+    inner = NullHost()
+    ScannedHost(inner).close()
+    with pytest.raises(IsolatorClosed):
+        inner.execute_plugin(Adder())
+
+
+@pytest.mark.parametrize("wrong", ["ctypes", ["no module"], [3], ["a..b"]])
+def test_lists_of_names_are_checked(wrong: Any) -> None:
+    with pytest.raises(OptionsError):
+        ScannedHost(NullHost(), deny=wrong)
+
+
+def test_relative_imports_have_full_names() -> None:
+    found = imports("from . import a\nfrom ..b import c\nfrom .d import *", "x.py", "top.middle.own")
+    assert [each.module for each in found] == ["top.middle", "top.middle.a", "top.b", "top.b.c", "top.middle.d"]
+
+
+class _Refusing(NullHost):
+    def execute_plugin(self, *_arguments: object, **_keywords: object) -> PluginResult:  # type: ignore[override]
+        raise AssertionError("it was run")
