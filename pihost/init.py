@@ -31,8 +31,8 @@ def run(fds: Fds, payload: int, ready: int, *, lifeline: bool = True) -> None:
         ready_fds = [fd for fd, _events in poll.poll(None if ended is None else 0)]
         if fds.host in ready_fds:  # the lifeline: a pidfd, because a fork of the host would hold a pipe open
             os._exit(0)
-        if stderr in ready_fds:  # also what a payload that has ended wrote last: a pipe holds one read at most
-            tail = _keep(file, tail + os.read(stderr, 1 << 16))
+        if stderr in ready_fds:  # also what a payload that has ended wrote last
+            tail = _keep(file, tail, stderr)
         if ended is not None:
             os.write(fds.status, dump(ended))
             os._exit(0)
@@ -40,11 +40,19 @@ def run(fds: Fds, payload: int, ready: int, *, lifeline: bool = True) -> None:
             os.read(wake, 4096)
 
 
-def _keep(file: int, text: bytes) -> bytes:
-    """The end of stderr, in a file of the host's: it can be read there however this process ends."""
-    os.lseek(file, 0, os.SEEK_SET)
-    os.write(file, text[-STDERR_TAIL:].rjust(STDERR_TAIL, b"\0"))
-    return text[-STDERR_TAIL:]
+def _keep(file: int, tail: bytes, stderr: int) -> bytes:
+    """The end of stderr, in a file of the host's: it can be read there however this process ends. Mapped, because a
+    write would be held to RLIMIT_FSIZE.
+    """
+    import mmap  # only where something is written: most children never do
+
+    try:
+        tail = (tail + os.read(stderr, 1 << 20))[-STDERR_TAIL:]
+        with mmap.mmap(file, STDERR_TAIL) as kept:
+            kept[:] = tail.rjust(STDERR_TAIL, b"\0")
+    except OSError:
+        pass  # the payload was quicker (the pipe does not block), or there is no memory left to keep it in
+    return tail
 
 
 def _wake_on_children() -> int:

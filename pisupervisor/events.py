@@ -8,7 +8,7 @@ is logged, and harms nothing.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from pisupervisor.errors import IsolationError, OptionsError
@@ -25,6 +25,7 @@ class Event:
     isolator_id: int
     pid: int | None
     handled: bool = False
+    crash: int = field(default=0, repr=False)  # which of the isolator's crashes it is about; 0: none
 
 
 @dataclass(kw_only=True)

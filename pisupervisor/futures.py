@@ -30,9 +30,10 @@ class IsolationFuture(Future[Any]):
 
     def cancel(self) -> bool:
         """Take the call back: unsent if it waits, killed if it runs. False when it is already done."""
-        if self.started and not self.done():
+        taken_back = super().cancel()  # first: from here on nobody starts it, and what runs is found below
+        if taken_back:
             self._kill(self)
-        return super().cancel()
+        return taken_back
 
     def result(self, timeout: float | None = None) -> Any:
         """The call's result; raises CallCancelled when it was cancelled, else what the call raised."""

@@ -80,7 +80,11 @@ class ProcessIsolator:
 
         self.options = options
         self.id = next(_ids)
-        self._keeper = Keeper(options, template, self.id, without)
+        try:
+            self._keeper = Keeper(options, template, self.id, without)
+        except BaseException:
+            release(template)
+            raise
         self._session = Session(self._keeper)
         self._packer = Packer(options, self._keeper.present_template)
         self._callbacks = Callbacks(self._packer.value, options.callback_rate)
@@ -380,7 +384,11 @@ class ProcessIsolator:
         often it has run into its limits since.
         """
         child = self._keeper.child
-        return child.applied_now() if child is not None else self._keeper.applied
+        if child is None:
+            return self._keeper.applied
+        from pisupervisor.supervise.metrics import with_counts
+
+        return with_counts(child.applied, child.meter.events())
 
     def resource_usage(self) -> Usage:
         """What the present child and all it started have used so far; nothing where there is no child."""
@@ -391,14 +399,14 @@ class ProcessIsolator:
             from pisupervisor.results import Usage
 
             return Usage()
-        return child.whole_usage()
+        return child.meter.whole_usage()
 
     def pids(self) -> list[int]:
         """Every process of the child, as the host numbers them."""
         self._keeper.check_open()
         self._keeper.notice()
         child = self._keeper.child
-        return child.pids() if child is not None else []
+        return child.meter.pids() if child is not None else []
 
     def set_data(self, name: str, value: Any) -> None:
         """Keep something beside this isolator, in the host; it never reaches the child."""

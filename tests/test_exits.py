@@ -40,7 +40,7 @@ def explain(status: dict[str, Any], events: GroupEvents, ordered: ExitReason | N
         (exited(0, None), OOM, None, ExitReason.EXITED),
         (exited(None, signal.SIGSEGV), OOM, None, ExitReason.SIGNALED),
         (exited(None, signal.SIGSYS), QUIET, None, ExitReason.SECCOMP),
-        (exited(None, signal.SIGXCPU), QUIET, None, ExitReason.CPU_TIME),
+        (exited(None, signal.SIGXCPU), QUIET, None, ExitReason.SIGNALED),
         ({}, QUIET, None, ExitReason.ZYGOTE_GONE),
         (PID_1_KILLED, QUIET, ExitReason.TIMEOUT, ExitReason.TIMEOUT),
         (PID_1_KILLED, QUIET, ExitReason.KILLED, ExitReason.KILLED),
@@ -53,8 +53,11 @@ def test_reasons(status: dict[str, Any], events: GroupEvents, ordered: ExitReaso
 
 
 def test_a_kill_is_cpu_time_where_that_is_limited() -> None:
-    assert explain(KILLED, QUIET, cpu_limited=True).reason is ExitReason.CPU_TIME
-    assert explain(KILLED, OOM, cpu_limited=True).reason is ExitReason.MEMORY, "the counters come first"
+    for status in (KILLED, exited(None, signal.SIGXCPU)):
+        assert explain(status, QUIET, cpu_limit=1.0, cpu_time=1.0).reason is ExitReason.CPU_TIME
+        assert explain(status, QUIET, cpu_limit=1.0, cpu_time=0.1).reason is ExitReason.SIGNALED, "anybody can send one"
+        assert explain(status, QUIET, cpu_time=100.0).reason is ExitReason.SIGNALED
+    assert explain(KILLED, OOM, cpu_limit=1.0, cpu_time=1.0).reason is ExitReason.MEMORY, "the counters come first"
 
 
 def test_how_it_ended_is_told_beside_why() -> None:
@@ -76,7 +79,7 @@ def test_the_groups_account_is_worth_more_than_the_payloads() -> None:
         (explain(exited(None, signal.SIGSEGV), QUIET), "killed by SIGSEGV"),
         (explain(KILLED, OOM), "oom-killed at its memory limit: the kernel killed 2 process(es)"),
         (explain(exited(None, signal.SIGSYS), QUIET), "killed by seccomp (SIGSYS)"),
-        (explain(exited(None, signal.SIGXCPU), QUIET), "cpu time"),
+        (explain(exited(None, signal.SIGXCPU), QUIET, cpu_limit=0.25), "cpu time"),
         (explain({}, QUIET), "zygote is gone"),
         (explain(KILLED, QUIET, ExitReason.TIMEOUT, message="after 2 s"), "killed at its deadline: after 2 s"),
     ],

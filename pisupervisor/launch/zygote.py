@@ -44,11 +44,11 @@ class Zygote:
         _ensure_compiled()
         self.owner = os.getpid()
         self._confirmed = False
-        host = os.pidfd_open(self.owner)
         ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
         self._lifeline, lifeline_theirs = _socket.socketpair(
             _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
         )
+        host = os.pidfd_open(self.owner)
         try:
             self.pid = _spawn(python, theirs.fileno(), host, lifeline_theirs.fileno())
             self.pidfd = os.pidfd_open(self.pid)
@@ -125,7 +125,7 @@ class Zygote:
         if pidfd < 0:
             return
         if os.getpid() == self.owner:
-            end_process(self.pid, pidfd, _END_GRACE)
+            end_process(pidfd, _END_GRACE)
         os.close(pidfd)
 
 
@@ -145,13 +145,13 @@ def failure(message: dict[str, Any]) -> LaunchError:
     )
 
 
-def end_process(pid: int, pidfd: int, grace: float) -> None:
+def end_process(pidfd: int, grace: float) -> None:
     """Wait for a child process of ours to end, kill it after ``grace`` seconds, reap it if nobody else did."""
     if not has_ended(pidfd, grace):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
         has_ended(pidfd, _GRACE)
     try:
-        os.waitpid(pid, os.WNOHANG)
+        os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)  # by number it might be another child by now
     except ChildProcessError:
         pass  # the application ignores SIGCHLD or reaps everything: the status is not ours to have
 

@@ -32,14 +32,14 @@ class Freezer(Protocol):
         """They are dead: give back what was made."""
 
 
-def make_freezer(host: CgroupHost, name: str, init_pid: int, pids: Callable[[], list[int]]) -> Freezer:
-    """``init_pid`` is PID 1 of the sandbox, ``pids`` tells all of its processes."""
+def make_freezer(host: CgroupHost, name: str, pids: Callable[[], list[int]]) -> Freezer:
+    """``pids`` tells all that is to stop. PID 1 of the sandbox is not among them: it holds the lifeline, and reaps."""
     if host.unified is not None:
         try:
             return V2Freezer(directories.make(host.unified, name), pids)
         except OSError:
             pass  # not ours to use: SIGSTOP needs no rights but those over our own children
-    return SignalFreezer(init_pid, pids)
+    return SignalFreezer(pids)
 
 
 class V2Freezer:
@@ -90,25 +90,26 @@ class V2Freezer:
 
 
 class SignalFreezer:
-    """SIGSTOP for all but PID 1, which holds the lifeline and must go on."""
+    """SIGSTOP. Processes may continue each other: done is what a whole look finds done."""
 
-    def __init__(self, init_pid: int, pids: Callable[[], list[int]]) -> None:
-        self._init_pid, self._pids = init_pid, pids
-        self._stopped: set[int] = set()
+    def __init__(self, pids: Callable[[], list[int]]) -> None:
+        self._pids = pids
 
     def pause(self) -> None:
         for _ in range(_ROUNDS):
-            running = set(self._pids()) - self._stopped - {self._init_pid}
+            pids = self._pids()
+            running = [pid for pid in pids if _state(pid) not in ("T", "t", "Z", "X", "")]
             if not running:
-                return
+                if pids == self._pids():
+                    return
+                continue
             self._signal(running, signal.SIGSTOP)
-            self._stopped |= running
+            time.sleep(_POLL)
         self.resume()
-        raise IsolationError("cannot pause: processes appear faster than they can be stopped")
+        raise IsolationError("cannot pause: its processes fork or continue each other faster than they can be stopped")
 
     def resume(self) -> None:
-        stopped, self._stopped = self._stopped, set()
-        self._signal(stopped, signal.SIGCONT)
+        self._signal(self._pids(), signal.SIGCONT)
 
     def _signal(self, pids: Iterable[int], number: int) -> None:
         for pid in pids:
@@ -125,4 +126,11 @@ class SignalFreezer:
                 os.close(pidfd)
 
     def remove(self) -> None:
-        self._stopped.clear()
+        pass  # nothing was made
+
+
+def _state(pid: int) -> str:
+    try:
+        return directories.read(f"/proc/{pid}/stat").rpartition(b") ")[2][:1].decode()
+    except OSError:
+        return ""

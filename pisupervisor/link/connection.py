@@ -13,6 +13,7 @@ from pisupervisor.errors import IsolationError, ProtocolError
 from pisupervisor.records import NamedTuple
 
 _READ = 1 << 16
+_LOOK_AROUND = 1.0  # seconds without a word
 _FRAME_TIME = 10.0  # seconds that a child may take from the first byte of a frame to its last
 
 
@@ -48,9 +49,14 @@ class Connection:
     """
 
     def __init__(
-        self, link: _socket.socket, largest: int, stdio: tuple[int, ...] = (), answer: Answerer | None = None
-    ) -> None:
+        self, link: _socket.socket, largest: int, stdio: tuple[int, ...] = (), answer: Answerer | None = None,
+        is_over: Callable[[], bool] | None = None,
+    ) -> None:  # fmt: skip
         self.link = link
+        self._is_over = is_over or _never
+        # A fork of the application made while the link was made holds the other end: then it never closes, and whoever
+        # waits must look around now and then. By the kernel's timer, because poll before each recv would cost 1 us.
+        link.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, struct.pack("ll", int(_LOOK_AROUND), 0))
         self._answer = answer  # for what the child asks while it works on a call: kind and body in, body out
         self._outputs: list[_Output] = []  # of the calls under way that are captured, the innermost last
         self.released: list[int] = []  # objects that nobody holds any more
@@ -88,7 +94,6 @@ class Connection:
 
         Raises LinkClosed, DeadlinePassed (the child is then in an unknown state: kill it) or ProtocolError (likewise).
         """
-        self.written = (b"", b"", False)
         self._release(deadline)
         if output is None:
             self.restore_stdio(deadline)
@@ -175,20 +180,35 @@ class Connection:
         return header
 
     def _read_more(self, missing: int, until: float | None, deadline: float | None, captured: _Output | None) -> None:
-        if captured is not None:
-            captured.wait_for(self.link, until)
-        try:
-            self._set_timeout(until)
-            data = self.link.recv(max(_READ, min(missing, wire.MAX_FRAME)))  # plain recv: the kernel drops any fds
-        except TimeoutError:
-            if deadline is not None and time.monotonic() >= deadline:
-                raise DeadlinePassed from None
-            raise ProtocolError(f"a frame that was not whole after {_FRAME_TIME:g} s") from None
-        except OSError as error:
-            raise LinkClosed from error
-        if not data:
+        size = max(_READ, min(missing, wire.MAX_FRAME))
+        while True:
+            sliced = None
+            if until is not None or captured is not None:
+                sliced = min(until or float("inf"), time.monotonic() + _LOOK_AROUND)
+            try:
+                if captured is not None:
+                    captured.wait_for(self.link, sliced)
+                self._set_timeout(sliced)
+                data = self.link.recv(size)  # plain recv: the kernel drops any fds
+            except (TimeoutError, BlockingIOError):
+                self._look_around(until, deadline)
+                continue
+            except OSError as error:
+                raise LinkClosed from error
+            if not data:
+                raise LinkClosed
+            self._pending += data
+            return
+
+    def _look_around(self, until: float | None, deadline: float | None) -> None:
+        """Nothing came for a while. Raises where that means something."""
+        now = time.monotonic()
+        if deadline is not None and now >= deadline:
+            raise DeadlinePassed
+        if until is not None and now >= until:
+            raise ProtocolError(f"a frame that was not whole after {_FRAME_TIME:g} s")
+        if self._is_over():
             raise LinkClosed
-        self._pending += data
 
     def _set_timeout(self, until: float | None) -> None:
         left = None if until is None else until - time.monotonic()
@@ -196,6 +216,10 @@ class Connection:
             raise TimeoutError
         if self.link.gettimeout() != left:
             self.link.settimeout(left)
+
+
+def _never() -> bool:
+    return False
 
 
 class _Output:
@@ -244,6 +268,8 @@ class _Output:
                 raise LinkClosed
             self.poll.register(self._link, select.POLLIN)
         while True:
+            if link.fileno() != self._link:
+                raise LinkClosed  # by another thread; the number may be somebody else's by now
             left = None if until is None else max(0.0, (until - time.monotonic()) * 1000)
             ready = {fd for fd, _event in self.poll.poll(left)}
             for fd in ready & self._open:

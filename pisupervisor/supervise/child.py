@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _signal as signal  # signal and socket import enum for names that nobody needs here: 5 ms of a start
 import _socket as socket
+import itertools
 import os
 import select
 import struct
@@ -11,10 +12,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from errno import EMFILE
 from functools import partial
 
 from pihost import wire
-from pisupervisor.errors import LaunchError
+from pisupervisor.errors import IsolationError, LaunchError
 from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
 from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
@@ -22,8 +24,7 @@ from pisupervisor.limits import cgroups, rlimits
 from pisupervisor.limits.freezer import Freezer, make_freezer
 from pisupervisor.link import jsontext
 from pisupervisor.options import IsolationOptions
-from pisupervisor.records import replace
-from pisupervisor.results import Applied, ExitInfo, ExitReason, Usage
+from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import metrics
 from pisupervisor.supervise.exits import explain_exit, limits_matter
 from pisupervisor.supervise.output import Line, OutputPipes, StderrTail
@@ -36,7 +37,7 @@ _CREDENTIALS = struct.Struct("3i")
 _END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 _LAUNCH_GRACE = 0.2  # the same for a launch that failed: a zygote that hangs must not hold the caller as well
 _SPIN = 0.02
-_LOOK_EVERY = 0.01
+_REPORT_GRACE = 0.2  # seconds for a zygote to say how PID 1 ended; measured: 0.1 ms
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 
 
@@ -60,26 +61,17 @@ class Child:
         self._lock = threading.Lock()
         self._outer_id: int | None = None
         self._group: cgroups.ChildGroup | None = None
+        self.meter = metrics.Meter()
         self._freezer: Freezer | None = None
+        self._pausing = threading.Lock()  # taken before _lock, never after
         self._output: OutputPipes | StderrTail
         self.link: socket.socket
         self.status: socket.socket
         self._farewell = ""
-        self._before, self._looked = (
-            cgroups.GroupEvents(),
-            0.0,
-        )  # counters at the beginning of a call, and when that was
         self._asked = False  # whether the zygote was given the plan
         self._cleanup: list[Callable[[], object]] = []
 
     # --- launch -----------------------------------------------------------------------------------------------
-
-    def launch(self, deadline: float | None, without: tuple[str, ...] = ()) -> None:
-        """Start it and wait until every wall is up and read back. Raises LaunchError or FeatureUnavailable; then
-        nothing is left behind.
-        """
-        self.request(without)
-        self.complete(deadline)
 
     def request(self, without: tuple[str, ...] = ()) -> None:
         """The first half: make the group, hand the plan to the zygote, do not wait."""
@@ -92,6 +84,7 @@ class Child:
         with self._undone_on_failure():
             self._await_ready(self._zygote, deadline)
             readings = attest.read(self.pid, self.template.host_links)
+            self.meter.open(self._group, self.pid, self.init_pid)
             groups = self._group.read_back() if self._group is not None else {}
             filtered = bool(self.template.plan.seccomp)
             self.applied = attest.verify(
@@ -103,6 +96,10 @@ class Child:
     def _undone_on_failure(self) -> Iterator[None]:
         try:
             yield
+        except OSError as error:  # of our own calls, most often for want of descriptors
+            self.discard("its launch failed", _LAUNCH_GRACE)
+            remedy = "raise ulimit -n, or close isolators" if error.errno == EMFILE else None
+            raise LaunchError(str(error), step="launch", errno=error.errno, remedy=remedy) from error
         except BaseException:
             self.discard("its launch failed", _LAUNCH_GRACE)
             raise
@@ -181,6 +178,8 @@ class Child:
         while not self.pid or self.init_pidfd < 0:
             left = deadline_left(deadline)
             ready = {fd for fd, _event in poll.poll(None if left is None else left * 1000)}
+            if self._ordered is not None:
+                raise LaunchError(self._ordered[1], step="stopped")
             if not ready:
                 remedy = "raise start_timeout, or look at what the machine is busy with"
                 message = f"no answer within start_timeout={self.options.start_timeout} s"
@@ -232,6 +231,8 @@ class Child:
         with self._lock:
             if self.exit_info is not None:
                 return True
+            if timeout == 0 or self.init_pidfd < 0:
+                return self.init_pidfd >= 0 and has_ended(self.init_pidfd)
             fd = os.dup(self.init_pidfd)  # another thread may take the account, and close ours, while this one waits
         try:
             poll = select.poll()
@@ -257,6 +258,8 @@ class Child:
                 self._ordered = (reason, message)
             if self.init_pidfd >= 0:
                 _send_kill(self.init_pidfd)
+            elif self._asked:
+                self.link.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it to be ready
 
     def order(self, reason: ExitReason, message: str) -> None:
         """The same account, for an end that is only asked for: by a signal that the child may heed."""
@@ -286,7 +289,8 @@ class Child:
         with self._lock:
             if self.exit_info is None:
                 self.exit_info = self._account(timeout, in_call, truncated)
-            return self.exit_info
+        self._remove_freezer()
+        return self.exit_info
 
     def _account(self, timeout: float, in_call: bool, truncated: bool) -> ExitInfo:
         deadline = time.monotonic() + timeout
@@ -305,24 +309,27 @@ class Child:
             if not self._group.remove():
                 self._group.kill(max(0.0, deadline - time.monotonic()))
                 self._group.remove()
-        if self._freezer is not None:
-            self._freezer.remove()
         self.last_events = events
         self.last_lines = self.pipes.finish() if self.pipes is not None else []
         tail = self._output.tail() if self._asked else ""
-        for step in reversed(self._cleanup):
-            step()
+        while self._cleanup:
+            self._cleanup.pop()()  # off the list first: whatever interrupts us, nothing is closed twice
         ordered, message = self._ordered or (None, self._farewell)
         return explain_exit(
-            self._status, events.since(self._before), ordered, duration=time.monotonic() - self.started, cpu_time=used.cpu_time,
-            peak_memory=used.peak_memory, message=message, cpu_limited=self.options.limits.cpu_time is not None,
+            self._status, events.since(self.meter.before), ordered, duration=time.monotonic() - self.started,
+            cpu_time=used.cpu_time, peak_memory=used.peak_memory, message=message, cpu_limit=self.options.limits.cpu_time,
             in_call=in_call, truncated=truncated, stderr_tail=tail,
         )  # fmt: skip
 
     def _drain_status(self, deadline: float) -> None:
-        """Read the reports until the zygote says ``gone``, or is gone itself."""
+        """Read the reports until the zygote says ``gone``, or is gone itself. A stopped one says nothing of a death that
+        everybody else can see: it is not waited for.
+        """
         while "gone" not in self._status:
-            self.status.settimeout(max(_SPIN, deadline - time.monotonic()))
+            if self.init_pidfd >= 0 and has_ended(self.init_pidfd):
+                deadline = min(deadline, time.monotonic() + _REPORT_GRACE)
+            if not self._await_report(deadline):
+                return
             try:
                 data = self.status.recv(65536)
             except OSError:
@@ -333,6 +340,14 @@ class Child:
                 self._status.update(jsontext.load(data))
             except ValueError:
                 return
+
+    def _await_report(self, deadline: float) -> bool:
+        poll = select.poll()
+        poll.register(self.status, select.POLLIN)
+        watched = self.init_pidfd
+        if watched >= 0 and not has_ended(watched):
+            poll.register(watched, select.POLLIN)
+        return bool(poll.poll(max(_SPIN, deadline - time.monotonic()) * 1000))
 
     def _abandon_launch(self, deadline: float) -> None:
         """A launch that failed half-way: learn of PID 1 if there is one yet, kill it, wait for its end."""
@@ -349,51 +364,27 @@ class Child:
                 os.close(fds[0])
             self._status.update(jsontext.load(data))
 
-    def begin_call(self) -> None:
-        """Limits that were reached before a call do not explain its end. Quick calls look every 10 ms only."""
-        now = time.monotonic()
-        if self._group is not None and now - self._looked > _LOOK_EVERY:
-            self._before, self._looked = self._group.refusals(), now
-
     # --- pause ------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Freeze every process. Raises IsolationError."""
-        if self._freezer is None:
-            self._freezer = make_freezer(self.template.features.cgroups, _next_name(), self.init_pid, self.pids)
-        self._freezer.pause()
+        """Freeze every process but PID 1. Raises IsolationError, also for a child that is dead."""
+        with self._pausing:
+            if self.ended:
+                raise IsolationError("there is nothing to pause: the child has ended")
+            if self._freezer is None:
+                self._freezer = make_freezer(self.template.features.cgroups, _next_name(), self.meter.frozen_pids)
+            self._freezer.pause()
 
     def resume(self) -> None:
-        if self._freezer is not None:
-            self._freezer.resume()
+        with self._pausing:
+            if self._freezer is not None:
+                self._freezer.resume()
 
-    # --- accounting -------------------------------------------------------------------------------------------
-
-    def usage(self) -> Usage:
-        """What the child's group has used so far; from /proc where no cgroup counts. Cheap: it is read around calls."""
-        if self._group is not None:
-            used = self._group.usage()
-            if used.cpu_time is not None or used.peak_memory is not None:
-                return Usage(cpu_time=used.cpu_time, peak_memory=used.peak_memory)
-        return metrics.usage_from_proc(self.pid)
-
-    def whole_usage(self) -> Usage:
-        """Everything that can be counted. Costs a look at each process."""
-        group = self._group.usage() if self._group is not None else cgroups.GroupUsage()
-        return metrics.whole_usage(group, metrics.usage_from_proc(self.pid), self.pids())
-
-    def pids(self) -> list[int]:
-        """Everything that runs in the child, as this process numbers it, PID 1 of the sandbox included."""
-        return (self._group.pids() if self._group is not None else []) or metrics.tree(self.init_pid)
-
-    def applied_now(self) -> dict[str, Applied]:
-        """``applied``, with how often each limit was reached by now."""
-        events = self.last_events if self.exit_info is not None else self.events()
-        counts = {"memory": events.oom_kills, "pids": events.pids_max, "cpus": events.throttled}
-        return {name: replace(entry, reached=counts.get(name, 0)) for name, entry in self.applied.items()}
-
-    def events(self) -> cgroups.GroupEvents:
-        return self._group.events() if self._group is not None else cgroups.GroupEvents()
+    def _remove_freezer(self) -> None:
+        with self._pausing:
+            freezer, self._freezer = self._freezer, None
+            if freezer is not None:
+                freezer.remove()
 
 
 def _receive_report(status: socket.socket) -> tuple[bytes, list[int]]:
@@ -410,13 +401,9 @@ def _send_kill(pidfd: int) -> None:
         pass
 
 
-_name_lock = threading.Lock()
-_name_count = 0
+_numbers = itertools.count(1)
 
 
 def _next_name() -> str:
     """A group name of this process: owner pid, its start time, a number. Sweeping reads the owner from it."""
-    global _name_count
-    with _name_lock:
-        _name_count += 1
-        return cgroups.group_name(_name_count)
+    return cgroups.group_name(next(_numbers))

@@ -1,10 +1,15 @@
-"""Where an application's handlers run: one thread for each isolator that has any, never in the way of a call."""
+"""Where an application's handlers run: one thread for each isolator that has any, never in the way of a call.
+
+Lines are read only while no handler runs and no other event waits, and so many in a second: a child that writes faster
+waits, and costs its host no more than that.
+"""
 
 from __future__ import annotations
 
 import select
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +19,7 @@ from pisupervisor.supervise.output import Line, OutputPipes
 from pisupervisor.supervise.wake import Wake
 
 _FAREWELL = 5.0  # seconds that close() gives the handlers to see the last events
+_LINES_PER_SECOND = 20_000  # a line costs its host some 5 us: at most a tenth of a core
 
 
 class Dispatcher:
@@ -25,11 +31,17 @@ class Dispatcher:
         self._settle = settle
         self._queue: deque[Event] = deque()
         self._outputs: dict[OutputPipes, int] = {}  # pipes -> the child's pid
+        self._quiet_until = 0.0  # no line is read before
         self._loop = _running_loop()
-        self._wake = Wake()
         self._closing = threading.Event()
+        self._given_up = False
+        self._wake = Wake()
         self._thread = threading.Thread(target=self._run, name=f"pisupervisor-events-{isolator_id}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._wake.close()
+            raise
 
     def emit(self, event: Event) -> None:
         """Queue it for its handler. Never waits."""
@@ -50,12 +62,16 @@ class Dispatcher:
         for line in last:
             self.emit(self._event(line, pid))
 
+    def is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
     def close(self) -> None:
-        """End the thread when it has told all, which a handler that hangs may put off for ever: that is not waited for."""
+        """End the thread when it has told all. Handlers that take too long for that are told no more."""
         self._closing.set()
         self._wake.ring()
-        if threading.current_thread() is not self._thread:
+        if not self.is_own_thread():
             self._thread.join(_FAREWELL)
+            self._given_up = True
 
     def _event(self, line: Line, pid: int | None) -> Event:
         kind = OutputLine if line.stream == "stdout" else ErrorLine
@@ -65,7 +81,7 @@ class Dispatcher:
 
     def _run(self) -> None:
         try:
-            while self._queue or not self._closing.is_set():
+            while not self._given_up and (self._queue or not self._closing.is_set()):
                 if self._queue:
                     self._handle(self._queue.popleft())
                 else:
@@ -74,29 +90,28 @@ class Dispatcher:
             self._wake.close()
 
     def _wait(self) -> None:
-        """For the next event or line. Lines are read only while no handler runs: that is what slows a flood down."""
+        """For the next event or line."""
+        quiet = self._quiet_until - time.monotonic()
+        outputs = dict(self._outputs) if quiet <= 0 else {}
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        outputs = dict(self._outputs)
         for output in outputs:
             for fd in output.readers():
                 poll.register(fd, select.POLLIN)
-        for fd, _events in poll.poll():
-            if fd == self._wake.fileno():
-                self._wake.clear()
-        for output, pid in outputs.items():
-            for line in output.read():
-                self._handle(self._event(line, pid))
+        ready = poll.poll(None if quiet <= 0 else quiet * 1000)
+        if self._wake.fileno() in [fd for fd, _events in ready]:
+            self._wake.clear()
+        lines = [self._event(line, pid) for output, pid in outputs.items() for line in output.read()]
+        self._queue.extend(line for line in lines if line.kind in self.wanted)
+        self._quiet_until = time.monotonic() + len(lines) / _LINES_PER_SECOND
 
     def _handle(self, event: Event) -> None:
-        handler = getattr(self.events, event.kind)
-        if handler is not None:
-            try:
-                self._call(handler, event)
-            except Exception:
-                import logging
+        try:
+            self._call(getattr(self.events, event.kind), event)
+        except BaseException:  # sys.exit() in a handler too: the next event has a handler of its own
+            import logging
 
-                logging.getLogger("pisupervisor").exception("the handler of the event %r raised", event.kind)
+            logging.getLogger("pisupervisor").exception("the handler of the event %r raised", event.kind)
         self._settle(event)
 
     def _call(self, handler: Callable[[Event], object], event: Event) -> None:
@@ -111,11 +126,11 @@ class Dispatcher:
         async def wait() -> object:
             return await awaitable
 
-        if self._loop is None or self._loop.is_closed():
+        if self._loop is None or not self._loop.is_running():
             asyncio.run(wait())
             return
         future = asyncio.run_coroutine_threadsafe(wait(), self._loop)
-        while not future.done() and not self._closing.is_set():
+        while not future.done() and not self._closing.is_set() and self._loop.is_running():
             try:
                 future.exception(0.05)
             except TimeoutError:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def explain_exit(
     status: dict[str, Any], events: GroupEvents, ordered: ExitReason | None, *, duration: float,
-    cpu_time: float | None = None, peak_memory: int | None = None, message: str = "", cpu_limited: bool = False,
+    cpu_time: float | None = None, peak_memory: int | None = None, message: str = "", cpu_limit: float | None = None,
     in_call: bool = False, truncated: bool = False, stderr_tail: str = "",
 ) -> ExitInfo:  # fmt: skip
     """``status`` is what the zygote and PID 1 reported: ``exited`` [code, signal] and ``gone`` [si_code, si_status];
@@ -27,22 +27,28 @@ def explain_exit(
     code, number = status.get("exited") or (None, None)
     if code is None and number is None:
         number = int(signal.SIGKILL) if status.get("gone") else None
-    own = ordered or _own_reason(number, zygote_spoke=bool(status), cpu_limited=cpu_limited)
+    used_cpu = cpu_time if cpu_time is not None else status.get("cpu")
+    own = ordered or _own_reason(number, zygote_spoke=bool(status), cpu_spent=_spent(used_cpu, cpu_limit))
     limit = _reached_limit(ordered, number, events, in_call=in_call and bool(status), truncated=truncated)
     words = _limit_words(limit, events)
     return ExitInfo(
         exit_code=code, signal=number, reason=limit or own, message="; ".join(part for part in (words, message) if part),
-        cpu_time=cpu_time if cpu_time is not None else status.get("cpu"), peak_memory=peak_memory, duration=duration,
+        cpu_time=used_cpu, peak_memory=peak_memory, duration=duration,
         stderr_tail=stderr_tail, ordered=ordered in (ExitReason.TIMEOUT, ExitReason.KILLED),
     )  # fmt: skip
 
 
-def _own_reason(number: int | None, *, zygote_spoke: bool, cpu_limited: bool) -> ExitReason:
+def _spent(used: float | None, limit: float | None) -> bool:
+    """Whether a SIGXCPU or SIGKILL can be the kernel's for CPU time: anybody can send one. It counts in ticks of 10 ms."""
+    return limit is not None and (used is None or used >= 0.9 * limit)
+
+
+def _own_reason(number: int | None, *, zygote_spoke: bool, cpu_spent: bool) -> ExitReason:
     if not zygote_spoke:
         return ExitReason.ZYGOTE_GONE
     if number == signal.SIGSYS:
         return ExitReason.SECCOMP
-    if number == signal.SIGXCPU or (cpu_limited and number == signal.SIGKILL):
+    if cpu_spent and number in (signal.SIGXCPU, signal.SIGKILL):
         return ExitReason.CPU_TIME
     return ExitReason.EXITED if number is None else ExitReason.SIGNALED
 

@@ -7,7 +7,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, RestartLimitReached
 from pisupervisor.launch.templates import Template, release
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
     from pisupervisor.supervise.lifecycle import Event, State
 
 _DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
+_LIVED_ON = "it closed its link and lived on"
 _SOON = 0.05
+_SETTLING = 1.0  # seconds for a handler to say that a crash is handled, before it is one too many
 _NEVER = float("inf")
 
 
@@ -48,14 +51,22 @@ class Keeper:
         self.in_call = False
         self.idle_since = time.monotonic()
         self.turn = threading.Lock()
-        self.lock = threading.Lock()  # held for a change of state
+        self.lock = threading.RLock()  # held for a change of state
+        self.changed = threading.Condition(self.lock)  # of the state, or of what somebody wants
         self.closed = threading.Event()
-        self.overtaken = threading.Event()  # a stop ends the wait before a restart
+        self.stops = 0  # how often a stop was asked for: a launch or a wait that began before is overtaken
+        self.launching: Child | None = None
         self._template: Template | None = template
         self._crashes = restart.Crashes(options.restart)
         self._crashed = False  # whether the last child died of itself
+        self._unsettled: set[int] = set()  # crashes whose handlers have not returned yet
         self.teller = Teller(options, isolator_id, self._settle)
-        self._watch = watch.Watch(self) if watch.is_needed(options) else None
+        self._watch: watch.Watch | None = None
+        try:
+            self._watch = watch.Watch(self) if watch.is_needed(options) else None
+        except BaseException:
+            self.teller.close()
+            raise
 
     @property
     def template(self) -> Template:
@@ -82,6 +93,7 @@ class Keeper:
     def enter_locked(self, event: Event) -> None:
         if not self.closed.is_set():
             self.state = next_state(self.state, event)
+            self.changed.notify_all()
 
     # --- launch -----------------------------------------------------------------------------------------------
 
@@ -89,19 +101,17 @@ class Keeper:
         """Launch a child, or take the spare one, and let it begin. The state is "starting"."""
         limit = self.options.start_timeout
         until = min(deadline or _NEVER, _NEVER if limit is None else time.monotonic() + limit)
-        child = None
+        stops, child = self.stops, None
         try:
             child = self._launch(None if until == _NEVER else until)
-            connection = Connection(child.link, int(self.options.limits.result), child.stdio(), self.answer)
-            self._begin(connection, None if until == _NEVER else until)
+            connection = Connection(
+                child.link, int(self.options.limits.result), child.stdio(), self.answer, partial(child.wait, 0)
+            )
+            self._begin(child, connection, None if until == _NEVER else until)
+            self._adopt(child, connection, stops)
         except BaseException as error:
-            self.enter("launch_failed")
-            if child is not None:
-                child.discard("on_start failed")
-            if isinstance(error, IsolationError):
-                self.teller.tell("StartFailed", child.pid if child is not None else None, error=error)
+            self._start_failed(child, error, stops)
             raise
-        self._adopt(child, connection)
         if self.options.debug:
             line = (
                 f"pisupervisor: child {child.pid} is stopped before user code; debug it, then: kill -CONT {child.pid}\n"
@@ -114,12 +124,35 @@ class Keeper:
         child = None if self.without else spare.take(template, self.options, deadline)
         if child is None:
             child = Child(self.options, template)
+            with self.lock:
+                self.launching = child
             child.request(self.without)
             _import_call_path()
             child.complete(deadline)
+        else:
+            with self.lock:
+                self.launching = child
         return child
 
-    def _begin(self, connection: Connection, deadline: float | None) -> None:
+    def _start_failed(self, child: Child | None, error: BaseException, stops: int) -> None:
+        """Nothing is left of the launch. Raises IsolatorClosed where it was stopped: that came first."""
+        if child is not None:
+            child.discard("its launch failed")
+        with self.lock:
+            self.launching = None
+            overtaken = self.stops != stops or self.closed.is_set() or getattr(error, "step", "") == "stopped"
+            crash = 0
+            if isinstance(error, IsolationError) and self.last_exit is not None and not overtaken:
+                crash = self._add_crash()
+            due = self.options.restart.mode != "never" or self.state != "starting"
+            self.enter_locked("launch_failed" if due else "ended")
+        if overtaken:
+            self.check_open()
+            raise IsolatorClosed("the isolator was stopped while a child was being started") from error
+        if isinstance(error, IsolationError):
+            self.teller.tell("StartFailed", child.pid if child is not None else None, error=error, crash=crash)
+
+    def _begin(self, child: Child, connection: Connection, deadline: float | None) -> None:
         """``on_start`` in the new child. What it raises there is a failed launch."""
         if self.on_start is None:
             return
@@ -131,48 +164,69 @@ class Keeper:
         except DeadlinePassed:
             raise LaunchError("on_start was not over at start_timeout", step="on_start") from None
         except LinkClosed:
-            raise LaunchError("the child died in on_start", step="on_start") from None
+            if not child.wait(_DEATH_GRACE):
+                child.kill(ExitReason.PROTOCOL, _LIVED_ON)
+            died = f"the child died in on_start: {child.finish(in_call=True).describe()}"
+            raise LaunchError(died, step="on_start") from None
         except IsolationError as error:
             raise LaunchError(str(error), step="on_start") from error
 
-    def _adopt(self, child: Child, connection: Connection) -> None:
+    def _adopt(self, child: Child, connection: Connection, stops: int) -> None:
         self.teller.started(child)
         with self.lock:
-            closed = self.closed.is_set()  # by another thread, while this one launched
-            if not closed:
+            refused = self.closed.is_set() or self.stops != stops  # by another thread, while this one launched
+            if not refused:
                 self.connection, self.child, self.applied = connection, child, child.applied
-                self.idle_since = time.monotonic()
+                self.launching, self.idle_since = None, time.monotonic()
                 self.enter_locked("launched")
-        if closed:
-            child.discard("the isolator was closed")
-            self.teller.ended(child, crashed=False)
-            raise IsolatorClosed("this isolator is closed")
+        if refused:
+            child.discard("the isolator was stopped")
+            self.teller.ended(child)
+            raise IsolatorClosed("the isolator was stopped while a child was being started")
         self._wake_watch()
 
     # --- restart ----------------------------------------------------------------------------------------------
 
-    def ready_child(self, deadline: float | None) -> tuple[Child, Connection]:
+    def ready_child(self, deadline: float | None, wanted: Callable[[], bool]) -> tuple[Child, Connection]:
         """The child for the next call, started anew where the last one has died. Called with the turn held."""
         child = self.child
         if child is not None and child.ended:
             self.bury(child)
         if self.child is None:
-            self.replace(deadline)
+            self.replace(deadline, wanted)
         child, connection = self.child, self.connection
         if child is None or connection is None:
             self.check_open()
             raise IsolatorClosed("the isolator was stopped before the call began")
         return child, connection
 
-    def replace(self, deadline: float | None) -> None:
-        """Another child for the one that has died, if and when the policy says so. Called with the turn held."""
+    def replace(self, deadline: float | None, wanted: Callable[[], bool] | None = None) -> None:
+        """Another child for the one that has died, if and when the policy says so. Called with the turn held; ``wanted``
+        says whether the caller still waits for it.
+        """
+        stops = self.stops
         delay = self._delay()
         if deadline is not None and time.monotonic() + delay > deadline:
             raise CallTimeout(f"the child crashed, and the next one starts in {delay:.1f} s, after the deadline")
-        self.overtaken.clear()
-        if self.closed.is_set() or self.overtaken.wait(delay):
-            raise IsolatorClosed("the isolator was stopped while a restart was waited for")
+        if self._crashed or self.last_exit is None:
+            self.teller.tell(
+                "RestartAttempt", self.last_pid, attempt=len(self._crashes), max_restarts=self.options.restart.max_restarts,
+                delay=delay, exit_info=self.last_exit,
+            )  # fmt: skip
+        self._wait_out(delay, stops, wanted)
         self.start_another(deadline)
+
+    def _wait_out(self, delay: float, stops: int, wanted: Callable[[], bool] | None) -> None:
+        ends = time.monotonic() + delay
+        with self.lock:
+            while True:
+                if self.closed.is_set() or self.stops != stops:
+                    raise IsolatorClosed("the isolator was stopped while a restart was waited for")
+                if wanted is not None and not wanted():
+                    raise IsolatorClosed("the call was cancelled before it ran")
+                if (left := ends - time.monotonic()) <= 0:
+                    return
+                self.changed.wait(left)
 
     def start_another(self, deadline: float | None = None) -> None:
         """Launch the next child, now. A launch that fails counts as a crash."""
@@ -180,8 +234,6 @@ class Keeper:
         try:
             self.start(deadline)
         except LaunchError as error:
-            with self.lock:
-                self._crashes.add(time.monotonic())
             if deadline is not None and error.step == "start_timeout" and time.monotonic() >= deadline:
                 raise CallTimeout("the deadline passed while another child was being started") from error
             raise
@@ -195,16 +247,15 @@ class Keeper:
         if info is not None and not restart.permits(policy, info, crashed=self._crashed):
             raise IsolatorClosed(f"the child {info.describe()}, and restart mode {policy.mode!r} starts no other")
         with self.lock:
-            count = len(self._crashes.times)
             delay = None if self.state == "failed" else self._crashes.delay(time.monotonic())
+            if delay is None and self.state != "failed" and not self.teller.is_telling():
+                self.changed.wait_for(lambda: not self._unsettled, _SETTLING)
+                delay = self._crashes.delay(time.monotonic())
+            count = len(self._crashes)
         if delay is None:
             self._give_up(count)
             last = info.describe() if info is not None else "its launch failed"
             raise RestartLimitReached(f"{count} crashes within {policy.within:g} s; the last: {last}")
-        if self._crashed or self.last_exit is None:
-            self.teller.tell(
-                "RestartAttempt", self.last_pid, attempt=count, max_restarts=policy.max_restarts, delay=delay, exit_info=info
-            )  # fmt: skip
         return delay
 
     def _give_up(self, attempts: int) -> None:
@@ -217,22 +268,18 @@ class Keeper:
         """What the watch does where there is no child: the restart that is due. Seconds until it shall look again."""
         if self.state != "backoff":
             return None
-        return 0.0 if self.make_good(None, patience=0.0) else _SOON  # a call may be at it
-
-    def make_good(self, deadline: float | None, patience: float) -> bool:
-        """Start another child, if that is due and ``patience`` seconds suffice to get the turn. Errors are no errors here:
-        a launch that fails counts as a crash, until it is one too many.
-        """
-        if not self.turn.acquire(timeout=patience):
-            return False
+        if not self.turn.acquire(blocking=False):
+            return _SOON  # a call is at it
         try:
             if self.child is None and self.state == "backoff":
-                self.replace(deadline)
+                self.replace(None)
+        except LaunchError:
+            return 0.0  # counted as a crash: tried again, until it is one too many
         except IsolationError:
-            pass
+            return None
         finally:
             self.turn.release()
-        return True
+        return 0.0
 
     # --- death ------------------------------------------------------------------------------------------------
 
@@ -244,21 +291,26 @@ class Keeper:
         if truncated is None:
             self._let_the_caller_go_first(child)
         if not child.wait(_DEATH_GRACE):
-            child.kill(ExitReason.PROTOCOL, "it closed its link and lived on")
+            child.kill(ExitReason.PROTOCOL, _LIVED_ON)
         info = child.finish(in_call=self.in_call and child is self.child, truncated=bool(truncated))
         with self.lock:
             if self.child is not child:
                 return info
-            self._crashed = crashed = self.state != "stopping" and restart.is_crash(info, in_call=self.in_call)
+            self._crashed = self.state != "stopping" and restart.is_crash(info, in_call=self.in_call)
             self.child = self.connection = None
             self.last_exit, self.last_pid = info, child.pid
-            if crashed:
-                self._crashes.add(time.monotonic())
-            due = restart.permits(self.options.restart, info, crashed=crashed)
+            crash = self._add_crash() if self._crashed and not self.closed.is_set() else 0
+            due = restart.permits(self.options.restart, info, crashed=self._crashed)
             self.enter_locked("child_died" if due else "ended")
-        self.teller.ended(child, crashed=crashed)
+        self.teller.ended(child, crash)
         self._wake_watch()
         return info
+
+    def _add_crash(self) -> int:
+        crash = self._crashes.add(time.monotonic())
+        if self.teller.wants("exit_with_error"):
+            self._unsettled.add(crash)
+        return crash
 
     def _let_the_caller_go_first(self, child: Child) -> None:
         deadline = time.monotonic() + _DEATH_GRACE
@@ -295,14 +347,17 @@ class Keeper:
         if child is not None and os.getpid() == self.owner and not self.in_call and child.ended:
             self.bury(child)
 
-    def _settle(self, kind: str, handled: bool) -> None:
+    def _settle(self, kind: str, crash: int, handled: bool) -> None:
         """After the handler of an event: what ``handled`` changes, and what happens where nobody handled it."""
         with self.lock:
-            if handled and kind in ("exit_with_error", "start_failed"):
-                self._crashes.forgive()
-            elif handled and kind == "restart_attempts_exceeded":
+            self._unsettled.discard(crash)
+            if handled and crash:
+                self._crashes.forgive(crash)
+            if handled and kind == "restart_attempts_exceeded":
                 self._crashes.clear()
-                self.state = "backoff" if self.state == "failed" else self.state
+            if handled and self.state == "failed" and self._crashes.delay(time.monotonic()) is not None:
+                self.state = "backoff"
+            self.changed.notify_all()
         self._wake_watch()
         if kind == "exit_with_error" and not handled and self.options.die_on_crash and not self.closed.is_set():
             os.kill(self.owner, signal.SIGTERM)
@@ -327,11 +382,14 @@ class Keeper:
         with self.lock:
             self.enter_locked("close")
             self.closed.set()
-            child, self.child, self.connection = self.child, None, None
+            self.changed.notify_all()
+            child, launching = self.child, self.launching
             template, self._template = self._template, None
-        self.overtaken.set()
         try:
-            self._close_child(child, template)
+            if launching is not None:
+                launching.kill(ExitReason.KILLED, "the isolator was closed")  # who launches it sees that, and tidies up
+            if child is not None:
+                self._close_child(child, template)
         finally:
             if template is not None:
                 release(template)
@@ -339,13 +397,11 @@ class Keeper:
                 self._watch.close()
             self.teller.close()
 
-    def _close_child(self, child: Child | None, template: Template | None) -> None:
-        if child is not None:
-            child.kill(ExitReason.KILLED, "the isolator was closed")
-            if template is not None and template.users > 1 and not self.without:
-                spare.prepare(template, self.options)  # launched while the old one dies
-            self.last_exit, self.last_pid = child.finish(), child.pid
-            self.teller.ended(child, crashed=False)
+    def _close_child(self, child: Child, template: Template | None) -> None:
+        child.kill(ExitReason.KILLED, "the isolator was closed")
+        if template is not None and template.users > 1 and not self.without:
+            spare.prepare(template, self.options)  # launched while the old one dies
+        self.bury(child)
 
 
 def _import_call_path() -> None:

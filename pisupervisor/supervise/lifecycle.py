@@ -1,7 +1,7 @@
 """The life of an isolator: one table, (state, event) -> state. An unlisted pair is a bug that says so. Pure.
 
-``child_died``: another will be started by the policy; ``ended``: none will, until somebody calls or asks. ``stop`` is an
-end that was ordered. After ``close`` nothing is an event any more.
+``child_died`` and ``launch_failed``: another will be started by the policy; ``ended``: none will, until somebody asks.
+``stop`` is an end that was ordered. After ``close`` nothing is an event any more.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 TABLE: dict[tuple[State, Event], State] = {
     ("starting", "launched"): "ready",
     ("starting", "launch_failed"): "backoff",
+    ("starting", "ended"): "stopped",
+    ("starting", "stop"): "stopping",
     ("starting", "close"): "stopped",
     ("ready", "call"): "busy",
     ("ready", "pause"): "paused",
@@ -43,6 +45,7 @@ TABLE: dict[tuple[State, Event], State] = {
     ("stopping", "call"): "stopping",
     ("stopping", "answered"): "stopping",
     ("stopping", "stop"): "stopping",
+    ("stopping", "launch_failed"): "stopped",
     ("stopping", "child_died"): "stopped",
     ("stopping", "ended"): "stopped",
     ("stopping", "close"): "stopped",

@@ -3,15 +3,73 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterable
 
-from pisupervisor.limits.cgroups import GroupUsage
+from pisupervisor.limits.cgroups import GroupEvents, GroupUsage
 from pisupervisor.records import replace
-from pisupervisor.results import Usage
+from pisupervisor.results import Applied, Usage
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from pisupervisor.limits.cgroups import ChildGroup
+
+_LOOK_EVERY = 0.01
+
+
+class Meter:
+    """Everything that is counted of one child while it lives."""
+
+    def __init__(self) -> None:
+        self.before = GroupEvents()  # counters at the beginning of the call that runs, or ran last
+        self.told = GroupEvents()  # of which the application has been told
+        self._looked = 0.0
+        self._group: ChildGroup | None = None
+        self._pid = self._init_pid = 0
+
+    def open(self, group: ChildGroup | None, pid: int, init_pid: int) -> None:
+        """The child is there."""
+        self._group, self._pid, self._init_pid = group, pid, init_pid
+
+    def begin_call(self) -> None:
+        """Limits that were reached before a call do not explain its end. Quick calls look every 10 ms only."""
+        now = time.monotonic()
+        if self._group is not None and now - self._looked > _LOOK_EVERY:
+            self.before, self._looked = self._group.refusals(), now
+
+    def usage(self) -> Usage:
+        """What the group has used so far; from /proc where no cgroup counts. Cheap: it is read around calls."""
+        if self._group is not None:
+            used = self._group.usage()
+            if used.cpu_time is not None or used.peak_memory is not None:
+                return Usage(cpu_time=used.cpu_time, peak_memory=used.peak_memory)
+        return usage_from_proc(self._pid)
+
+    def whole_usage(self) -> Usage:
+        """Everything that can be counted. Costs a look at each process."""
+        group = self._group.usage() if self._group is not None else GroupUsage()
+        return whole_usage(group, usage_from_proc(self._pid), self.pids())
+
+    def pids(self) -> list[int]:
+        """Everything that runs in the child, as this process numbers it, PID 1 of the sandbox included."""
+        if self._group is not None:
+            return self._group.pids()
+        return tree(self._init_pid)
+
+    def frozen_pids(self) -> list[int]:
+        """What a pause stops: all but PID 1, which holds the lifeline and reaps."""
+        return [pid for pid in self.pids() if pid != self._init_pid]
+
+    def events(self) -> GroupEvents:
+        return self._group.events() if self._group is not None else GroupEvents()
+
+
+def with_counts(applied: dict[str, Applied], events: GroupEvents) -> dict[str, Applied]:
+    """``applied``, with how often each limit was reached."""
+    counts = {"memory": events.oom_kills, "pids": events.pids_max, "cpus": events.throttled}
+    return {name: replace(entry, reached=counts.get(name, 0)) for name, entry in applied.items()}
 
 
 def usage_from_proc(pid: int) -> Usage:

@@ -13,7 +13,8 @@ import threading
 from pihost.wire import STDERR_TAIL
 from pisupervisor.records import NamedTuple
 
-_READ = 1 << 16  # what a pipe holds
+_READ = 1 << 12  # bytes: so many empty lines at most come at once
+_LARGEST_PIPE = 1 << 20  # what a child may make of it (fs.pipe-max-size)
 _LONGEST = 1 << 16  # bytes of one line; a longer one comes in pieces
 
 
@@ -54,7 +55,13 @@ class StderrTail:
 
     def __init__(self) -> None:
         self._file = os.memfd_create("pisupervisor-stderr")
-        self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        try:
+            os.ftruncate(self._file, STDERR_TAIL)  # PID 1 maps it: a write would count against the limit for file sizes
+            self._reader, self._writer = os.pipe2(os.O_CLOEXEC)
+        except OSError:
+            os.close(self._file)
+            raise
+        os.set_blocking(self._reader, False)  # the payload may open the pipe too, and read what PID 1 was told of
 
     def fds(self) -> list[int]:
         """For the child: what ``ChildPlan.output`` counts."""
@@ -87,13 +94,15 @@ class OutputPipes:
         self._lock = threading.Lock()
         self._tail = b""
         self._lines: dict[int, Lines] = {}  # reading end -> its stream
-        writers = []
-        for stream in ("stdout", "stderr"):
-            reader, writer = os.pipe2(os.O_CLOEXEC)  # blocking for the child, which waits while nobody reads
-            os.set_blocking(reader, False)
-            self._lines[reader] = Lines(stream)
-            writers.append(writer)
-        self._writers = tuple(writers)
+        self._writers: tuple[int, ...] = ()
+        try:
+            for stream in ("stdout", "stderr"):
+                reader, writer = os.pipe2(os.O_CLOEXEC)  # blocking for the child, which waits while nobody reads
+                os.set_blocking(reader, False)
+                self._lines[reader], self._writers = Lines(stream), (*self._writers, writer)
+        except OSError:
+            self.close()
+            raise
 
     def fds(self) -> list[int]:
         return list(self._writers)
@@ -108,15 +117,15 @@ class OutputPipes:
         """To wait for."""
         return list(self._lines)
 
-    def read(self) -> list[Line]:
-        """What is there now, at most a pipe's content of each stream. Never waits."""
+    def read(self, size: int = _READ) -> list[Line]:
+        """What is there now, at most ``size`` bytes of each stream. Never waits."""
         with self._lock:
-            return [line for fd in list(self._lines) for line in self._read(fd)]
+            return [line for fd in list(self._lines) for line in self._read(fd, size)]
 
-    def _read(self, fd: int) -> list[Line]:
+    def _read(self, fd: int, size: int) -> list[Line]:
         lines = self._lines[fd]
         try:
-            data = os.read(fd, _READ)
+            data = os.read(fd, size)
         except BlockingIOError:
             return []
         if lines.stream == "stderr":
@@ -125,13 +134,14 @@ class OutputPipes:
 
     def finish(self) -> list[Line]:
         """All that is left, of a child that is dead."""
-        return self.read() + [line for lines in self._lines.values() for line in lines.finish()]
+        return self.read(_LARGEST_PIPE) + [line for lines in self._lines.values() for line in lines.finish()]
 
     def tail(self) -> str:
         return self._tail.decode("utf-8", "replace")
 
     def close(self) -> None:
         with self._lock:
-            for fd in (*self._lines, *self._writers):
-                os.close(fd)
+            fds, self._writers = (*self._lines, *self._writers), ()
             self._lines.clear()
+            for fd in fds:
+                os.close(fd)

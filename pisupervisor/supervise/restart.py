@@ -42,22 +42,29 @@ def permits(policy: RestartPolicy, info: ExitInfo, *, crashed: bool) -> bool:
 
 
 class Crashes:
-    """The times of an isolator's last crashes, as many as its policy needs to know."""
+    """An isolator's last crashes, as many as its policy needs to know, each with a number of its own."""
 
     def __init__(self, policy: RestartPolicy) -> None:
         self._policy = policy
-        self.times: list[float] = []
+        self._known: list[tuple[int, float]] = []
+        self._last = 0
 
-    def add(self, now: float) -> None:
-        self.times = [*self.times, now][-self._policy.max_restarts - 1 :]
+    def __len__(self) -> int:
+        return len(self._known)
 
-    def forgive(self) -> None:
-        """The last one does not count."""
-        self.times = self.times[:-1]
+    def add(self, now: float) -> int:
+        """The new crash's number."""
+        self._last += 1
+        self._known = [*self._known, (self._last, now)][-self._policy.max_restarts - 1 :]
+        return self._last
+
+    def forgive(self, number: int) -> None:
+        """That one does not count."""
+        self._known = [entry for entry in self._known if entry[0] != number]
 
     def clear(self) -> None:
-        self.times = []
+        self._known = []
 
     def delay(self, now: float) -> float | None:
         """See ``decide``."""
-        return decide(self._policy, self.times, now)
+        return decide(self._policy, [when for _number, when in self._known], now)

@@ -83,7 +83,7 @@ class Session:
         try:
             self._begin()
             while True:
-                child, connection = self.keeper.ready_child(deadline)
+                child, connection = self.keeper.ready_child(deadline, self._is_wanted)
                 try:
                     return self._attempt(call, child, connection)
                 except LinkClosed:
@@ -115,10 +115,10 @@ class Session:
         if call.only_on not in (None, connection):
             raise ObjectReleased("the child in which the object lived has ended")
         try:
-            before = child.usage() if call.capture else Usage()
+            before = child.meter.usage() if call.capture else Usage()
             answer = self._exchange(call, child, connection)
             value = self._value(answer, call.returns)
-            return Outcome(value, answer, before, child.usage() if call.capture else Usage(), connection)
+            return Outcome(value, answer, before, child.meter.usage() if call.capture else Usage(), connection)
         except DeadlinePassed:
             message = f"the call was still running after {call.limit:g} s"
             info = self.keeper.end(child, ExitReason.TIMEOUT, message, truncated=connection.written[2])
@@ -136,6 +136,7 @@ class Session:
     def _exchange(self, call: Call, child: Child, connection: Connection) -> Answer:
         self._enter_call(child)
         self._depth += 1
+        connection.written = (b"", b"", False)
         try:
             code = call.code
             if code is not None and code.key not in connection.sent:
@@ -154,11 +155,13 @@ class Session:
         with keeper.lock:
             if keeper.child is not child:
                 raise LinkClosed  # stopped or closed by another thread in this very moment
+            if not self._is_wanted():
+                raise IsolatorClosed("the call was cancelled before it ran")
             if self._depth:
                 return
             keeper.in_call = True
             keeper.enter_locked("call")
-        child.begin_call()
+        child.meter.begin_call()
 
     def _value(self, answer: Answer, returns: Any) -> Any:
         try:
@@ -183,12 +186,13 @@ class Session:
 
     def _begin(self) -> None:
         """The turn is won: from here on ``cancel`` means the child; what was cancelled before does not run."""
-        own = threading.get_ident()
         with self.keeper.lock:
-            self._holder = own
-            unwanted = own in self._unwanted
-        if unwanted:
+            self._holder = threading.get_ident()
+        if not self._is_wanted():
             raise IsolatorClosed("the call was cancelled before it ran")
+
+    def _is_wanted(self) -> bool:
+        return self._holder not in self._unwanted
 
     def _end_turn(self, child: Child) -> None:
         keeper = self.keeper
@@ -205,11 +209,12 @@ class Session:
     # --- from outside -----------------------------------------------------------------------------------------
 
     def cancel(self, thread: int) -> None:
-        """End the call that ``thread`` makes: kill its child if it is that call's turn, else see that it does not run."""
-        with self.keeper.lock:
-            child = self.keeper.child if self._holder == thread else None
-            if self._holder != thread:
-                self._unwanted.add(thread)
+        """End the call that ``thread`` makes: kill its child if it is that call's turn, and see that it runs on no other."""
+        keeper = self.keeper
+        with keeper.lock:
+            child = (keeper.child or keeper.launching) if self._holder == thread else None
+            self._unwanted.add(thread)
+            keeper.changed.notify_all()
         if child is not None:
             child.kill(ExitReason.KILLED, "the call was cancelled")
 

@@ -6,8 +6,9 @@ import _signal as signal
 import time
 
 from pihost import wire
-from pisupervisor.errors import IsolationError, IsolatorClosed
+from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, OptionsError
 from pisupervisor.link.connection import DeadlinePassed, LinkClosed
+from pisupervisor.options import LONGEST
 from pisupervisor.results import ExitInfo, ExitReason
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.keeper import Keeper
@@ -18,16 +19,18 @@ _ABORT_GRACE = 1.0
 
 def leave(keeper: Keeper, reason: str | None, timeout: float) -> ExitInfo:
     """Have the child end by itself, after the call that runs: threads joined, exit handlers run. Killed after ``timeout``."""
-    deadline = time.monotonic() + timeout
+    deadline = time.monotonic() + _seconds(timeout, "timeout")
+    text = _text(reason, "exit() was called")
     child = _stop(keeper)
     if child is None:
         return last_exit(keeper)
     if keeper.turn.acquire(timeout=timeout):
         try:
-            child.farewell(reason or "exit() was called")
-            if keeper.connection is not None and keeper.child is child:
-                keeper.connection.restore_stdio(deadline)
-                keeper.connection.send(wire.EXIT, (reason or "-").encode(), deadline=deadline)
+            child.farewell(text)
+            connection = keeper.connection
+            if connection is not None and keeper.child is child:
+                connection.restore_stdio(deadline)
+                connection.send(wire.EXIT, text.encode(), deadline=deadline)
         except (LinkClosed, DeadlinePassed):
             pass  # what that means is seen below
         finally:
@@ -39,12 +42,25 @@ def leave(keeper: Keeper, reason: str | None, timeout: float) -> ExitInfo:
 
 def terminate(keeper: Keeper, grace: float) -> bool:
     """SIGTERM to the payload, and after ``grace`` seconds SIGKILL to everything; True when all of it is dead."""
-    return _signalled(keeper, signal.SIGTERM, "terminate() was called", grace)
+    return _signalled(keeper, signal.SIGTERM, "terminate() was called", _seconds(grace, "grace"))
 
 
 def abort(keeper: Keeper, reason: str | None) -> bool:
     """SIGABRT to the payload, whose end is the end of everything; SIGKILL where it survives that."""
-    return _signalled(keeper, signal.SIGABRT, reason or "abort() was called", _ABORT_GRACE)
+    return _signalled(keeper, signal.SIGABRT, _text(reason, "abort() was called"), _ABORT_GRACE)
+
+
+def _seconds(value: float, name: str) -> float:
+    """Checked before anything is begun."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
+        raise OptionsError(f"{name}: {value!r} is not a number from 0 to {LONGEST:g}")
+    return float(value)
+
+
+def _text(reason: str | None, default: str) -> str:
+    if reason is not None and not isinstance(reason, str):
+        raise OptionsError(f"reason: expected text, not {reason!r}")
+    return (reason or default).encode("utf-8", "backslashreplace").decode()
 
 
 def _signalled(keeper: Keeper, number: int, message: str, grace: float) -> bool:
@@ -62,15 +78,16 @@ def _signalled(keeper: Keeper, number: int, message: str, grace: float) -> bool:
 
 
 def _stop(keeper: Keeper) -> Child | None:
-    """From here on the end of the child is wanted; a restart that is waited for is overtaken. A paused child runs on, to die."""
+    """From here on the end of the child is wanted; a launch or a wait for one is overtaken. A paused child runs on, to die."""
     keeper.check_open()
     keeper.notice()
     with keeper.lock:
-        child = keeper.child
+        child, launching = keeper.child, keeper.launching
         paused = keeper.state == "paused"
-        if keeper.state != "starting":
-            keeper.enter_locked("stop")
-    keeper.overtaken.set()
+        keeper.stops += 1
+        keeper.enter_locked("stop")
+    if launching is not None:
+        launching.kill(ExitReason.KILLED, "the isolator was stopped")
     if child is not None and paused:
         child.resume()
     return child
@@ -78,11 +95,8 @@ def _stop(keeper: Keeper) -> Child | None:
 
 def restart(keeper: Keeper) -> None:
     """Another child, whatever the policy says; past crashes are forgotten."""
-    keeper.check_open()
-    child = keeper.child
+    child = _stop(keeper)
     if child is not None:
-        with keeper.lock:
-            keeper.enter_locked("stop")
         keeper.end(child, ExitReason.KILLED, "restart() was called")
     with keeper.turn:
         keeper.check_open()
@@ -98,19 +112,39 @@ def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
     """
     deadline = None if timeout is None else time.monotonic() + timeout
     child = keeper.child
-    if child is None or _is_over(child, deadline):
-        return keeper.bury(child) if child is not None else last_exit(keeper)
+    if child is None:
+        return last_exit(keeper)
+    if _is_over(child, deadline):
+        return keeper.bury(child)
     while True:
-        child = keeper.child
+        info = None
         if child is not None:
             if not child.wait(_left(deadline)):
                 raise TimeoutError(f"the child is still running after {timeout:g} s")
-            keeper.bury(child)
+            info = keeper.bury(child)
         if keeper.state not in ("backoff", "starting"):
-            return last_exit(keeper)
-        left = _left(deadline)
-        if left == 0 or not keeper.make_good(deadline, -1 if left is None else left):
+            return info or last_exit(keeper)
+        _make_good(keeper, deadline)
+        child = keeper.child
+        if child is None and _left(deadline) == 0:
             raise TimeoutError(f"a restart was still waited for after {timeout:g} s")
+
+
+def _make_good(keeper: Keeper, deadline: float | None) -> None:
+    """Start another child if that is due and nobody else is at it. What fails here fails for whoever calls."""
+    left = _left(deadline)
+    if not keeper.turn.acquire(timeout=-1 if left is None else left):
+        return
+    try:
+        if keeper.child is None and keeper.state == "backoff":
+            keeper.replace(deadline)
+    except CallTimeout:  # not before the deadline: but it may be stopped or started before that
+        with keeper.lock:
+            keeper.changed.wait(_left(deadline))
+    except IsolationError:
+        pass
+    finally:
+        keeper.turn.release()
 
 
 def _is_over(child: Child, deadline: float | None) -> bool:
@@ -147,6 +181,13 @@ def pause(keeper: Keeper) -> None:
     except IsolationError:
         if _unpause(keeper, child):
             raise  # else it was stopped meanwhile, and that is what holds
+    if not _is_paused(keeper, child):
+        child.resume()  # somebody said so while it was being frozen
+
+
+def _is_paused(keeper: Keeper, child: Child) -> bool:
+    with keeper.lock:
+        return keeper.child is child and keeper.state == "paused"
 
 
 def resume(keeper: Keeper) -> None:

@@ -13,41 +13,46 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pisupervisor.events import Event
     from pisupervisor.supervise.child import Child
     from pisupervisor.supervise.dispatch import Dispatcher
 
-Settle = Callable[[str, bool], None]
+Settle = Callable[[str, int, bool], None]
 
 
 class Teller:
-    """``settle(kind, handled)`` is called after the handler of an event, and at once where there is none."""
+    """``settle(kind, crash, handled)`` is called after the handler of an event about a crash, and at once where there is none."""
 
     def __init__(self, options: IsolationOptions, isolator_id: int, settle: Settle) -> None:
         self._options, self._id, self._settle = options, isolator_id, settle
         self._lock = threading.Lock()
-        self._told = GroupEvents()  # which of the present child's limit events are told already
         self._dispatcher: Dispatcher | None = None
         if options.events is not None and options.events.wanted():
             from pisupervisor.supervise.dispatch import Dispatcher
 
-            self._dispatcher = Dispatcher(options.events, isolator_id, lambda event: settle(event.kind, event.handled))
+            self._dispatcher = Dispatcher(options.events, isolator_id, self._settle_event)
 
     def tell(self, kind: str, pid: int | None, **more: Any) -> None:
         """``kind`` is the name of a class in ``pisupervisor.events``. Never waits."""
         if self._dispatcher is None:
             if kind == "ExitedWithError":
-                self._settle("exit_with_error", False)
+                self._settle("exit_with_error", int(more["crash"]), False)
             return
         from pisupervisor import events
 
         self._dispatcher.emit(getattr(events, kind)(isolator_id=self._id, pid=pid, **more))
 
+    def _settle_event(self, event: Event) -> None:
+        self._settle(event.kind, event.crash, event.handled)
+
+    def is_telling(self) -> bool:
+        """Whether it is a handler that asks."""
+        return self._dispatcher is not None and self._dispatcher.is_own_thread()
+
     def wants(self, kind: str) -> bool:
         return self._dispatcher is not None and kind in self._dispatcher.wanted
 
     def started(self, child: Child) -> None:
-        with self._lock:
-            self._told = GroupEvents()
         if self._dispatcher is not None and child.pipes is not None:
             self._dispatcher.attach(child.pipes, child.pid)
         self.tell("Started", child.pid)
@@ -56,7 +61,7 @@ class Teller:
         """An event for every limit that was reached since the last look."""
         if self.wants("limit"):
             with self._lock:
-                rows, self._told = reached(self._told, events), events
+                rows, child.meter.told = reached(child.meter.told, events), events
             for limit, count, detail in rows:
                 self.tell("LimitReached", child.pid, limit=limit, count=count, detail=detail)
 
@@ -65,14 +70,14 @@ class Teller:
             kept = f"{self._options.limits.output} bytes of a stream were kept"
             self.tell("LimitReached", child.pid, limit="output", count=1, detail=kept)
 
-    def ended(self, child: Child, *, crashed: bool) -> None:
+    def ended(self, child: Child, crash: int = 0) -> None:
         """What it wrote last, the limits it reached last, its end."""
         if self._dispatcher is not None and child.pipes is not None:
             self._dispatcher.detach(child.pipes, child.last_lines)
         self.limits(child, child.last_events)
         self.tell("Exited", child.pid, exit_info=child.exit_info)
-        if crashed:
-            self.tell("ExitedWithError", child.pid, exit_info=child.exit_info)
+        if crash:
+            self.tell("ExitedWithError", child.pid, exit_info=child.exit_info, crash=crash)
 
     def close(self) -> None:
         if self._dispatcher is not None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _LIMITS_EVERY = 0.25  # seconds between two looks at the counters: their events arrive within a second
 _CPU_AT_LEAST = 0.01
+_AGAIN = 1.0  # seconds after a look that failed
 
 
 def is_needed(options: IsolationOptions) -> bool:
@@ -57,7 +58,11 @@ class Watch:
         self._wake = Wake()
         self._closing = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=f"pisupervisor-watch-{keeper.id}", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except BaseException:
+            self._wake.close()
+            raise
 
     def wake(self) -> None:
         """There is another child, or none any more."""
@@ -77,15 +82,23 @@ class Watch:
     # --- in the thread ----------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while not self._closing:
-            if self._abandoned:
-                self._keeper.close()
-                break
-            child = self._keeper.child
+        try:
+            while not self._closing:
+                if self._abandoned:
+                    self._keeper.close()
+                    break
+                self._round()
+        finally:
+            self._wake.close()
+
+    def _round(self) -> None:
+        child = self._keeper.child
+        try:
             wait = self._keeper.revive() if child is None else self._look(child)
-            if not self._closing:
-                self._sleep(child, wait)
-        self._wake.close()
+        except OSError:  # most often for want of descriptors, which may pass
+            wait = _AGAIN
+        if not self._closing:
+            self._sleep(child, wait)
 
     def _look(self, child: Child) -> float | None:
         """Do what is due; seconds until something may be due again, None for not before something happens."""
@@ -109,14 +122,14 @@ class Watch:
     def _limits(self, child: Child) -> float | None:
         if not self._keeper.teller.wants("limit"):
             return None
-        self._keeper.teller.limits(child, child.events())
+        self._keeper.teller.limits(child, child.meter.events())
         return _LIMITS_EVERY
 
     def _cpu_time(self, child: Child) -> float | None:
         limits = self._keeper.options.limits
         if limits.cpu_time is None:
             return None
-        used = child.usage().cpu_time or 0.0
+        used = child.meter.usage().cpu_time or 0.0
         if used < limits.cpu_time:
             return next_cpu_look(limits.cpu_time, used, limits.cpus)
         self._keeper.out_of_cpu_time(child, used)
@@ -129,4 +142,6 @@ class Watch:
         left = self._keeper.idle_since + limit - time.monotonic()
         if left > 0:
             return left
+        if self._keeper.state == "paused":
+            return limit  # who paused it wants it back
         return None if self._keeper.retire(child, f"idle for {limit:g} s") else limit
