@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pisupervisor.worker import Worker
 
 _ids = itertools.count(1)
+_defaults: dict[str | None, IsolationOptions] = {}
 
 
 class Template:
@@ -59,7 +60,16 @@ class Template:
 
 
 def _options(options: IsolationOptions | None, changes: dict[str, Any]) -> IsolationOptions:
-    return replace(options, **changes) if options is not None else IsolationOptions(**changes)
+    if options is None:
+        return IsolationOptions(**changes) if changes else _default_options(os.environ.get("PISUPERVISOR_LOG_LEVEL"))
+    return replace(options, **changes) if changes else options
+
+
+def _default_options(log_level: str | None) -> IsolationOptions:
+    """Frozen, like all of them: checked once (0.1 ms) for what the environment says."""
+    if log_level not in _defaults:
+        _defaults[log_level] = IsolationOptions()
+    return _defaults[log_level]
 
 
 class ProcessIsolator:
@@ -89,7 +99,10 @@ class ProcessIsolator:
         self._packer = Packer(options, self._keeper.present_template)
         self._callbacks = Callbacks(self._packer.value, options.callback_rate)
         self._keeper.answer = self._callbacks.answer
-        self._reader = CodeReader()
+        with template.lock:  # the next isolator's files are most often the same ones
+            if template.reader is None:
+                template.reader = CodeReader()
+        self._reader: CodeReader = template.reader
         self._data: dict[str, Any] = {}
         self._worker: Worker | None = None
         self._worker_lock = threading.Lock()

@@ -37,6 +37,7 @@ class Template:
         self.users = 0
         self.closed = False
         self.spare: Spare | None = None  # a child made ready while nobody waited; see supervise.spare
+        self.reader: Any = None  # the isolators' CodeReader
         self.ids: IdBlock | None = None
         self._warmed = False
         self.interpreter: Interpreter = find_interpreter(_python(options))

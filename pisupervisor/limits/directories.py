@@ -9,17 +9,24 @@ from __future__ import annotations
 import os
 import time
 from errno import EBUSY, ENODEV, ENOENT
+from functools import lru_cache
 
 PARENT = "pisupervisor"
 
 _MAX_LOST_RACES = 64  # each needs another process to remove the parent in the same microseconds
+_AT_ONCE = 1 << 16
+_SURELY_ALL = 2048  # less than this is the whole file: no line of such a file is as long as the other half of a page
 _RETRY_DELAY = 0.0005  # an exiting task keeps its group busy for a fraction of a millisecond
 
 
 def group_name(counter: int) -> str:
     """``"<own pid>-<own start time>-<counter>"``: unique, and tells anyone whether its owner still lives."""
-    pid = os.getpid()
-    return f"{pid}-{start_time(pid)}-{counter}"
+    return f"{_owner(os.getpid())}-{counter}"
+
+
+@lru_cache(maxsize=1)  # by pid: a fork of the application is another owner
+def _owner(pid: int) -> str:
+    return f"{pid}-{start_time(pid)}"
 
 
 def start_time(pid: int) -> int | None:
@@ -35,8 +42,9 @@ def read(path: str) -> bytes:
     """A whole kernel file; long ones (cgroup.procs) come a page at a time. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        text = b""
-        while chunk := os.read(fd, 1 << 16):
+        text = chunk = os.read(fd, _AT_ONCE)
+        while len(chunk) >= _SURELY_ALL:
+            chunk = os.read(fd, _AT_ONCE)
             text += chunk
         return text
     finally:

@@ -29,14 +29,12 @@ _CODE = (FunctionType, BuiltinFunctionType, type, ModuleType)
 _registry_lock = RLock()  # cloudpickle's registry belongs to the process
 
 
-def child_importable(
-    import_paths: Iterable[str | os.PathLike[str]], stdlib: Iterable[str] = sys.stdlib_module_names
-) -> Importable:
+def child_importable(import_paths: Iterable[str | os.PathLike[str]], stdlib: Iterable[str] | None = None) -> Importable:
     """Whether a module name can be imported in a child that has these folders, zips or wheels on its path.
 
     The paths are listed once, when the first name outside the standard library is asked for.
     """
-    builtin = _OURS | frozenset(stdlib)
+    builtin = _standard_library() if stdlib is None else _OURS | frozenset(stdlib)
     paths = [os.fspath(path) for path in import_paths]
 
     @cache
@@ -48,6 +46,11 @@ def child_importable(
         return top in builtin or (bool(paths) and top in found())
 
     return importable
+
+
+@cache
+def _standard_library() -> frozenset[str]:
+    return _OURS | sys.stdlib_module_names
 
 
 def _top_names(path: str) -> Iterator[str]:
