@@ -2,12 +2,15 @@
 
     guard        ours: foreign architecture, x32 range, numbers newer than we know
     refuse       denials with conditions, and denials of what is also allowed   -> else go on
-    allow        allowances                                                     -> else go on
+    ranges       ours: allowances without conditions                            -> else go on
+    allow        all other allowances                                           -> else go on
     otherwise    all other denials                                              -> else go on
     default      one instruction
 
 libseccomp alone keeps only the unconditional one of two rules for a call, whichever it is; hence the stages. A stage is
-compiled with a default action that none of its rules has; each RET of it becomes a jump behind the stage.
+compiled with a default action that none of its rules has; each RET of it becomes a jump behind the stage. The ranges are
+a binary tree over where they begin and end: libseccomp's has a leaf for each call, and what is longer loads slower (every
+child loads it: 565 instructions 0.22 ms, 320 instructions 0.17 ms).
 """
 
 from __future__ import annotations
@@ -36,9 +39,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import ModuleType
 
+    Instruction = tuple[int, int, int, int]
+
 # struct sock_filter and the four instructions we write ourselves
 _INSTRUCTION = struct.Struct("=HBBI")
 _LOAD, _JUMP, _JUMP_EQ, _JUMP_GT, _JUMP_GE, _RETURN = 0x20, 0x05, 0x15, 0x25, 0x35, 0x06
+_SHORT_JUMP = 250  # instructions that a conditional jump reaches over
 _NR, _ARCH = 0, 4  # offsets in struct seccomp_data
 _EPERM, _ENOSYS = 1, 38
 _MASKED_EQ = 7
@@ -102,7 +108,11 @@ def compile_rules(policy: Policy) -> bytes:
     library = _import_library(arch)
     program = _guard(arch)
     for passing, entries in _stages(_resolve(policy, arch, library), policy.default):
-        program += _join(_compile_stage(entries, passing, library), passing)
+        if passing == KILL_THREAD:
+            ranges, entries = _ranges(entries)
+            program += ranges
+        if entries:
+            program += _join(_compile_stage(entries, passing, library), passing)
     program.append((_RETURN, 0, 0, policy.default))
     if len(program) > MAX_INSTRUCTIONS:
         raise Flaw(f"the profile is too large: {len(program)} instructions, the kernel takes {MAX_INSTRUCTIONS}")
@@ -198,6 +208,36 @@ def _stages(entries: list[Entry], default: int) -> Iterator[tuple[int, list[Entr
     for passing, stage in ((ALLOW, refuse), (KILL_THREAD, allow), (ALLOW, otherwise)):
         if stage:
             yield passing, stage
+
+
+def _ranges(entries: list[Entry]) -> tuple[list[Instruction], list[Entry]]:
+    """A program that allows what ``entries`` allow whatever the arguments, and the other entries."""
+    numbers = {entry.nr for entry in entries if not entry.conditions} - {
+        entry.nr for entry in entries if entry.action != ALLOW
+    }
+    borders = sorted(
+        {border for nr in numbers for border in (nr, nr + 1) if (border in numbers) != (border - 1 in numbers)}
+    )
+    if not 1 < len(borders) < _SHORT_JUMP:
+        return [], entries
+    tree = _tree(borders, 0, len(borders), 0)
+    return [(_LOAD, 0, 0, _NR), *tree, (_RETURN, 0, 0, ALLOW)], [entry for entry in entries if entry.nr not in numbers]
+
+
+def _tree(borders: list[int], first: int, last: int, place: int) -> list[Instruction]:
+    """Where a number lies among ``borders[first:last]``: in a range after an odd one of them. ``place``: of its first
+    instruction. Behind the whole tree stand "allow" and the next stage.
+    """
+    middle = (first + last) // 2
+
+    def jump(low: int, high: int, target: int) -> int:
+        return target if low < high else len(borders) + (0 if low % 2 else 1)
+
+    left = _tree(borders, first, middle, place + 1) if first < middle else []
+    right = _tree(borders, middle + 1, last, place + 1 + len(left)) if middle + 1 < last else []
+    below = jump(first, middle, place + 1)
+    above = jump(middle + 1, last, place + 1 + len(left))
+    return [(_JUMP_GE, above - place - 1, below - place - 1, borders[middle]), *left, *right]
 
 
 def _compile_stage(entries: list[Entry], passing: int, library: ModuleType) -> bytes:
