@@ -20,7 +20,7 @@ def send(data):
 def ident():
     f = sys._getframe()
     while f:
-        if f.f_code.co_name == "serve" and "ident" in f.f_locals: return f.f_locals["ident"]
+        if f.f_code.co_name == "serve_one" and "ident" in f.f_locals: return f.f_locals["ident"]
         f = f.f_back
 def value(text, *buffers):
     return struct.pack(f"<II{len(buffers)}Q", len(text), len(buffers), *map(len, buffers)) + text + b"".join(buffers)
