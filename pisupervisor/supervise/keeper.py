@@ -60,13 +60,21 @@ class Keeper:
         self._crashes = restart.Crashes(options.restart)
         self._crashed = False  # whether the last child died of itself
         self._unsettled: set[int] = set()  # crashes whose handlers have not returned yet
-        self.teller = Teller(options, isolator_id, self._settle)
         self._watch: watch.Watch | None = None
+        self._start_threads()
+
+    def _start_threads(self) -> None:
+        """Those that the options ask for. Raises LaunchError."""
         try:
-            self._watch = watch.Watch(self) if watch.is_needed(options) else None
-        except BaseException:
-            self.teller.close()
-            raise
+            self.teller = Teller(self.options, self.id, self._settle)
+            try:
+                self._watch = watch.Watch(self) if watch.is_needed(self.options) else None
+            except BaseException:
+                self.teller.close()
+                raise
+        except (RuntimeError, OSError) as error:
+            remedy = "raise ulimit -u and ulimit -n, or ask for nothing that needs a helper thread"
+            raise LaunchError(f"no helper thread: {error}", step="watch", remedy=remedy) from error
 
     @property
     def template(self) -> Template:

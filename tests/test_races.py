@@ -1,0 +1,589 @@
+"""What happens when two things happen at once: found in a review, each made to happen here."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import (
+    in_thread,
+    init_of,
+    linux,
+    nothing_left,
+    open_fds,
+    state_of,
+    wait_until,
+    zygote_of,
+)
+
+from pisupervisor import (
+    CallTimeout,
+    ChildTerminated,
+    ExitReason,
+    IsolationError,
+    IsolationEvents,
+    IsolatorClosed,
+    LaunchError,
+    Limits,
+    OptionsError,
+    ProcessIsolator,
+    RestartLimitReached,
+    RestartPolicy,
+)
+from pisupervisor.launch import zygote as zygote_module
+from pisupervisor.limits import freezer
+from pisupervisor.supervise import child as child_module
+from pisupervisor.supervise.child import Child
+
+pytestmark = linux
+
+CRASH = "import os; os._exit(3)"
+PATIENT = RestartPolicy(backoff=5.0, max_backoff=5.0)
+QUICK = RestartPolicy(backoff=0.0)
+
+
+def crash(isolator: ProcessIsolator) -> None:
+    with pytest.raises(ChildTerminated):
+        isolator.run_source(CRASH)
+
+
+def within(seconds: float, act: Callable[[], Any]) -> Any:
+    started = time.monotonic()
+    result = act()
+    assert time.monotonic() - started < seconds
+    return result
+
+
+# --- a call that is cancelled before it runs -------------------------------------------------------------------------
+
+
+def test_cancelled_while_a_restart_is_waited_for(tmp_path: Path) -> None:
+    policy = RestartPolicy(backoff=0.5, max_backoff=0.5)
+    with nothing_left(), ProcessIsolator.create(restart=policy) as isolator:
+        crash(isolator)
+        future = isolator.submit(time.sleep, 1000)
+        time.sleep(0.1)
+        assert future.cancel()
+        assert within(3, lambda: isolator.invoke(len, "abc")) == 3
+
+
+def test_cancelled_while_a_child_is_launched() -> None:
+    with nothing_left(), ProcessIsolator.create(restart=QUICK) as isolator:
+        crash(isolator)
+        os.kill(zygote_of(isolator), signal.SIGSTOP)
+        future = isolator.submit(time.sleep, 1000)
+        assert wait_until(lambda: isolator.state == "starting")
+        time.sleep(0.05)
+        assert future.cancel()
+        os.kill(zygote_of(isolator), signal.SIGCONT)
+        assert within(3, lambda: isolator.invoke(len, "abc")) == 3
+
+
+def test_many_cancelled_at_any_moment() -> None:
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with nothing_left(), ProcessIsolator.create(restart=QUICK) as isolator:
+            for number in range(100):
+                future = isolator.submit(time.sleep, 1000)
+                time.sleep(number / 100_000)
+                assert future.cancel()
+            assert within(10, lambda: isolator.invoke(len, "abc")) == 3
+    finally:
+        sys.setswitchinterval(before)
+
+
+# --- a stop while a child is launched --------------------------------------------------------------------------------
+
+
+def _slow_start() -> None:
+    import time
+
+    time.sleep(1000)
+
+
+@pytest.mark.parametrize("act", ["terminate", "exit", "abort", "close"])
+def test_a_stop_ends_a_launch_under_way(act: str) -> None:
+    with nothing_left():
+        isolator = ProcessIsolator.create(restart=QUICK)
+        crash(isolator)
+        from pisupervisor.link.calls import pack_call
+
+        isolator._keeper.on_start = pack_call("function", False, isolator._packer.function(_slow_start, (), {}))
+        errors: list[BaseException] = []
+
+        def call() -> None:
+            try:
+                isolator.invoke(len, "abc")
+            except BaseException as error:
+                errors.append(error)
+
+        caller = threading.Thread(target=call)
+        caller.start()
+        assert wait_until(lambda: isolator._keeper.launching is not None and isolator._keeper.launching.pid > 0)
+        within(2, lambda: getattr(isolator, act)())
+        caller.join(2)
+        assert not caller.is_alive()
+        assert [type(error) for error in errors] == [IsolatorClosed]
+        assert isolator.state == "stopped"
+        isolator.close()
+
+
+def test_restart_overtakes_a_backoff() -> None:
+    with nothing_left(), ProcessIsolator.create(restart=PATIENT) as isolator:
+        crash(isolator)
+        future = isolator.submit(len, "abc")
+        time.sleep(0.1)
+        within(2, isolator.restart)
+        assert isinstance(future.exception(1), IsolatorClosed)
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_restarts_at_once() -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        strange: list[BaseException] = []
+
+        def restart() -> None:
+            try:
+                isolator.restart()
+            except IsolationError:
+                pass
+            except BaseException as error:
+                strange.append(error)
+
+        threads = [threading.Thread(target=restart) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert strange == []
+        assert isolator.invoke(len, "abc") == 3
+
+
+# --- a zygote that stands still --------------------------------------------------------------------------------------
+
+
+def test_a_stopped_zygote_holds_nobody() -> None:
+    with nothing_left():
+        isolator = ProcessIsolator.create(restart=QUICK)
+        zygote = zygote_of(isolator)
+        os.kill(zygote, signal.SIGSTOP)
+        with pytest.raises(CallTimeout):
+            within(2, lambda: isolator.run_source("while True: pass", timeout=0.2))
+        within(2, isolator.close)
+        assert state_of(zygote) in ("", "Z")
+
+
+# --- a link that somebody else holds ---------------------------------------------------------------------------------
+
+
+def test_a_fork_that_holds_the_childs_end_of_the_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread of the application forks in the microseconds in which we hold both ends."""
+    held: list[int] = []
+    original = zygote_module.Zygote.launch
+
+    def launch(self: Any, plan: Any, fds: list[int]) -> None:
+        held.append(os.dup(fds[0]))
+        original(self, plan, fds)
+
+    monkeypatch.setattr(zygote_module.Zygote, "launch", launch)
+    isolator = ProcessIsolator.create(restart=QUICK)
+    try:
+        future = isolator.submit(time.sleep, 1000)
+        assert wait_until(lambda: isolator.state == "busy")
+        os.kill(isolator.pid or 0, signal.SIGKILL)
+        assert isinstance(future.exception(3), ChildTerminated)
+    finally:
+        isolator.close()
+        for fd in held:
+            os.close(fd)
+
+
+@pytest.mark.rootless
+def test_a_payload_that_reads_its_own_stderr_does_not_block_pid_1(ordinary_user: Any) -> None:
+    """It may open the pipe through /proc/self/fd, and take what PID 1 was told of."""
+    source = """
+        from pisupervisor import *
+        def steal():
+            import os, threading
+            fd = os.open("/proc/self/fd/2", os.O_RDONLY | os.O_NONBLOCK)
+            def read():
+                while True:
+                    try: os.read(fd, 65536)
+                    except BlockingIOError: pass
+            threading.Thread(target=read, daemon=True).start()
+            for _ in range(20000): os.write(2, b"x")
+            os._exit(7)
+        with ProcessIsolator.create(degrade=("memory", "swap", "cpus", "pids")) as isolator:
+            try: isolator.invoke(steal, timeout=20)
+            except ChildTerminated as error: print(error.exit_info.exit_code)
+    """
+    import textwrap
+
+    done = ordinary_user.run_python(textwrap.dedent(source))
+    assert done.stdout == "7\n", done.stderr
+
+
+# --- pauses ----------------------------------------------------------------------------------------------------------
+
+
+def test_resumed_while_it_is_being_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        original = freezer.V2Freezer.pause
+
+        def pause(self: Any) -> None:
+            isolator._keeper.lock.acquire()
+            isolator._keeper.lock.release()
+            resumer = threading.Thread(target=isolator.resume)
+            resumer.start()
+            time.sleep(0.05)
+            original(self)
+
+        monkeypatch.setattr(freezer.V2Freezer, "pause", pause)
+        isolator.pause()
+        assert wait_until(lambda: isolator.state == "ready")
+        assert isolator.invoke(len, "abc", timeout=2) == 3
+
+
+def test_dead_while_it_is_being_frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    with nothing_left(), ProcessIsolator.create(restart=QUICK) as isolator:
+        child = isolator._keeper.child
+        assert child is not None
+        os.kill(init_of(isolator), signal.SIGKILL)
+        assert wait_until(lambda: child.ended)
+        child.finish()
+        with pytest.raises(IsolationError):
+            child.pause()
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_processes_that_continue_each_other_are_not_called_paused(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    with ProcessIsolator.create() as isolator:
+        host = isolator._keeper.template.features.cgroups
+        features = isolator._keeper.template.features
+        from pisupervisor.records import replace
+
+        monkeypatch.setattr(
+            isolator._keeper.template, "features", replace(features, cgroups=host._replace(unified=None))
+        )
+        future = isolator.submit(_continue_each_other, count)
+        assert wait_until(lambda: len(isolator.pids()) == count + 1)
+        time.sleep(0.1)
+        try:
+            isolator.pause()
+        except IsolationError:
+            assert isolator.state == "busy"
+        else:
+            assert all(state_of(pid) == "T" for pid in isolator.pids() if pid != init_of(isolator))
+        isolator.terminate(0)
+        future.exception(2)
+
+
+def _continue_each_other(count: int) -> None:
+    import os
+    import signal
+
+    for _ in range(count - 1):
+        if os.fork() == 0:
+            break
+    while True:
+        os.kill(-1, signal.SIGCONT)
+
+
+def test_the_lifeline_of_a_paused_child_works() -> None:
+    """PID 1 is left out of a pause: it holds the lifeline, and reaps."""
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(mode="never")) as isolator:
+        isolator.pause()
+        os.kill(isolator.pid or 0, signal.SIGKILL)
+        assert wait_until(lambda: isolator.state == "stopped"), "PID 1 has seen it"
+
+
+def test_an_idle_timeout_spares_a_paused_child() -> None:
+    with ProcessIsolator.create(idle_timeout=0.1) as isolator:
+        pid = isolator.pid
+        isolator.pause()
+        time.sleep(0.4)
+        assert (isolator.state, isolator.pid) == ("paused", pid)
+        isolator.resume()
+        assert wait_until(lambda: isolator.state == "stopped", 2)
+
+
+# --- handlers --------------------------------------------------------------------------------------------------------
+
+
+def test_a_handler_that_exits(caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[str] = []
+
+    def leave(event: Any) -> None:
+        seen.append(event.line)
+        sys.exit(3)
+
+    with nothing_left(), ProcessIsolator.create(events=IsolationEvents(stdout=leave)) as isolator:
+        isolator.invoke(_write_lines, 3)
+        assert wait_until(lambda: seen == ["0", "1", "2"])
+
+
+def _write_lines(count: int) -> None:
+    import os
+
+    os.write(1, b"".join(b"%d\n" % number for number in range(count)))
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.1])
+def test_a_handled_crash_is_none_however_few_are_allowed(delay: float) -> None:
+    def handle(event: Any) -> None:
+        time.sleep(delay)
+        event.handled = True
+
+    policy = RestartPolicy(max_restarts=0, backoff=0.0)
+    with (
+        nothing_left(),
+        ProcessIsolator.create(restart=policy, events=IsolationEvents(exit_with_error=handle)) as isolator,
+    ):
+        for _ in range(5):
+            crash(isolator)
+            assert isolator.invoke(len, "abc") == 3
+
+
+def test_an_unhandled_one_is_one_too_many() -> None:
+    policy = RestartPolicy(max_restarts=0, backoff=0.0)
+    with ProcessIsolator.create(restart=policy, events=IsolationEvents(exit_with_error=lambda event: None)) as isolator:
+        crash(isolator)
+        with pytest.raises(RestartLimitReached, match="1 crashes"):
+            isolator.invoke(len, "abc")
+
+
+def test_a_flood_of_empty_lines_is_bounded() -> None:
+    count = [0]
+
+    def handle(event: Any) -> None:
+        count[0] += 1
+
+    with nothing_left(), ProcessIsolator.create(events=IsolationEvents(stdout=handle)) as isolator:
+        with pytest.raises(CallTimeout):
+            isolator.invoke(_flood, timeout=1.0)
+        used = time.process_time()
+        within(3, isolator.close)
+        assert count[0] < 100_000
+        assert time.process_time() - used < 2
+
+
+def _flood() -> None:
+    import os
+
+    while True:
+        os.write(1, b"\n" * 65536)
+
+
+def test_the_last_lines_of_a_pipe_that_was_made_larger() -> None:
+    seen: list[str] = []
+    with ProcessIsolator.create(
+        events=IsolationEvents(stdout=lambda event: (time.sleep(0.0005), seen.append(event.line)))
+    ) as isolator:
+        with pytest.raises(ChildTerminated):
+            isolator.invoke(_fill_a_large_pipe)
+        assert wait_until(lambda: seen[-1:] == ["the end"], 5)
+
+
+def _fill_a_large_pipe() -> None:
+    import fcntl
+    import os
+
+    fcntl.fcntl(1, 1031, 1 << 20)  # F_SETPIPE_SZ
+    os.write(1, (b"x" * 999 + b"\n") * 500 + b"the end\n")
+    os._exit(3)
+
+
+# --- waiting ---------------------------------------------------------------------------------------------------------
+
+
+def test_waiting_is_no_work() -> None:
+    """A backoff that is longer than the wait."""
+    with ProcessIsolator.create(restart=PATIENT) as isolator:
+        found: list[BaseException] = []
+
+        def wait() -> None:
+            try:
+                isolator.wait_for_exit(1.0)
+            except TimeoutError as error:
+                found.append(error)
+
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        time.sleep(0.1)
+        used = time.process_time()
+        os.kill(isolator.pid or 0, signal.SIGKILL)
+        waiter.join(5)
+        assert len(found) == 1
+        assert time.process_time() - used < 0.5
+
+
+def test_waiting_while_it_is_closed() -> None:
+    for _ in range(30):
+        isolator = ProcessIsolator.create()
+        found: list[Any] = []
+        waiter = threading.Thread(target=lambda isolator=isolator, found=found: found.append(isolator.wait_for_exit()))
+        waiter.start()
+        in_thread(isolator.close)
+        waiter.join(5)
+        assert [info.reason for info in found] == [ExitReason.KILLED]
+
+
+def test_a_launch_that_fails_where_none_will_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    events = IsolationEvents(exited=lambda event: None)
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(mode="never"), events=events) as isolator:
+        with monkeypatch.context() as patch:
+            patch.setattr(Child, "request", _refuse)
+            with pytest.raises(LaunchError):
+                isolator.restart()
+        used = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - used < 0.2
+        assert isolator.state == "stopped"
+        isolator.restart()
+        assert isolator.invoke(len, "abc") == 3
+
+
+def _refuse(*_arguments: object) -> None:
+    raise LaunchError("refused", step="cgroup", errno=errno.ENOSPC)
+
+
+# --- want of everything ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def room_for(count: int) -> Iterator[None]:
+    """No more than ``count`` descriptors are to be had."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    kept: list[int] = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(open_fds()) + 20, hard))
+    try:
+        while True:
+            try:
+                kept.append(os.open(os.devnull, os.O_RDONLY))
+            except OSError:
+                break
+        for _ in range(count):
+            os.close(kept.pop())
+        yield
+    finally:
+        for fd in kept:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_watch_outlives_a_want_of_descriptors() -> None:
+    with nothing_left(), ProcessIsolator.create(idle_timeout=1.5) as isolator:
+        with room_for(0):
+            assert isolator.state == "ready"
+            time.sleep(0.3)
+        assert wait_until(lambda: isolator.state == "stopped", 4), "the watch still watches"
+
+
+@pytest.mark.parametrize("room", range(16))
+def test_no_descriptors_for_a_child(room: int) -> None:
+    """However far it gets: a typed error, and all that was taken is given back."""
+    with nothing_left(), ProcessIsolator.create() as keeper:
+        with room_for(room):
+            try:
+                ProcessIsolator.create(keeper.options).close()
+            except LaunchError as error:
+                assert error.errno == errno.EMFILE or room > 4, error
+        assert keeper.invoke(len, "abc") == 3
+
+
+def test_no_thread_for_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with nothing_left():
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(LaunchError, match="thread"):
+                ProcessIsolator.create(idle_timeout=10)
+        ProcessIsolator.create(idle_timeout=10).close()
+
+
+def test_an_account_that_was_interrupted_closes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    with nothing_left():
+        isolator = ProcessIsolator.create()
+        child = isolator._keeper.child
+        assert child is not None
+        with monkeypatch.context() as patch:
+            patch.setattr(child_module, "explain_exit", _interrupt)
+            child.kill(ExitReason.KILLED, "test")
+            with pytest.raises(KeyboardInterrupt):
+                child.finish()
+        others = [os.open(os.devnull, os.O_RDONLY) for _ in range(8)]
+        child.finish()
+        for fd in others:
+            os.close(fd)  # ours still
+        isolator.close()
+
+
+def _interrupt(*_arguments: object, **_keywords: object) -> None:
+    raise KeyboardInterrupt
+
+
+# --- wrong arguments, odd limits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("act", "arguments"),
+    [
+        ("exit", {"timeout": -2}), ("exit", {"timeout": float("inf")}), ("exit", {"timeout": "1"}), ("exit", {"reason": 3}),
+        ("terminate", {"grace": "1"}), ("terminate", {"grace": -1}), ("terminate", {"grace": float("nan")}),
+        ("abort", {"reason": b"x"}),
+    ],
+)  # fmt: skip
+def test_arguments_are_checked_before_anything_happens(act: str, arguments: dict[str, Any]) -> None:
+    with ProcessIsolator.create() as isolator:
+        pid = isolator.pid
+        with pytest.raises(OptionsError):
+            getattr(isolator, act)(**arguments)
+        assert (isolator.state, isolator.pid) == ("ready", pid)
+
+
+def test_a_reason_that_is_no_proper_text() -> None:
+    with ProcessIsolator.create() as isolator:
+        assert isolator.exit("odd \udc80").message == "odd \\udc80"
+
+
+@pytest.mark.parametrize("size", [0, 1024])
+def test_the_end_of_stderr_does_not_count_as_a_file(size: int) -> None:
+    with ProcessIsolator.create(limits=Limits(file_size=size), restart=QUICK) as isolator:
+        with pytest.raises(ChildTerminated) as caught:
+            isolator.invoke(_say_and_leave)
+        assert (caught.value.exit_info.exit_code, caught.value.exit_info.stderr_tail) == (3, "x" * 3000)
+
+
+def _say_and_leave() -> None:
+    import os
+    import time
+
+    os.write(2, b"x" * 3000)
+    time.sleep(0.05)
+    os._exit(3)
+
+
+@pytest.mark.root
+def test_a_kill_by_somebody_is_no_cpu_time() -> None:
+    with ProcessIsolator.create(limits=Limits(cpu_time=100), restart=RestartPolicy(mode="never")) as isolator:
+        os.kill(isolator.pid or 0, signal.SIGKILL)
+        assert isolator.wait_for_exit(5).reason is ExitReason.SIGNALED
+
+
+def test_why_it_died_in_on_start() -> None:
+    with pytest.raises(LaunchError, match="died in on_start: exited with code 9") as caught:
+        ProcessIsolator.create(on_start=lambda: os._exit(9))
+    assert caught.value.step == "on_start"
