@@ -11,11 +11,12 @@
       | ANSWER  id m ----------------------->|   before it, other calls may be made and answered in turn
       | EXIT    id n ----------------------->|   (no answer but the end: exit handlers run, the exit code is 0)
       | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
-      | <------------------------- one of RESULT, PICKLED, RAISED, REFUSED  id n, the (last part of the) answer
+      | <------------------------- one of RESULT, PICKLED, STREAM, RAISED, REFUSED  id n, the (last part of the) answer
 
 A frame is a 16-byte header (magic, version, kind, id, length; little endian) and ``length`` bytes, 1 at the least.
 Host to child the body is a pickle: the host is trusted. Child to host it is never one, unless the caller asked for
-``results="pickle"`` (PICKLED): RESULT is a packed value (see ``pack_value``), RAISED and REFUSED are JSON.
+``results="pickle"`` (PICKLED): RESULT is a packed value (see ``pack_value``), STREAM the number of a generator, RAISED
+and REFUSED are JSON.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ STDERR_TAIL = 4096  #: bytes of the end of stderr that PID 1 keeps where nobody 
 MAX_BUFFERS = 1000  #: binary buffers beside the text of one value
 
 CODE, CALL, OUTPUT, EXIT, STDIO, RELEASE, ANSWER = 1, 2, 3, 4, 5, 6, 7
-READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW = 64, 65, 66, 67, 68, 69, 70, 71
-FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW))
+READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM = 64, 65, 66, 67, 68, 69, 70, 71, 72
+FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM))
 
 _COUNTS = struct.Struct("<II")
 

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+from pihost import wire
 from pisupervisor.launch import templates
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pisupervisor.objects import IsolatedMethod, IsolatedObject
     from pisupervisor.results import Applied, CallResult, ExitInfo, Usage
     from pisupervisor.supervise.lifecycle import State
+    from pisupervisor.supervise.session import Outcome
     from pisupervisor.worker import Worker
 
 _ids = itertools.count(1)
@@ -132,14 +134,16 @@ class ProcessIsolator:
         a ``.zip`` or ``.whl`` or a module by name, in the child, and return its result.
 
         The file is read here and sent; the child needs no sight of it. ``timeout`` in seconds kills the child when it
-        runs out; ``returns`` checks and builds the result; ``kwargs`` is for parameters named like these.
+        runs out; ``returns`` checks and builds the result; ``kwargs`` is for parameters named like these. What ``async
+        def`` returns is awaited in the child; of a generator the caller gets a stream, each item fetched when it is asked
+        for.
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._code(path, target)
         arguments = self._packer.arguments(args, {**keywords, **(kwargs or {})})
-        return self._session.call(
+        return self._result(self._session.call(
             "method", code.key, target, arguments, code=code, timeout=timeout, idempotent=idempotent, returns=returns
-        ).value
+        ), timeout, returns)  # fmt: skip
 
     def invoke(
         self, function: Callable[..., Any], /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -149,7 +153,8 @@ class ProcessIsolator:
         changes nothing here. Parameters and errors as for ``invoke_method``.
         """
         payload = self._packer.function(function, args, {**keywords, **(kwargs or {})})
-        return self._session.call("function", payload, timeout=timeout, idempotent=idempotent, returns=returns).value
+        done = self._session.call("function", payload, timeout=timeout, idempotent=idempotent, returns=returns)
+        return self._result(done, timeout, returns)
 
     def execute(
         self, function: Callable[..., Any] | str, /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -187,6 +192,10 @@ class ProcessIsolator:
 
         code = self._reader.read(path)
         result = self._captured(("script", code.key, [*argv]), code, timeout, int, False)
+        if not isinstance(result.value, int):
+            from pisupervisor.errors import ProtocolError
+
+            raise ProtocolError("the child answered with no exit code")
         return ExitInfo(
             exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,
             cpu_time=result.usage.cpu_time, peak_memory=result.usage.peak_memory, stderr_tail=result.stderr[-4096:],
@@ -277,10 +286,18 @@ class ProcessIsolator:
         used, answer = done.after, done.answer
         cpu = None if used.cpu_time is None else max(0.0, used.cpu_time - (done.before.cpu_time or 0.0))
         return CallResult(
-            value=done.value, stdout=answer.stdout.decode("utf-8", "replace"),
+            value=self._result(done, timeout, returns), stdout=answer.stdout.decode("utf-8", "replace"),
             stderr=answer.stderr.decode("utf-8", "replace"), truncated=answer.truncated,
             duration=time.monotonic() - started, usage=Usage(cpu_time=cpu, peak_memory=used.peak_memory),
         )  # fmt: skip
+
+    def _result(self, done: Outcome, timeout: float | None, returns: Any) -> Any:
+        """The value of a call; of one that returned a generator, a stream of its items."""
+        if done.answer.kind != wire.STREAM:
+            return done.value
+        from pisupervisor.objects import IsolatedStream
+
+        return IsolatedStream(self, done.connection, done.value, timeout, returns)
 
     def _start(self) -> None:
         if self.options.on_start is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pisupervisor.errors import ObjectReleased
+from pisupervisor.errors import ObjectReleased, ProtocolError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,10 +36,11 @@ class IsolatedObject:
         """Call the method ``name``, private ones too. Raises what ``invoke_method`` raises, and ObjectReleased."""
         number = self._live()
         arguments = self._isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
-        session = self._isolator._session
-        return session.call(
+        isolator = self._isolator
+        done = isolator._session.call(
             "on object", number, name, arguments, timeout=timeout, returns=returns, only_on=self._connection
-        ).value
+        )
+        return isolator._result(done, timeout, returns)
 
     def find_method(self, name: str) -> Callable[..., Any]:
         """A method of this object as something to call."""
@@ -89,6 +90,59 @@ class IsolatedObject:
         )
 
 
+class IsolatedStream:
+    """The items of a generator in the child (an async one too), fetched one by one: it runs only as far as it is asked to.
+
+    An iterator and a context manager. ``timeout`` is for each item; ``value`` is what the generator returned at its end.
+    """
+
+    def __init__(
+        self, isolator: ProcessIsolator, connection: Connection, number: int, timeout: float | None, returns: Any
+    ) -> None:
+        self._object = IsolatedObject(isolator, connection, number)
+        self._timeout, self._returns = timeout, returns
+        self.value: Any = None
+
+    def __iter__(self) -> IsolatedStream:
+        return self
+
+    def __next__(self) -> Any:
+        if self._object._number is None:
+            raise StopIteration
+        try:
+            step = self._object._isolator._session.call(
+                "next", self._object._live(), timeout=self._timeout, only_on=self._object._connection
+            ).value
+            if not isinstance(step, list) or len(step) != 2:
+                raise ProtocolError("the child answered with no item of a stream")
+        except BaseException:
+            self.close()  # a generator that has raised is over
+            raise
+        over, item = step
+        if over is True:
+            self.value = item
+            self.close()
+            raise StopIteration
+        return self._built(item)
+
+    def _built(self, item: Any) -> Any:
+        if self._returns is None:
+            return item
+        from pisupervisor.link.serializer import build
+
+        return build(item, self._returns)
+
+    def close(self) -> None:
+        """Let go of the generator, which ends it. Idempotent."""
+        self._object.release()
+
+    def __enter__(self) -> IsolatedStream:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
 class IsolatedMethod:
     """A function or method of code in the child: call it, or ``invoke`` it on objects of its class."""
 
@@ -107,10 +161,11 @@ class IsolatedMethod:
         isolator = self._isolator
         code = isolator._code(self._path, self._target)
         arguments = isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
-        return isolator._session.call(
+        done = isolator._session.call(
             "apply", code.key, self._target, obj._live(), arguments, code=code, timeout=timeout, returns=returns,
             only_on=obj._connection,
-        ).value  # fmt: skip
+        )  # fmt: skip
+        return isolator._result(done, timeout, returns)
 
     def __repr__(self) -> str:
         return f"<IsolatedMethod {self._path}:{self._target} of isolator {self._isolator.id}>"

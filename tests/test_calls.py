@@ -439,7 +439,7 @@ def test_a_result_above_the_limit() -> None:
         (lambda: {"a": [1, object()]}, r"\['a'\]\[1\]"),
         (lambda: [lambda: 1], r"\[0\]"),
         (lambda: Fraction(1, 2), "Fraction"),
-        (lambda: (n for n in ()), "generator"),
+        (lambda: [(n for n in ())], "generator"),
     ],
 )
 def test_what_is_not_data_is_named(shared: ProcessIsolator, make: Any, part: str) -> None:

@@ -12,7 +12,7 @@ from pihost.inside.resolve import NotFound
 
 TYPE_CHECKING = False  # importing typing costs 4 ms; type checkers know the name
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import CodeType, ModuleType, TracebackType
     from typing import Any
 
@@ -174,9 +174,10 @@ def _execute(main: ModuleType, loader: Loader, package: str) -> int:
     return 0
 
 
-def leave() -> int:
+def leave(close_loop: Callable[[], None]) -> int:
     """What the interpreter does at its end: wait for threads, run exit handlers, flush. The exit code."""
     try:
+        close_loop()
         if "threading" in sys.modules:
             sys.modules["threading"]._shutdown()
         import atexit

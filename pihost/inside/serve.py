@@ -10,7 +10,7 @@ import os
 import struct
 
 from pihost import wire
-from pihost.inside import callbacks, encode, objects, raised, resolve, run
+from pihost.inside import awaiting, callbacks, encode, objects, raised, resolve, run
 from pihost.inside.capture import Capture, redirect
 from pihost.jsontext import dump
 
@@ -97,6 +97,7 @@ class Worker:
     def __init__(self, link: Link, limits: dict[str, int]) -> None:
         self.link, self.limits = link, limits
         self.own_pid = os.getpid()
+        self.loop = awaiting.Loop()
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
 
@@ -115,7 +116,7 @@ class Worker:
         elif kind == wire.RELEASE:
             objects.kept.release(struct.unpack(f"<{len(body) // 8}Q", body))
         elif kind == wire.EXIT:
-            os._exit(run.leave())
+            os._exit(run.leave(self.loop.close))
 
     def answer(self, call: tuple[Any, ...], take_fds: Callable[[], list[int]]) -> tuple[int, list[bytes]]:
         """(kind, parts) of the reply to one call. Whatever user code does is an answer too."""
@@ -123,9 +124,9 @@ class Worker:
         try:
             if capture:
                 with Capture(take_fds()):
-                    value = VERBS[verb](self, *arguments)
+                    value = self.loop.complete(VERBS[verb](self, *arguments))
             else:
-                value = VERBS[verb](self, *arguments)
+                value = self.loop.complete(VERBS[verb](self, *arguments))
             return self.pack(value)
         except resolve.NotFound as error:
             return refused("not_found", str(error), stage=error.stage)
@@ -143,6 +144,8 @@ class Worker:
             return wire.RAISED, [dump(raised.describe_exception(error, _HIDDEN))]
 
     def pack(self, value: object) -> tuple[int, list[bytes]]:
+        if awaiting.is_stream(value):
+            return wire.STREAM, [struct.pack("<Q", objects.kept.keep(value))]
         if self.limits["pickle"]:
             return wire.PICKLED, [_pickle.dumps(value, 5)]
         text, buffers = encode.encode(value, self.limits["result"])
@@ -177,6 +180,9 @@ class Worker:
         args, kwargs = load(arguments)
         return function(objects.kept.get(number), *args, **kwargs)
 
+    def next_item(self, number: int) -> list[object]:
+        return self.loop.next_of(objects.kept.get(number))
+
     def count_objects(self) -> int:
         return len(objects.kept)
 
@@ -197,6 +203,7 @@ VERBS: dict[str, Callable[..., object]] = {
     "copy": Worker.copy_object,
     "on object": Worker.call_on_object,
     "apply": Worker.apply_method,
+    "next": Worker.next_item,
     "count objects": Worker.count_objects,
 }
 

@@ -43,6 +43,10 @@ def unpack_answer(answer: Answer, *, pickled: bool, returns: Any = None) -> Any:
             raise ProtocolError(f"the child sent {error}") from None
         value = decode(text, buffers)
         return value if returns is None else build(value, returns)
+    if answer.kind == wire.STREAM:
+        if len(answer.body) != 8:
+            raise ProtocolError("a stream without a number")
+        return int.from_bytes(answer.body, "little")
     if answer.kind == wire.PICKLED and pickled:
         from pisupervisor.link.serializer import load_pickled
 
