@@ -40,6 +40,7 @@ if TYPE_CHECKING:
         UnknownCallback as UnknownCallback,
     )
     from pisupervisor.events import IsolationEvents as IsolationEvents
+    from pisupervisor.executor import IsolationExecutor as IsolationExecutor
     from pisupervisor.futures import CallCancelled as CallCancelled, IsolationFuture as IsolationFuture
     from pisupervisor.isolator import ProcessIsolator as ProcessIsolator, Template as Template
     from pisupervisor.launch.seccomp import SeccompProfile as SeccompProfile
@@ -81,6 +82,7 @@ _HOMES = {
         "SerializationError", "SyscallViolation", "TargetNotFound", "UnknownCallback",
     ),
     "events": ("IsolationEvents",),
+    "executor": ("IsolationExecutor",),
     "futures": ("CallCancelled", "IsolationFuture"),
     "isolator": ("ProcessIsolator", "Template"),
     "launch.seccomp": ("SeccompProfile",),

@@ -1,4 +1,4 @@
-"""The one thread that runs submitted calls, in order. It exists from an isolator's first ``submit`` to its ``close``."""
+"""A thread that runs submitted calls, in order. An isolator has one from its first ``submit`` to its ``close``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 from pisupervisor.futures import IsolationFuture
 
+Calls = queue.SimpleQueue[Any]  # of (future, method, arguments, keywords), and None for the end
+
 
 class Worker:
     """``want(thread)`` is told before each call that this thread makes, ``cancel(thread)`` ends the call that it makes."""
 
     def __init__(self, name: str, want: Callable[[int], None], cancel: Callable[[int], None]) -> None:
         self._want, self._cancel_call = want, cancel
-        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._queue: Calls = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: IsolationFuture | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -23,16 +25,17 @@ class Worker:
 
     def add(self, method: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> IsolationFuture:
         """Queue one call; its future."""
-        future = IsolationFuture(self._cancel)
+        future = IsolationFuture(self.cancel)
         self._queue.put((future, method, args, keywords))
         return future
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
-            self._run_one(*item)
+            self.run_one(*item)
             del item  # a finished call must not be kept alive until the next one comes
 
-    def _run_one(self, future: IsolationFuture, method: Callable[..., Any], args: Any, keywords: Any) -> None:
+    def run_one(self, future: IsolationFuture, method: Callable[..., Any], args: Any, keywords: Any) -> None:
+        """Make one call, in the calling thread, unless it was taken back."""
         with self._lock:
             if future.cancelled():
                 return
@@ -51,19 +54,35 @@ class Worker:
         else:
             future.set_exception(error)
 
-    def _cancel(self, future: IsolationFuture) -> None:
+    def is_cancelled(self) -> bool:
+        """Whether the call that is made now was taken back."""
+        running = self._running
+        return running is not None and running.cancelled()
+
+    def cancel(self, future: IsolationFuture) -> None:
+        """End that call, if it is the one that is made now."""
         with self._lock:
             if self._running is future:
                 self._cancel_call(self._thread.ident or 0)
 
     def close(self) -> None:
         """End the thread; calls that still wait are cancelled."""
-        waiting = []
-        while not self._queue.empty():
-            waiting.append(self._queue.get())
+        cancel_all(self._queue)
         self._queue.put(None)
+        self.join(5.0)
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for the end of the thread, unless it is the one that waits."""
         if threading.current_thread() is not self._thread:
-            self._thread.join(5.0)
-        for item in waiting:
-            if item is not None:
-                item[0].cancel()
+            self._thread.join(timeout)
+
+
+def cancel_all(calls: Calls) -> None:
+    """Take back what waits in a queue."""
+    while True:
+        try:
+            item = calls.get_nowait()
+        except queue.Empty:
+            return
+        if item is not None:
+            item[0].cancel()

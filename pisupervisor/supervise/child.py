@@ -241,11 +241,15 @@ class Child:
         finally:
             os.close(fd)
 
+    @property
+    def payload_ended(self) -> bool:
+        """Whether its payload is gone, which PID 1 may not have noticed yet."""
+        with self._lock:
+            return self.exit_info is not None or has_ended(self.payload_pidfd)
+
     def is_dying(self) -> bool:
         """Whether its payload is gone, or a signal is on the way to it."""
-        with self._lock:
-            gone = self.exit_info is not None or has_ended(self.payload_pidfd)
-        return gone or metrics.has_signal_pending(self.pid)
+        return self.payload_ended or metrics.has_signal_pending(self.pid)
 
     def kill(self, reason: ExitReason, message: str = "") -> None:
         """SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its namespace. The first order wins."""

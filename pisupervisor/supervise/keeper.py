@@ -198,7 +198,7 @@ class Keeper:
     def ready_child(self, deadline: float | None, wanted: Callable[[], bool]) -> tuple[Child, Connection]:
         """The child for the next call, started anew where the last one has died. Called with the turn held."""
         child = self.child
-        if child is not None and child.ended:
+        if child is not None and child.payload_ended:
             self.bury(child)
         if self.child is None:
             self.replace(deadline, wanted)
