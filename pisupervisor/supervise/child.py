@@ -83,14 +83,22 @@ class Child:
         """The second half: wait until it is ready, and read back what holds."""
         with self._undone_on_failure():
             self._await_ready(self._zygote, deadline)
-            readings = attest.read(self.pid, self.template.host_links)
-            self.meter.open(self._group, self.pid, self.init_pid)
-            groups = self._group.read_back() if self._group is not None else {}
-            filtered = bool(self.template.plan.seccomp)
-            self.applied = attest.verify(
-                self._plan, self.options, readings, filtered=filtered, groups=groups, missing=self._missing
-            )
+            try:
+                self.applied = self._read_back()
+            except LaunchError:
+                if has_ended(self.payload_pidfd):  # a dead child has no walls: that is no defect of theirs
+                    raise LaunchError("the child ended as soon as it was ready", step="payload") from None
+                raise
             self.started = time.monotonic()
+
+    def _read_back(self) -> dict[str, Applied]:
+        readings = attest.read(self.pid, self.template.host_links)
+        self.meter.open(self._group, self.pid, self.init_pid)
+        groups = self._group.read_back() if self._group is not None else {}
+        filtered = bool(self.template.plan.seccomp)
+        return attest.verify(
+            self._plan, self.options, readings, filtered=filtered, groups=groups, missing=self._missing
+        )
 
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:
@@ -214,9 +222,13 @@ class Child:
             raise LaunchError("the child said something else than that it is ready", step="payload")
         for _level, kind, content in ancillary:
             if kind == socket.SCM_CREDENTIALS:
-                self.pid = _CREDENTIALS.unpack(content)[0]
-                self.payload_pidfd = os.pidfd_open(self.pid)
+                pid = _CREDENTIALS.unpack(content)[0]
+                try:
+                    self.payload_pidfd = os.pidfd_open(pid)
+                except ProcessLookupError:
+                    return False  # killed since
                 self._cleanup.append(partial(os.close, self.payload_pidfd))
+                self.pid = pid
         return True
 
     # --- death ------------------------------------------------------------------------------------------------
