@@ -12,7 +12,7 @@ import threading
 
 from pisupervisor.errors import IsolatorClosed
 from pisupervisor.launch.interpreter import Interpreter, find_interpreter
-from pisupervisor.launch.zygote import PACKAGE, Zygote
+from pisupervisor.launch.zygote import PACKAGE, Zygote, host_failure
 from pisupervisor.options import IsolationOptions
 
 TYPE_CHECKING = False
@@ -46,6 +46,9 @@ class Template:
         self.zygote = Zygote(self.python)
         try:
             self._prepare(options, program)
+        except OSError as error:
+            self.close()
+            raise host_failure(error) from error
         except BaseException:
             self.close()
             raise

@@ -43,12 +43,11 @@ class Zygote:
         """Start the interpreter. It waits for its plan (see ``prepare``), so that its wake-up costs nobody time."""
         _ensure_compiled()
         self.owner = os.getpid()
-        self._confirmed = False
-        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
-        self._lifeline, lifeline_theirs = _socket.socketpair(
-            _socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
-        )
-        host = os.pidfd_open(self.owner)
+        self.pid = 0
+        try:
+            host, ours, theirs, self._lifeline, lifeline_theirs = _ends()
+        except OSError as error:
+            raise host_failure(error) from error
         try:
             self.pid = _spawn(python, theirs.fileno(), host, lifeline_theirs.fileno())
             self.pidfd = os.pidfd_open(self.pid)
@@ -56,6 +55,8 @@ class Zygote:
         except OSError as error:
             ours.close()
             self._lifeline.close()
+            if self.pid:
+                _end_unseen(self.pid)
             raise LaunchError(f"{python} does not start: {error.strerror}", step="zygote", errno=error.errno) from error
         finally:
             theirs.close()
@@ -145,6 +146,13 @@ def failure(message: dict[str, Any]) -> LaunchError:
     )
 
 
+def host_failure(error: OSError) -> LaunchError:
+    """What this process itself could not do for a launch, most often for want of descriptors."""
+    lacking = error.errno in (errno.EMFILE, errno.ENFILE)
+    remedy = "raise ulimit -n, or close isolators" if lacking else None
+    return LaunchError(str(error), step="launch", errno=error.errno, remedy=remedy)
+
+
 def end_process(pidfd: int, grace: float) -> None:
     """Wait for a child process of ours to end, kill it after ``grace`` seconds, reap it if nobody else did."""
     if not has_ended(pidfd, grace):
@@ -163,6 +171,31 @@ def has_ended(pidfd: int, timeout: float = 0.0) -> bool:
     return bool(poll.poll(timeout * 1000))
 
 
+def _end_unseen(pid: int) -> None:
+    """End a child process of ours of which no pidfd could be had."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    except OSError:
+        pass  # the application ignores SIGCHLD or reaps everything
+
+
+def _ends() -> tuple[int, _socket.socket, _socket.socket, _socket.socket, _socket.socket]:
+    """A pidfd of this process, both ends of the control socket, both of the lifeline; all or none. Raises OSError."""
+    host = os.pidfd_open(os.getpid())
+    try:
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET | _socket.SOCK_CLOEXEC)
+        try:
+            return host, ours, theirs, *_socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+        except OSError:
+            ours.close()
+            theirs.close()
+            raise
+    except OSError:
+        os.close(host)
+        raise
+
+
 def _kill_at_hangup(sock: _socket.socket, pid: int) -> None:
     """Have the kernel kill the zygote when this end's peer, which is ours, is gone: also one that is stopped and cannot
     hear its pidfd of us. (A fork of the application that keeps our end open only leaves it to the pidfd.)
@@ -174,7 +207,17 @@ def _kill_at_hangup(sock: _socket.socket, pid: int) -> None:
 
 def _spawn(python: str, control: int, host: int, lifeline: int) -> int:
     """posix_spawn, not fork: no code of the host application runs in between, whatever threads it has."""
-    spares = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _SPARE_FD) for fd in (control, host, lifeline)]
+    spares: list[int] = []
+    try:
+        for fd in (control, host, lifeline):
+            spares.append(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _SPARE_FD))  # noqa: PERF401  those made are closed again
+        return _spawn_with(python, spares)
+    finally:
+        for fd in spares:
+            os.close(fd)
+
+
+def _spawn_with(python: str, spares: list[int]) -> int:
     actions: list[tuple[Any, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDWR, 0),
         (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_RDWR, 0),
@@ -184,13 +227,9 @@ def _spawn(python: str, control: int, host: int, lifeline: int) -> int:
     ]
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     arguments = [python, "-I", "-S", f"{PACKAGE}/__main__.py", "root", str(_CONTROL), str(_HOST)]
-    try:
-        return os.posix_spawn(
-            python, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=range(1, 32)
-        )
-    finally:
-        for fd in spares:
-            os.close(fd)
+    return os.posix_spawn(
+        python, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=range(1, 32)
+    )
 
 
 def _ensure_compiled() -> None:

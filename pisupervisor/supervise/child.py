@@ -12,14 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from errno import EMFILE
 from functools import partial
 
 from pihost import wire
 from pisupervisor.errors import IsolationError, LaunchError
 from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
-from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
+from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended, host_failure
 from pisupervisor.limits import cgroups, rlimits
 from pisupervisor.limits.freezer import Freezer, make_freezer
 from pisupervisor.link import jsontext
@@ -104,10 +103,9 @@ class Child:
     def _undone_on_failure(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:  # of our own calls, most often for want of descriptors
+        except OSError as error:
             self.discard("its launch failed", _LAUNCH_GRACE)
-            remedy = "raise ulimit -n, or close isolators" if error.errno == EMFILE else None
-            raise LaunchError(str(error), step="launch", errno=error.errno, remedy=remedy) from error
+            raise host_failure(error) from error
         except BaseException:
             self.discard("its launch failed", _LAUNCH_GRACE)
             raise
@@ -164,8 +162,13 @@ class Child:
 
     def _send_plan(self, zygote: Zygote, plan: Any) -> None:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._cleanup += [self.link.close, self.status.close]
+        self._cleanup.append(self.link.close)
+        try:
+            self.status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            theirs.close()
+            raise
+        self._cleanup.append(self.status.close)
         # The kernel then tells who sends READY: the payload's pid as we number it, which the child cannot forge.
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._asked = True
