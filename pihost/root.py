@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 
 from pihost import mounts, syscalls
 from pihost.jsontext import dump  # now: once the root is built, nothing of the host's can be imported any more
@@ -30,9 +31,9 @@ class StepFailed(Exception):
 
 def enter(control: int, host: int) -> None:
     """Read the template plan, build its root, and exec the interpreter that is inside it."""
-    data = os.read(control, 1 << 20)
+    data = await_plan(control, host)
     if not data:
-        return  # the host thought better of it
+        return  # the host is gone, or thought better of it
     step = "plan"
     try:
         plan = TemplatePlan.load(data)
@@ -46,6 +47,14 @@ def enter(control: int, host: int) -> None:
         failure = error if isinstance(error, StepFailed) else StepFailed(step, error)
         os.write(control, dump(failure.report()))
         os._exit(1)
+
+
+def await_plan(control: int, host: int) -> bytes:
+    """The plan; empty where the host ended instead: a fork of it may hold our socket open, and say nothing."""
+    poll = select.poll()
+    for fd in (control, host):
+        poll.register(fd, select.POLLIN)
+    return os.read(control, 1 << 20) if control in dict(poll.poll()) else b""
 
 
 def enter_namespaces(own_ids: list[int]) -> None:

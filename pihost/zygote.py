@@ -28,7 +28,7 @@ from pihost import confine, init, syscalls, wire
 from pihost.inside import serve
 from pihost.jsontext import dump
 from pihost.plan import ChildPlan, PlanError, TemplatePlan
-from pihost.root import StepFailed, write_proc
+from pihost.root import StepFailed, await_plan, write_proc
 
 if False:  # typing costs 5 ms, and only a type checker reads this
     from typing import Any
@@ -50,9 +50,9 @@ def main(control: int, host: int) -> None:
     lifeline = max(control, host) + 1  # nobody reads it: its hangup is a SIGKILL, which our host has arranged
     syscalls.close_range(lifeline + 1, syscalls.LAST_FD)
     sock = _socket.socket(fileno=control)
-    data = sock.recv(_MAX_MESSAGE)
+    data = await_plan(control, host)
     if not data:
-        return  # the host thought better of it
+        return  # the host is gone, or thought better of it
     plan = TemplatePlan.load(data)
     try:
         prepare(plan)
