@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 _CREDENTIALS = struct.Struct("3i")
 _END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 _LAUNCH_GRACE = 0.2  # the same for a launch that failed: a zygote that hangs must not hold the caller as well
+_DISCARD_GRACE = 1.0  # the same for a child that nobody has used
 _SPIN = 0.02
 _REPORT_GRACE = 0.2  # seconds for a zygote to say how PID 1 ended; measured: 0.1 ms
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
@@ -110,8 +111,8 @@ class Child:
             self.discard("its launch failed", _LAUNCH_GRACE)
             raise
 
-    def discard(self, why: str, grace: float = _END_GRACE) -> ExitInfo:
-        """Kill it and give everything back."""
+    def discard(self, why: str, grace: float = _DISCARD_GRACE) -> ExitInfo:
+        """Kill it and give everything back. Nobody asks how it ended, and a stopped zygote is not waited for."""
         self.kill(ExitReason.KILLED, why)
         return self.finish(grace)
 
