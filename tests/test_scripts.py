@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import features
 import pytest
 
 TOP = Path(__file__).parent.parent
-SHELL = ["scripts/test", "scripts/demo", "scripts/bench", "scripts/lib/setup.sh", ".ci/run"]
+SHELL = ["scripts/test", "scripts/demo", "scripts/bench", "scripts/soak", "scripts/lib/setup.sh", ".ci/run"]
 EXAMPLES = sorted(str(file.relative_to(TOP)) for file in (TOP / "examples").rglob("*.py"))
 
 
@@ -56,7 +57,7 @@ def test_it_is_executable_and_strict(script: str) -> None:
     assert "\nset -euo pipefail\n" in (TOP / script).read_text()
 
 
-@pytest.mark.parametrize("script", ["test", "demo", "bench"])
+@pytest.mark.parametrize("script", ["test", "demo", "bench", "soak"])
 def test_help_sets_nothing_up(script: str, tmp_path: Path) -> None:
     shutil.copytree(TOP / "scripts", tmp_path / "scripts")
     done = run(str(tmp_path / "scripts" / script), "--help")
@@ -241,6 +242,47 @@ def test_the_launch_benchmark_reports_ratios_beside_targets() -> None:
     assert {"memory", "pids", "network", "landlock", "seccomp", "capabilities"} <= set(result["isolator_holds"])
     assert all(row["ratio"] > 0 for row in result["ratios"])
     assert len(result["pinned_to_cpu"]) == 1
+
+
+@pytest.mark.linux
+@pytest.mark.root
+def test_a_short_soak() -> None:
+    """parity: 11"""
+    done = run(sys.executable, "scripts/lib/soak.py", "--kills", "60", "--seed", "1", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads(done.stdout)
+    assert (result["total"], sum(result["kills"].values()), result["seed"]) == (60, 60, 1)
+    assert result["kills"]["host"] == 5
+    assert result["right"] > 0
+    assert set(result["errors"]) <= {"ChildTerminated", "MemoryLimitExceeded", "LaunchError", "IsolatorClosed"}
+    violations = ("wrong answers", "other errors", "orphans", "leaks", "hangs")
+    assert [result[name] for name in violations] == [0] * 5
+
+
+@pytest.mark.linux
+@pytest.mark.root
+def test_a_soak_sees_what_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: a process that outlives its host, a thread and a descriptor that stay, are told."""
+    source = """
+        import os, sys, threading, time
+        sys.path.insert(0, "scripts/lib")
+        import soak, soak_arena
+        soak.use_isolators = lambda _random: (os.fork() and time.sleep(20)) or time.sleep(5)
+        fight = soak.Arena.round
+        def leaking(arena, kills, until):
+            fight(arena, 1, until)
+            os.dup(0)
+            threading.Thread(target=time.sleep, args=(20,), daemon=True).start()
+            soak_arena.PATIENCE = 0.2
+            arena.look_for_leaks()
+        soak.Arena.round = leaking
+        referee = soak.Referee(1, 14, time.monotonic() + 60)
+        referee.run()
+        print(sorted({kind for kind, _text in referee.tally.violations}))
+        print(referee.tally.violations, file=sys.stderr)
+    """
+    done = run(sys.executable, "-c", textwrap.dedent(source))
+    assert done.stdout == "['leaks', 'orphans']\n", done.stderr
 
 
 # -- the gate ---------------------------------------------------------------------------------------------------------
