@@ -89,9 +89,11 @@ class Template:
                 raise IsolatorClosed("this isolator is closed")
             if not self.zygote.alive():
                 self.zygote.close()
-                self.zygote = Zygote(self.python)
-                self.zygote.prepare(self.plan)
-                self._warmed = False
+                zygote = Zygote(self.python)
+                zygote.prepare(
+                    self.plan
+                )  # before another thread can see it: its plan is the first that it must be told
+                self.zygote, self._warmed = zygote, False
             return self.zygote
 
     def close(self) -> None:

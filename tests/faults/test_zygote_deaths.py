@@ -7,12 +7,14 @@ import signal
 import threading
 import time
 from contextlib import closing
+from typing import Any
 
 import pytest
 from helpers import descendants, nothing_left, start_without, state_of, wait_until, zygote_of
 from zoo import SOON, lives_on, within
 
 from pisupervisor import ChildTerminated, ExitReason, LaunchError, ProcessIsolator, Template
+from pisupervisor.launch.zygote import Zygote
 
 pytestmark = pytest.mark.linux
 
@@ -67,6 +69,22 @@ def test_without_the_death_signal_they_would_not() -> None:
     with nothing_left(), closing(start_without("death signal")) as isolator:
         os.kill(zygote_of(isolator), signal.SIGKILL)
         assert not wait_until(lambda: state_of(isolator.pid or 0) in ("", "Z"), 0.3)
+
+
+def test_the_next_one_gets_its_plan_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one thread starts it, another asks for a module to be kept warm."""
+    prepare = Zygote.prepare
+
+    def warmed_first(zygote: Zygote, plan: Any) -> None:
+        template.zygote.warm(["cloudpickle.cloudpickle"])
+        prepare(zygote, plan)
+
+    with nothing_left(), ProcessIsolator.create() as one:
+        template = one._keeper.template
+        monkeypatch.setattr(Zygote, "prepare", warmed_first)
+        os.kill(zygote_of(one), signal.SIGKILL)
+        assert wait_until(lambda: one.state == "backoff", SOON)
+        assert lives_on(one)
 
 
 # --- stopped, and continued later --------------------------------------------------------------------------------
