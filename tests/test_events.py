@@ -298,7 +298,7 @@ def test_a_memory_kill_is_an_event(told: Told) -> None:
         with pytest.raises(ChildTerminated):
             isolator.run_source("x = bytearray(1 << 30)")
         assert told.wait_for("limit", seconds=1.0).limit == "memory"
-        assert told.of("exited")[0].exit_info.reason is ExitReason.MEMORY
+        assert told.wait_for("exited").exit_info.reason is ExitReason.MEMORY
 
 
 @pytest.mark.root
