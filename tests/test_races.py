@@ -30,6 +30,7 @@ from pisupervisor import (
     CallTimeout,
     ChildTerminated,
     ExitReason,
+    FeatureUnavailable,
     IsolationError,
     IsolationEvents,
     IsolatorClosed,
@@ -497,6 +498,14 @@ def test_no_descriptors_for_a_child(room: int) -> None:
         with room_for(room), suppress(LaunchError):
             ProcessIsolator.create(keeper.options).close()
         assert keeper.invoke(len, "abc") == 3
+
+
+@pytest.mark.parametrize("room", range(12))
+def test_no_descriptors_for_a_zygote(room: int) -> None:
+    with nothing_left():
+        with room_for(room), suppress(LaunchError, FeatureUnavailable):
+            ProcessIsolator.create(log_level="ERROR").close()
+        ProcessIsolator.create(log_level="ERROR").close()
 
 
 def test_no_thread_for_the_watch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ import os
 import re
 import struct
 import sys
+from errno import EMFILE, ENFILE
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pisupervisor.errors import FeatureUnavailable
@@ -136,6 +137,8 @@ def _import_library(arch: Arch) -> ModuleType:
         import pyseccomp
     except (ImportError, RuntimeError, OSError) as error:
         remedy = "install libseccomp (apt install libseccomp2) and pyseccomp (pip install pyseccomp)"
+        if getattr(error, "errno", None) in (EMFILE, ENFILE):
+            remedy = "raise ulimit -n, or close isolators"
         message = f"cannot compile seccomp profiles: {error}"
         raise FeatureUnavailable(message, feature="seccomp", remedy=remedy) from error
     if pyseccomp.system_arch() != arch.audit:

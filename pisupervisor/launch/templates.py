@@ -40,9 +40,12 @@ class Template:
         self.reader: Any = None  # the isolators' CodeReader
         self.ids: IdBlock | None = None
         self._warmed = False
-        self.interpreter: Interpreter = find_interpreter(_python(options))
-        self.python = self.interpreter.executable
-        program = _program(options)
+        try:
+            self.interpreter: Interpreter = find_interpreter(_python(options))
+            self.python = self.interpreter.executable
+            program = _program(options)
+        except OSError as error:
+            raise host_failure(error) from error
         self.zygote = Zygote(self.python)
         try:
             self._prepare(options, program)
