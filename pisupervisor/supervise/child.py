@@ -21,12 +21,12 @@ from pisupervisor.launch.templates import Template
 from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended, host_failure
 from pisupervisor.limits import cgroups, rlimits
 from pisupervisor.limits.freezer import Freezer, make_freezer
-from pisupervisor.link import jsontext
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import metrics
 from pisupervisor.supervise.exits import explain_exit, limits_matter
 from pisupervisor.supervise.output import Line, OutputPipes, StderrTail
+from pisupervisor.supervise.reports import Reports, send_kill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,8 +36,6 @@ _CREDENTIALS = struct.Struct("3i")
 _END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 _LAUNCH_GRACE = 0.2  # the same for a launch that failed: a zygote that hangs must not hold the caller as well
 _DISCARD_GRACE = 1.0  # the same for a child that nobody has used
-_SPIN = 0.02
-_REPORT_GRACE = 0.2  # seconds for a zygote to say how PID 1 ended; measured: 0.1 ms
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 
 
@@ -57,7 +55,7 @@ class Child:
         self.exit_info: ExitInfo | None = None
         self.started = time.monotonic()
         self._ordered: tuple[ExitReason, str] | None = None
-        self._status: dict[str, Any] = {}
+        self._reports: Reports
         self._lock = threading.Lock()
         self._outer_id: int | None = None
         self._group: cgroups.ChildGroup | None = None
@@ -66,7 +64,6 @@ class Child:
         self._pausing = threading.Lock()  # taken before _lock, never after
         self._output: OutputPipes | StderrTail
         self.link: socket.socket
-        self.status: socket.socket
         self._farewell = ""
         self._asked = False  # whether the zygote was given the plan
         self._cleanup: list[Callable[[], object]] = []
@@ -165,11 +162,12 @@ class Child:
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._cleanup.append(self.link.close)
         try:
-            self.status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError:
             theirs.close()
             raise
-        self._cleanup.append(self.status.close)
+        self._reports = Reports(status)
+        self._cleanup.append(status.close)
         # The kernel then tells who sends READY: the payload's pid as we number it, which the child cannot forge.
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._asked = True
@@ -185,7 +183,7 @@ class Child:
 
     def _await_ready(self, zygote: Zygote, deadline: float | None) -> None:
         poll = select.poll()
-        for sock in (self.status, self.link):
+        for sock in (self._reports.sock, self.link):
             poll.register(sock, select.POLLIN)
         while not self.pid or self.init_pidfd < 0:
             left = deadline_left(deadline)
@@ -196,24 +194,23 @@ class Child:
                 remedy = "raise start_timeout, or look at what the machine is busy with"
                 message = f"no answer within start_timeout={self.options.start_timeout} s"
                 raise LaunchError(message, step="start_timeout", remedy=remedy)
-            if self.status.fileno() in ready:
+            if self._reports.sock.fileno() in ready:
                 self._read_launch_report(zygote)
             elif self.link.fileno() in ready and not self._read_ready():
                 poll.unregister(self.link)  # closed: the status socket will say why
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
 
     def _read_launch_report(self, zygote: Zygote) -> None:
-        data, fds = _receive_report(self.status)
-        message = jsontext.load(data) if data else {}
+        message, fds = self._reports.read()
+        if message is None:
+            raise zygote.explain_end()
         if "launched" in message and fds:
             self.init_pidfd, self.init_pid = fds[0], int(message["launched"])
             self._cleanup.append(partial(os.close, fds[0]))
         elif "failed" in message:
             raise failure(message)
-        elif not data:
-            raise zygote.explain_end()
         else:
-            self._status.update(message)
+            self._reports.known.update(message)
             raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
 
     def _read_ready(self) -> bool:
@@ -277,7 +274,7 @@ class Child:
             if self._ordered is None:
                 self._ordered = (reason, message)
             if self.init_pidfd >= 0:
-                _send_kill(self.init_pidfd)
+                send_kill(self.init_pidfd)
             elif self._asked:
                 self.link.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it to be ready
 
@@ -314,13 +311,13 @@ class Child:
 
     def _account(self, timeout: float, in_call: bool, truncated: bool) -> ExitInfo:
         deadline = time.monotonic() + timeout
-        if self.init_pidfd >= 0 or self._status.get("failed"):
-            self._drain_status(min(deadline, time.monotonic() + _QUICK_END))
-            if "gone" not in self._status and self._group is not None:
+        if self.init_pidfd >= 0:
+            self._reports.drain(min(deadline, time.monotonic() + _QUICK_END), self.init_pidfd)
+            if not self._reports.is_gone and self._group is not None:
                 self._group.let_die()
-            self._drain_status(deadline)
+            self._reports.drain(deadline, self.init_pidfd)
         elif self._asked:
-            self._abandon_launch(deadline)
+            self._reports.abandon(deadline)
         events, used = cgroups.GroupEvents(), cgroups.GroupUsage()
         if self._group is not None:
             used = self._group.usage()
@@ -336,53 +333,10 @@ class Child:
             self._cleanup.pop()()  # off the list first: whatever interrupts us, nothing is closed twice
         ordered, message = self._ordered or (None, self._farewell)
         return explain_exit(
-            self._status, events.since(self.meter.before), ordered, duration=time.monotonic() - self.started,
-            cpu_time=used.cpu_time, peak_memory=used.peak_memory, message=message, cpu_limit=self.options.limits.cpu_time,
-            in_call=in_call, truncated=truncated, stderr_tail=tail,
+            self._reports.known if self._asked else {}, events.since(self.meter.before), ordered,
+            duration=time.monotonic() - self.started, cpu_time=used.cpu_time, peak_memory=used.peak_memory,
+            message=message, cpu_limit=self.options.limits.cpu_time, in_call=in_call, truncated=truncated, stderr_tail=tail,
         )  # fmt: skip
-
-    def _drain_status(self, deadline: float) -> None:
-        """Read the reports until the zygote says ``gone``, or is gone itself. A stopped one says nothing of a death that
-        everybody else can see: it is not waited for.
-        """
-        while "gone" not in self._status:
-            if self.init_pidfd >= 0 and has_ended(self.init_pidfd):
-                deadline = min(deadline, time.monotonic() + _REPORT_GRACE)
-            if not self._await_report(deadline):
-                return
-            try:
-                data = self.status.recv(65536)
-            except OSError:
-                return
-            if not data:
-                return
-            try:
-                self._status.update(jsontext.load(data))
-            except ValueError:
-                return
-
-    def _await_report(self, deadline: float) -> bool:
-        poll = select.poll()
-        poll.register(self.status, select.POLLIN)
-        watched = self.init_pidfd
-        if watched >= 0 and not has_ended(watched):
-            poll.register(watched, select.POLLIN)
-        return bool(poll.poll(max(_SPIN, deadline - time.monotonic()) * 1000))
-
-    def _abandon_launch(self, deadline: float) -> None:
-        """A launch that failed half-way: learn of PID 1 if there is one yet, kill it, wait for its end."""
-        while "gone" not in self._status and time.monotonic() < deadline:
-            self.status.settimeout(max(_SPIN, deadline - time.monotonic()))
-            try:
-                data, fds = _receive_report(self.status)
-            except OSError:
-                return
-            if not data:
-                return
-            if fds:
-                _send_kill(fds[0])
-                os.close(fds[0])
-            self._status.update(jsontext.load(data))
 
     # --- pause ------------------------------------------------------------------------------------------------
 
@@ -405,20 +359,6 @@ class Child:
             freezer, self._freezer = self._freezer, None
             if freezer is not None:
                 freezer.remove()
-
-
-def _receive_report(status: socket.socket) -> tuple[bytes, list[int]]:
-    """One report and the pidfd that may ride on it. CMSG_LEN, not CMSG_SPACE: there is room for one, and no second leaks."""
-    data, ancillary, _flags, _address = status.recvmsg(65536, socket.CMSG_LEN(4))
-    rights = [content for _level, kind, content in ancillary if kind == socket.SCM_RIGHTS]
-    return data, [fd for content in rights for (fd,) in struct.iter_unpack("i", content)]
-
-
-def _send_kill(pidfd: int) -> None:
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
 
 
 _numbers = itertools.count(1)

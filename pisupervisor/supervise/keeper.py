@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, RestartLimitReached
+from pisupervisor.errors import IsolationError, IsolatorClosed, LaunchError
 from pisupervisor.launch.templates import Template, release
 from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitInfo, ExitReason
-from pisupervisor.supervise import restart, spare, watch
+from pisupervisor.supervise import replacing, restart, spare, watch
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.lifecycle import next_state
 from pisupervisor.supervise.telling import Teller
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 _DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
 _LIVED_ON = "it closed its link and lived on"
-_SOON = 0.05
-_SETTLING = 1.0  # seconds for a handler to say that a crash is handled, before it is one too many
 _NEVER = float("inf")
 
 
@@ -57,9 +55,9 @@ class Keeper:
         self.stops = 0  # how often a stop was asked for: a launch or a wait that began before is overtaken
         self.launching: Child | None = None
         self._template: Template | None = template
-        self._crashes = restart.Crashes(options.restart)
-        self._crashed = False  # whether the last child died of itself
-        self._unsettled: set[int] = set()  # crashes whose handlers have not returned yet
+        self.crashes = restart.Crashes(options.restart)
+        self.crashed = False  # whether the last child died of itself
+        self.unsettled: set[int] = set()  # crashes whose handlers have not returned yet
         self._watch: watch.Watch | None = None
         self._start_threads()
 
@@ -201,93 +199,12 @@ class Keeper:
         if child is not None and child.payload_ended:
             self.bury(child)
         if self.child is None:
-            self.replace(deadline, wanted)
+            replacing.replace(self, deadline, wanted)
         child, connection = self.child, self.connection
         if child is None or connection is None:
             self.check_open()
             raise IsolatorClosed("the isolator was stopped before the call began")
         return child, connection
-
-    def replace(self, deadline: float | None, wanted: Callable[[], bool] | None = None) -> None:
-        """Another child for the one that has died, if and when the policy says so. Called with the turn held; ``wanted``
-        says whether the caller still waits for it.
-        """
-        stops = self.stops
-        delay = self._delay()
-        if deadline is not None and time.monotonic() + delay > deadline:
-            raise CallTimeout(f"the child crashed, and the next one starts in {delay:.1f} s, after the deadline")
-        if self._crashed or self.last_exit is None:
-            self.teller.tell(
-                "RestartAttempt", self.last_pid, attempt=len(self._crashes), max_restarts=self.options.restart.max_restarts,
-                delay=delay, exit_info=self.last_exit,
-            )  # fmt: skip
-        self._wait_out(delay, stops, wanted)
-        self.start_another(deadline)
-
-    def _wait_out(self, delay: float, stops: int, wanted: Callable[[], bool] | None) -> None:
-        ends = time.monotonic() + delay
-        with self.lock:
-            while True:
-                if self.closed.is_set() or self.stops != stops:
-                    raise IsolatorClosed("the isolator was stopped while a restart was waited for")
-                if wanted is not None and not wanted():
-                    raise IsolatorClosed("the call was cancelled before it ran")
-                if (left := ends - time.monotonic()) <= 0:
-                    return
-                self.changed.wait(left)
-
-    def start_another(self, deadline: float | None = None) -> None:
-        """Launch the next child, now. A launch that fails counts as a crash."""
-        self.enter("restart")
-        try:
-            self.start(deadline)
-        except LaunchError as error:
-            if deadline is not None and error.step == "start_timeout" and time.monotonic() >= deadline:
-                raise CallTimeout("the deadline passed while another child was being started") from error
-            raise
-        if self.last_exit is not None:
-            child = self.child
-            self.teller.tell("Restarted", child.pid if child is not None else None, old_pid=self.last_pid)
-
-    def _delay(self) -> float:
-        """Seconds to wait for the next start. Raises IsolatorClosed or RestartLimitReached where there will be none."""
-        policy, info = self.options.restart, self.last_exit
-        if info is not None and not restart.permits(policy, info, crashed=self._crashed):
-            raise IsolatorClosed(f"the child {info.describe()}, and restart mode {policy.mode!r} starts no other")
-        with self.lock:
-            delay = None if self.state == "failed" else self._crashes.delay(time.monotonic())
-            if delay is None and self.state != "failed" and not self.teller.is_telling():
-                self.changed.wait_for(lambda: not self._unsettled, _SETTLING)
-                delay = self._crashes.delay(time.monotonic())
-            count = len(self._crashes)
-        if delay is None:
-            self._give_up(count)
-            last = info.describe() if info is not None else "its launch failed"
-            raise RestartLimitReached(f"{count} crashes within {policy.within:g} s; the last: {last}")
-        return delay
-
-    def _give_up(self, attempts: int) -> None:
-        first = self.state != "failed"
-        self.enter("gave_up")
-        if first:
-            self.teller.tell("RestartAttemptsExceeded", self.last_pid, attempts=attempts, exit_info=self.last_exit)
-
-    def revive(self) -> float | None:
-        """What the watch does where there is no child: the restart that is due. Seconds until it shall look again."""
-        if self.state != "backoff":
-            return None
-        if not self.turn.acquire(blocking=False):
-            return _SOON  # a call is at it
-        try:
-            if self.child is None and self.state == "backoff":
-                self.replace(None)
-        except LaunchError:
-            return 0.0  # counted as a crash: tried again, until it is one too many
-        except IsolationError:
-            return None
-        finally:
-            self.turn.release()
-        return 0.0
 
     # --- death ------------------------------------------------------------------------------------------------
 
@@ -304,20 +221,20 @@ class Keeper:
         with self.lock:
             if self.child is not child:
                 return info
-            self._crashed = self.state != "stopping" and restart.is_crash(info, in_call=self.in_call)
+            self.crashed = self.state != "stopping" and restart.is_crash(info, in_call=self.in_call)
             self.child = self.connection = None
             self.last_exit, self.last_pid = info, child.pid
-            crash = self._add_crash() if self._crashed and not self.closed.is_set() else 0
-            due = restart.permits(self.options.restart, info, crashed=self._crashed)
+            crash = self._add_crash() if self.crashed and not self.closed.is_set() else 0
+            due = restart.permits(self.options.restart, info, crashed=self.crashed)
             self.enter_locked("child_died" if due else "ended")
         self.teller.ended(child, crash)
         self._wake_watch()
         return info
 
     def _add_crash(self) -> int:
-        crash = self._crashes.add(time.monotonic())
+        crash = self.crashes.add(time.monotonic())
         if self.teller.wants("exit_with_error"):
-            self._unsettled.add(crash)
+            self.unsettled.add(crash)
         return crash
 
     def _let_the_caller_go_first(self, child: Child) -> None:
@@ -347,7 +264,7 @@ class Keeper:
 
     def forget_crashes(self) -> None:
         with self.lock:
-            self._crashes.clear()
+            self.crashes.clear()
 
     def notice(self) -> None:
         """See whether the child has died while nobody was looking."""
@@ -358,12 +275,12 @@ class Keeper:
     def _settle(self, kind: str, crash: int, handled: bool) -> None:
         """After the handler of an event: what ``handled`` changes, and what happens where nobody handled it."""
         with self.lock:
-            self._unsettled.discard(crash)
+            self.unsettled.discard(crash)
             if handled and crash:
-                self._crashes.forgive(crash)
+                self.crashes.forgive(crash)
             if handled and kind == "restart_attempts_exceeded":
-                self._crashes.clear()
-            if handled and self.state == "failed" and self._crashes.delay(time.monotonic()) is not None:
+                self.crashes.clear()
+            if handled and self.state == "failed" and self.crashes.delay(time.monotonic()) is not None:
                 self.state = "backoff"
             self.changed.notify_all()
         self._wake_watch()

@@ -10,6 +10,7 @@ from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, Opt
 from pisupervisor.link.connection import DeadlinePassed, LinkClosed
 from pisupervisor.options import LONGEST
 from pisupervisor.results import ExitInfo, ExitReason
+from pisupervisor.supervise import replacing
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.keeper import Keeper
 
@@ -102,7 +103,7 @@ def restart(keeper: Keeper) -> None:
         keeper.check_open()
         if keeper.child is None:
             keeper.forget_crashes()
-            keeper.start_another()
+            replacing.start_another(keeper)
 
 
 def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
@@ -137,7 +138,7 @@ def _make_good(keeper: Keeper, deadline: float | None) -> None:
         return
     try:
         if keeper.child is None and keeper.state == "backoff":
-            keeper.replace(deadline)
+            replacing.replace(keeper, deadline)
     except CallTimeout:  # not before the deadline: but it may be stopped or started before that
         with keeper.lock:
             keeper.changed.wait(_left(deadline))

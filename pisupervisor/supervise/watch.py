@@ -11,6 +11,7 @@ import time
 
 from pisupervisor.limits.cgroups import GroupEvents
 from pisupervisor.options import IsolationOptions
+from pisupervisor.supervise import replacing
 from pisupervisor.supervise.wake import Wake
 
 TYPE_CHECKING = False
@@ -94,7 +95,7 @@ class Watch:
     def _round(self) -> None:
         child = self._keeper.child
         try:
-            wait = self._keeper.revive() if child is None else self._look(child)
+            wait = replacing.revive(self._keeper) if child is None else self._look(child)
         except OSError:  # most often for want of descriptors, which may pass
             wait = _AGAIN
         if not self._closing:
