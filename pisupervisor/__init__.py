@@ -15,6 +15,12 @@ TYPE_CHECKING = False  # typing itself costs 6 ms; type checkers know this name
 if TYPE_CHECKING:
     from typing import Any
 
+    from pisupervisor.aio import (
+        AsyncIsolatedMethod as AsyncIsolatedMethod,
+        AsyncIsolatedObject as AsyncIsolatedObject,
+        AsyncIsolatedStream as AsyncIsolatedStream,
+        AsyncProcessIsolator as AsyncProcessIsolator,
+    )
     from pisupervisor.errors import (
         CallError as CallError,
         CallTimeout as CallTimeout,
@@ -45,7 +51,11 @@ if TYPE_CHECKING:
     from pisupervisor.isolator import ProcessIsolator as ProcessIsolator, Template as Template
     from pisupervisor.launch.seccomp import SeccompProfile as SeccompProfile
     from pisupervisor.limits.cpuset import CpuSet as CpuSet
-    from pisupervisor.objects import IsolatedMethod as IsolatedMethod, IsolatedObject as IsolatedObject
+    from pisupervisor.objects import (
+        IsolatedMethod as IsolatedMethod,
+        IsolatedObject as IsolatedObject,
+        IsolatedStream as IsolatedStream,
+    )
     from pisupervisor.options import (
         Filesystem as Filesystem,
         IoLimit as IoLimit,
@@ -74,6 +84,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "aio": ("AsyncIsolatedMethod", "AsyncIsolatedObject", "AsyncIsolatedStream", "AsyncProcessIsolator"),
     "errors": (
         "CallError", "CallTimeout", "ChildTerminated", "CompileError", "CpuLimitExceeded", "FeatureUnavailable",
         "IsolationError", "IsolatorClosed", "LaunchError", "MemoryLimitExceeded",
@@ -87,7 +98,7 @@ _HOMES = {
     "isolator": ("ProcessIsolator", "Template"),
     "launch.seccomp": ("SeccompProfile",),
     "limits.cpuset": ("CpuSet",),
-    "objects": ("IsolatedMethod", "IsolatedObject"),
+    "objects": ("IsolatedMethod", "IsolatedObject", "IsolatedStream"),
     "options": ("Filesystem", "IoLimit", "IsolationOptions", "Limits", "RestartPolicy", "Security"),
     "plugins": (
         "IsolationContext", "NullHost", "Plugin", "PluginHost", "PluginResult", "ProcessHost", "ScannedHost",

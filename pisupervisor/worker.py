@@ -65,10 +65,14 @@ class Worker:
             if self._running is future:
                 self._cancel_call(self._thread.ident or 0)
 
-    def close(self) -> None:
-        """End the thread; calls that still wait are cancelled."""
+    def end(self) -> None:
+        """End the thread after the call it makes; calls that still wait are cancelled. Does not wait for it."""
         cancel_all(self._queue)
         self._queue.put(None)
+
+    def close(self) -> None:
+        """The same, and wait for it."""
+        self.end()
         self.join(5.0)
 
     def join(self, timeout: float | None = None) -> None:

@@ -1,0 +1,264 @@
+"""The awaited face: the same calls, a loop that is never blocked, and tasks whose cancelling kills."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import linux, nothing_left, state_of, wait_until, write
+
+from pisupervisor import (
+    AsyncProcessIsolator,
+    CallTimeout,
+    ChildTerminated,
+    ExitReason,
+    IsolatorClosed,
+    LaunchError,
+    ProcessIsolator,
+    RestartPolicy,
+)
+
+pytestmark = linux
+
+PLUGIN = """
+    import pihost
+
+    class Counter:
+        def __init__(self, value=0):
+            self.value = value
+
+        def add(self, n=1):
+            self.value += n
+            return self.value
+
+        def upto(self, n):
+            yield from range(n)
+
+    def double(x):
+        return 2 * x
+
+    def ask(name, *args):
+        return pihost.call_host(name, *args)
+
+    def count(n):
+        yield from range(n)
+        return "over"
+"""
+
+
+def run(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    with nothing_left():
+        return asyncio.run(main())
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("aio"), "plugin.py", PLUGIN)
+
+
+def test_the_same_names_and_parameters() -> None:
+    plain = {name for name in vars(ProcessIsolator) if name[0] != "_"} - {"submit", "submit_call"}
+    awaited = {name for name in vars(AsyncProcessIsolator) if name[0] != "_"}
+    assert plain - awaited <= {"id", "options"}
+    assert awaited - plain <= {"id", "options"}
+    for name in ("exit", "terminate", "abort", "wait_for_exit", "register_callback", "create"):
+        assert [*inspect.signature(getattr(AsyncProcessIsolator, name)).parameters] == [
+            *inspect.signature(getattr(ProcessIsolator, name)).parameters
+        ]
+
+
+def test_calls_of_all_kinds(plugin: Path, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            assert await isolator.invoke_method(plugin, "double", 21) == 42
+            assert await isolator.invoke(lambda: "closure") == "closure"
+            shown = await isolator.execute(lambda: print("hello"))
+            assert shown.stdout == "hello\n"
+            assert (await isolator.run_source("6 * 7")).value == 42
+            assert (await isolator.run_script(write(tmp_path, "tool.py", "import sys; sys.exit(3)"))).exit_code == 3
+            counter = await isolator.create_object(plugin, "Counter", 5)
+            assert [await counter.add(), await counter.invoke("add", n=10)] == [6, 16]
+            assert await isolator.invoke(lambda c: c.value, counter) == 16
+            assert [n async for n in await counter.upto(3)] == [0, 1, 2]
+            add = await isolator.get_method(plugin, "Counter.add")
+            assert (await add.invoke(counter), await add()) == (17, 1)
+            async with await isolator.copy_object([1, 2]) as copied:
+                assert await copied.invoke("__len__") == 2
+            assert await isolator.object_count() == 1
+            assert (await isolator.resource_usage()).pids == 2
+            assert (isolator.state, len(isolator.pids())) == ("ready", 2)
+            assert isolator.applied["seccomp"].holds
+            isolator.set_data("a", 1)
+            assert isolator.get_data("a") == 1
+
+    run(main)
+
+
+def test_streams(plugin: Path) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            stream = await isolator.invoke_method(plugin, "count", 4)
+            async with stream:
+                assert [n async for n in stream] == [0, 1, 2, 3]
+            assert stream.value == "over"
+
+    run(main)
+
+
+def test_callbacks_run_in_the_loop(plugin: Path) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def answer(x: int) -> int:
+            await asyncio.sleep(0.01)
+            assert asyncio.get_running_loop() is loop
+            return x + 1
+
+        async with await AsyncProcessIsolator.create() as isolator:
+            isolator.register_callback("answer", answer)
+            isolator.register_callback("plain", lambda x: x + 2)
+            assert await isolator.invoke_method(plugin, "ask", "answer", 1) == 2
+            assert await isolator.invoke_method(plugin, "ask", "plain", 1) == 3
+            isolator.unregister_callback("plain")
+
+    run(main)
+
+
+def test_the_loop_goes_on() -> None:
+    async def main() -> int:
+        ticks = 0
+        async with await AsyncProcessIsolator.create() as isolator:
+            call = asyncio.ensure_future(isolator.invoke(time.sleep, 0.5))
+            while not call.done():
+                await asyncio.sleep(0.01)
+                ticks += 1
+        return ticks
+
+    assert run(main) > 20
+
+
+def test_cancelling_a_task_kills_its_work() -> None:
+    """parity: 72"""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            pid = isolator.pid or 0
+            task = asyncio.ensure_future(isolator.invoke(_spin_with_family))
+            await asyncio.sleep(0.2)
+            family = isolator.pids()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert wait_until(lambda: not any(state_of(each) not in ("", "Z") for each in [pid, *family]), 2)
+            assert await isolator.invoke(len, "abc") == 3
+
+    run(main)
+
+
+def _spin_with_family() -> None:
+    import os
+
+    for _ in range(2):
+        if os.fork() == 0:
+            os.setsid()
+    while True:
+        pass
+
+
+def test_cancelled_while_it_waits_for_its_turn() -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            first = asyncio.ensure_future(isolator.invoke(time.sleep, 0.3))
+            second = asyncio.ensure_future(isolator.invoke(time.sleep, 1000))
+            await asyncio.sleep(0.1)
+            second.cancel()
+            assert await first is None
+            assert await isolator.invoke(len, "abc") == 3
+
+    run(main)
+
+
+def test_wait_for_a_timeout_kills() -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(isolator.invoke(time.sleep, 1000), 0.2)
+            with pytest.raises(CallTimeout):
+                await isolator.invoke(time.sleep, 1000, timeout=0.2)
+            assert await isolator.invoke(len, "abc") == 3
+
+    run(main)
+
+
+def test_ends_and_pauses_do_not_stand_behind_a_call() -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            call = asyncio.ensure_future(isolator.invoke(time.sleep, 1000))
+            await asyncio.sleep(0.1)
+            await isolator.pause()
+            assert isolator.state == "paused"
+            await isolator.resume()
+            assert await isolator.terminate()
+            with pytest.raises(ChildTerminated):
+                await call
+            await isolator.restart()
+            assert await isolator.abort("why not")
+            assert await isolator.invoke(len, "abc") == 3
+            waiter = asyncio.ensure_future(isolator.wait_for_exit())
+            await asyncio.sleep(0.1)
+            assert (await isolator.exit("bye")).message == "bye"
+            assert (await waiter).reason is ExitReason.EXITED
+
+    run(main)
+
+
+def test_many_at_once() -> None:
+    async def one(number: int) -> int:
+        async with await AsyncProcessIsolator.create() as isolator:
+            return sum(await asyncio.gather(*(isolator.invoke(pow, number, each) for each in range(5))))
+
+    async def main() -> list[int]:
+        return await asyncio.gather(*(one(number) for number in range(1, 5)))
+
+    assert run(main) == [sum(number**each for each in range(5)) for number in range(1, 5)]
+
+
+def test_closed_is_closed() -> None:
+    async def main() -> None:
+        isolator = await AsyncProcessIsolator.create()
+        call = asyncio.ensure_future(isolator.invoke(time.sleep, 1000))
+        await asyncio.sleep(0.1)
+        await isolator.close()
+        await isolator.close()
+        with pytest.raises((ChildTerminated, IsolatorClosed)):
+            await call
+        for act in (isolator.invoke(len, "abc"), isolator.pause(), isolator.run_source("1")):
+            with pytest.raises(IsolatorClosed):
+                await act
+
+    run(main)
+
+
+def test_a_launch_that_fails_leaves_no_thread() -> None:
+    async def main() -> None:
+        with pytest.raises(LaunchError):
+            await AsyncProcessIsolator.create(on_start=lambda: 1 / 0)
+
+    run(main)
+
+
+def test_a_create_that_is_cancelled_leaves_nothing() -> None:
+    async def main() -> None:
+        task = asyncio.ensure_future(AsyncProcessIsolator.create(on_start=lambda: time.sleep(0.5)))
+        await asyncio.sleep(0.2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(1.0)
+
+    run(main)
