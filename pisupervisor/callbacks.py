@@ -15,23 +15,27 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pisupervisor.modules import Modules
+
     Dump = Callable[[Any], bytes]
 
 _VALUE, _RAW, _FAILED, _UNKNOWN = b"\0", b"\1", b"\2", b"\3"
+IMPORT = "\0import"  # see pihost.inside.asking
 _BURST = 1.0  # seconds' worth of calls that may come at once
 
 
 class Callbacks:
     """One isolator's functions. They run in the thread whose call the child is working on; ``rate`` is calls per second."""
 
-    def __init__(self, dump: Dump, rate: float | None) -> None:
+    def __init__(self, dump: Dump, rate: float | None, modules: Modules | None = None) -> None:
+        self._modules = modules
         self._functions: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._lock = threading.Lock()
         self._dump, self._rate = dump, rate
         self._tokens, self._filled = (rate or 0.0) * _BURST, time.monotonic()
 
     def register(self, name: str, function: Callable[..., Any], expose_errors: bool) -> None:
-        if not isinstance(name, str) or not name:
+        if not isinstance(name, str) or not name or "\0" in name:
             raise OptionsError(f"a callback needs a name, not {name!r}")
         if not callable(function):
             raise OptionsError(f"callback {name!r}: expected a function, not {function!r}")
@@ -48,6 +52,8 @@ class Callbacks:
     def answer(self, kind: int, body: bytes) -> bytes:
         """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
         name, args, kwargs = _request(kind, body)
+        if name == IMPORT and self._modules is not None and kind == wire.CALLBACK_RAW:
+            return self._source(args)
         entry = self._functions.get(name)
         if entry is None:
             return _UNKNOWN + f"the host has registered no function {name[:200]!r}".encode("utf-8", "replace")
@@ -60,6 +66,17 @@ class Callbacks:
         except Exception as error:
             _log(name)
             return _FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
+
+    def _source(self, args: list[Any]) -> bytes:
+        """Of a module that the child wants to import."""
+        if len(args) != 1 or self._modules is None:
+            raise ProtocolError("an import of other than one module")
+        try:
+            found = self._modules.answer(args[0])
+        except Exception:
+            _log("a module loader")
+            return _FAILED + b"the host's loader failed"
+        return _UNKNOWN + b"no loader has it" if found is None else _RAW + found
 
     def _may_pass(self) -> bool:
         """A bucket of tokens that fills at ``rate``."""

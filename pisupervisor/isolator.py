@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pisupervisor.futures import IsolationFuture
     from pisupervisor.link.sources import Code
+    from pisupervisor.modules import Modules
     from pisupervisor.objects import IsolatedMethod, IsolatedObject
     from pisupervisor.results import Applied, CallResult, ExitInfo, Usage
     from pisupervisor.supervise.lifecycle import State
@@ -74,6 +75,14 @@ def _default_options(log_level: str | None) -> IsolationOptions:
     return _defaults[log_level]
 
 
+def _modules(options: IsolationOptions) -> Modules | None:
+    if not options.modules:
+        return None
+    from pisupervisor.modules import Modules
+
+    return Modules(options.modules)
+
+
 class ProcessIsolator:
     """One confined child and the calls into it. Made by ``create``; a context manager. Any thread may use it.
 
@@ -98,8 +107,9 @@ class ProcessIsolator:
             release(template)
             raise
         self._session = Session(self._keeper)
-        self._packer = Packer(options, self._keeper.present_template)
-        self._callbacks = Callbacks(self._packer.value, options.callback_rate)
+        modules = _modules(options)
+        self._packer = Packer(options, self._keeper.present_template, modules)
+        self._callbacks = Callbacks(self._packer.value, options.callback_rate, modules)
         self._keeper.answer = self._callbacks.answer
         with template.lock:  # the next isolator's files are most often the same ones
             if template.reader is None:

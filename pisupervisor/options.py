@@ -180,6 +180,8 @@ class IsolationOptions:
     python               another interpreter, or the folder of a venv (its packages can then be imported)
     preload              modules imported once in the template, so that a fresh child has them at no cost
     import_paths         folders, zips or wheels that the child may import from, read-only
+    modules              loaders for what the child may import as source: folders and zips of the host, which it does not
+                         see, or functions from a dotted name to source text or None; asked in order, last of all
     results              "data": what comes back can never run code in the host; "pickle": the caller trusts the child
     degrade              names of protections that may be missing (see PROTECTIONS); ``applied`` then says so
     start_timeout        seconds for create(), None waits without end
@@ -205,6 +207,7 @@ class IsolationOptions:
     python: str | os.PathLike[str] | None = None
     preload: Sequence[str] = ()
     import_paths: Sequence[str | os.PathLike[str]] = ()
+    modules: Sequence[str | os.PathLike[str] | Callable[[str], str | bytes | None]] = ()
     results: Literal["data", "pickle"] = "data"
     degrade: Sequence[str] = ()
     start_timeout: float | None = 30.0
@@ -242,6 +245,7 @@ class IsolationOptions:
         _store(self, "callback_rate", _number(self.callback_rate, "callback_rate", 0.001, 1e9))
         _integer(self.callback_depth, "callback_depth", 0, 100)
         _check_functions(self.events, self.on_start)
+        _store(self, "modules", _loaders(self.modules))
         _store(self, "log_level", _log_level(self.log_level))
 
 
@@ -291,6 +295,15 @@ def _check_functions(events: object, on_start: object) -> None:
 
         if not isinstance(events, IsolationEvents):
             raise OptionsError(f"events: expected IsolationEvents(...), not {events!r}")
+
+
+def _loaders(value: Any) -> tuple[Any, ...]:
+    loaders = tuple(_sequence(value, "modules"))
+    if loaders:
+        from pisupervisor.modules import check_loader
+
+        loaders = tuple(check_loader(loader) for loader in loaders)
+    return loaders
 
 
 def _sequence(value: Any, name: str) -> Sequence[Any]:

@@ -112,7 +112,7 @@ def test_the_zygote_imports_nothing_heavy() -> None:
 @pytest.mark.parametrize("path", PISUPERVISOR, ids=name)
 def test_heavy_packages_are_imported_where_they_are_needed(path: Path) -> None:
     lazy = THIRD_PARTY - {"msgspec"} | {"logging", "asyncio", "multiprocessing", "subprocess"}
-    if "doctor" not in path.parts and not path.name.startswith("cli"):  # programs of their own
+    if "doctor" not in path.parts and not path.name.startswith(("cli", "aio")):  # programs of their own; asyncio's
         assert not at_import(path) & lazy
 
 

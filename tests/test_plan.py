@@ -18,7 +18,7 @@ CHILD: dict[str, Any] = {
     "namespaces": 0, "uid_map": "1000 1879048192 1", "gid_map": "1000 1879048192 1", "uid": 1000, "gid": 1000,
     "hostname": "pihost", "mounts": [["proc", "/proc", ""]], "rlimits": [[7, 256, 256]], "nice": 0,
     "landlock": [["/", 13]], "landlock_abi": 6, "landlock_fs": 1, "landlock_net": 3, "landlock_scopes": 3, "output": 3,
-    "cgroups": 2, "limits": {"result": 1, "pickle": 0}, "debug": False, "without": [],
+    "cgroups": 2, "limits": {"result": 1, "pickle": 0, "modules": 0}, "debug": False, "without": [],
 }  # fmt: skip
 EXAMPLES = [(TemplatePlan, TEMPLATE), (ChildPlan, CHILD)]
 FIELDS = [(kind, values, name) for kind, values in EXAMPLES for name in values]

@@ -276,9 +276,9 @@ def test_preloaded_libraries_are_told_to_start_no_threads() -> None:
     assert template(IsolationOptions(preload=["numpy"])).environment["OPENBLAS_NUM_THREADS"] == "1"
 
 
-def test_the_inside_knows_two_limits_only() -> None:
+def test_the_inside_knows_no_more_than_it_must() -> None:
     plan = child(IsolationOptions(limits=Limits(result="2M"), results="pickle"))
-    assert plan.limits == {"result": 2 << 20, "pickle": 1}
+    assert plan.limits == {"result": 2 << 20, "pickle": 1, "modules": 0}
 
 
 def test_every_limit_that_is_reported_is_a_protection() -> None:

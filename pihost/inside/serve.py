@@ -29,6 +29,10 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
         os.kill(os.getpid(), _signal.SIGSTOP)
     worker = Worker(link, limits)
     callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
+    if limits["modules"]:
+        from pihost.inside import asking
+
+        asking.install()
     while True:
         frame = link.receive()
         if frame is None:

@@ -130,7 +130,10 @@ def child_plan(
         landlock=_landlock_rules(options, abi), landlock_abi=abi, landlock_fs=file_rights(abi),
         landlock_net=3 if abi >= 4 and options.network == "none" else 0, landlock_scopes=3 if abi >= 6 else 0,
         output=output, cgroups=cgroups,
-        limits={"result": int(options.limits.result), "pickle": int(options.results == "pickle")},
+        limits={
+            "result": int(options.limits.result), "pickle": int(options.results == "pickle"),
+            "modules": int(bool(options.modules)),
+        },
         debug=options.debug, without=sorted({*without, *absent}),
     )  # fmt: skip
 

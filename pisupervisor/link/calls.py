@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _MAX_REPORT = 1 << 20  # bytes; an honest one has at most 72 KiB of text, escaped to six times that
-_IMPORT_HINT = "what the child may import is what was given: name the folder in import_paths=[...]"
+_IMPORT_HINT = "what the child may import is what was given: name the folder in import_paths=[...] or modules=[...]"
 
 
 def pack_call(verb: str, capture: bool, *arguments: Any) -> bytes:

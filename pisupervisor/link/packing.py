@@ -13,13 +13,16 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pisupervisor.launch.templates import Template
+    from pisupervisor.modules import Modules
 
 
 class Packer:
     """``template()`` tells which interpreter the children run on; it raises IsolatorClosed when there will be none."""
 
-    def __init__(self, options: IsolationOptions, template: Callable[[], Template]) -> None:
-        self._options, self._template = options, template
+    def __init__(
+        self, options: IsolationOptions, template: Callable[[], Template], modules: Modules | None = None
+    ) -> None:
+        self._options, self._template, self._modules = options, template, modules
         self._known_importable: Callable[[str], bool] | None = None
 
     def arguments(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
@@ -51,7 +54,9 @@ class Packer:
             from pisupervisor.launch.planning import import_paths
             from pisupervisor.link.arguments import child_importable
 
-            self._known_importable = child_importable(import_paths(self._options, self._template().interpreter))
+            known = child_importable(import_paths(self._options, self._template().interpreter))
+            modules = self._modules
+            self._known_importable = known if modules is None else lambda name: known(name) or modules.has(name)
         return self._known_importable
 
     def _need_cloudpickle(self) -> None:

@@ -11,7 +11,7 @@ MAX_MESSAGE = 16 << 10
 MAX_TRACEBACK = 96 << 10
 MAX_CAUSES = 8
 
-_HINT = "\n  hint: modules come into the child through import_paths=[...] at create()"
+_HINT = "\n  hint: modules come into the child through import_paths=[...] or modules=[...] at create()"
 
 # Only what a caller may sensibly catch. Not here: SystemExit and KeyboardInterrupt (a child must not end the host),
 # StopIteration and its kind (they change their meaning on the way through generators and futures), SyntaxError

@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from typing import Any
 
 
+_NOT_ASKED = Usage()
+
+
 class Outcome(NamedTuple):
     """A call that was answered: its value, the answer's output, what the child had used before and after (where that was
     captured), and the link it went over.
@@ -115,10 +118,10 @@ class Session:
         if call.only_on not in (None, connection):
             raise ObjectReleased("the child in which the object lived has ended")
         try:
-            before = child.meter.usage() if call.capture else Usage()
+            before = child.meter.usage() if call.capture else _NOT_ASKED
             answer = self._exchange(call, child, connection)
             value = self._value(answer, call.returns)
-            return Outcome(value, answer, before, child.meter.usage() if call.capture else Usage(), connection)
+            return Outcome(value, answer, before, child.meter.usage() if call.capture else _NOT_ASKED, connection)
         except DeadlinePassed:
             message = f"the call was still running after {call.limit:g} s"
             info = self.keeper.end(child, ExitReason.TIMEOUT, message, truncated=connection.written[2])

@@ -1,0 +1,112 @@
+"""What a child may import beside the standard library and ``import_paths``: its source comes from loaders of the host, asked in
+order; the first that knows a name gives it. Nothing that no loader knows can be imported.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from pisupervisor.errors import OptionsError
+
+MAX_SOURCE = 16 << 20  #: bytes of one module
+
+Find = Callable[[str], "Source | None"]
+
+
+class Source(NamedTuple):
+    """``origin`` is where tracebacks say it stands."""
+
+    text: bytes
+    origin: str
+    is_package: bool
+
+
+class Modules:
+    """``loaders``: folders and zips, looked into by name, or functions from a dotted name to source text, bytes or None."""
+
+    def __init__(self, loaders: Sequence[object]) -> None:
+        self._finders = [_finder(loader) for loader in loaders]
+
+    def find(self, name: str) -> Source | None:
+        """The source of a module; None where no loader has it. Raises what a loader raises."""
+        if not name or len(name) > 1000 or not all(part.isidentifier() for part in name.split(".")):
+            return None  # what is no module's name could be a path
+        for find in self._finders:
+            found = find(name)
+            if found is not None:
+                if len(found.text) > MAX_SOURCE:
+                    raise OptionsError(f"modules: {name} has {len(found.text)} bytes, {MAX_SOURCE} are allowed")
+                return found
+        return None
+
+    def has(self, name: str) -> bool:
+        """Whether any loader knows the module. One that raises is asked again, and heard, when the child imports it."""
+        try:
+            return self.find(name) is not None
+        except Exception:
+            return False
+
+    def answer(self, name: bytes) -> bytes | None:
+        """For the child."""
+        found = self.find(name.decode("utf-8", "replace"))
+        if found is None:
+            return None
+        return b"\0".join((b"p" if found.is_package else b"m", found.origin.encode("utf-8", "replace"), found.text))
+
+
+def check_loader(loader: object) -> object:
+    """A loader as it is kept in the options: paths absolute. Raises OptionsError for what is none."""
+    if callable(loader):
+        return loader
+    try:
+        path = os.path.abspath(os.fspath(loader))  # type: ignore[call-overload]
+    except TypeError:
+        raise OptionsError(f"modules: expected folders, zips or functions, not {loader!r}") from None
+    if not os.path.isdir(path) and not zipfile.is_zipfile(path):
+        raise OptionsError(f"modules: {path} is neither a folder nor a zip")
+    return path
+
+
+def _finder(loader: object) -> Find:
+    if callable(loader):
+        return lambda name: _from_function(loader, name)
+    path = str(loader)
+    return (lambda name: _from_folder(path, name)) if os.path.isdir(path) else (lambda name: _from_zip(path, name))
+
+
+def _places(name: str) -> tuple[tuple[str, bool], ...]:
+    base = name.replace(".", "/")
+    return (f"{base}/__init__.py", True), (f"{base}.py", False)
+
+
+def _from_folder(folder: str, name: str) -> Source | None:
+    for place, is_package in _places(name):
+        path = os.path.join(folder, place)
+        if os.path.isfile(path):
+            with open(path, "rb") as file:
+                return Source(file.read(MAX_SOURCE + 1), path, is_package)
+    return None
+
+
+def _from_zip(archive: str, name: str) -> Source | None:
+    with zipfile.ZipFile(archive) as opened:
+        for place, is_package in _places(name):
+            try:
+                with opened.open(place) as file:
+                    return Source(file.read(MAX_SOURCE + 1), f"{archive}/{place}", is_package)
+            except KeyError:
+                continue
+    return None
+
+
+def _from_function(loader: Callable[[str], object], name: str) -> Source | None:
+    """Such a module may have others below it: they are asked for like any other."""
+    found = loader(name)
+    if found is None:
+        return None
+    if not isinstance(found, (str, bytes)):
+        raise TypeError(f"a loader must return source text, bytes or None, not {type(found).__name__}")
+    return Source(found.encode() if isinstance(found, str) else found, f"<{name}>", True)

@@ -1,0 +1,150 @@
+"""What a child may import is what it was given; the rest comes from loaders of the host, or not at all. parity: 53"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers import linux, nothing_left, write
+
+from pisupervisor import CompileError, OptionsError, ProcessIsolator, ProtocolError, RemoteError
+from pisupervisor.modules import Modules
+
+pytestmark = linux
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write(
+        tmp_path,
+        "lib/helper.py",
+        "import json\nVALUE = json.loads('41') + 1\ndef fail():\n    raise KeyError('in the helper')\n",
+    )
+    write(tmp_path, "lib/package/__init__.py", "from . import inner\nname = __name__\n")
+    write(tmp_path, "lib/package/inner.py", "from .sub import value\n")
+    write(tmp_path, "lib/package/sub.py", "value = 'deep'\n")
+    write(tmp_path, "lib/broken.py", "def f(:\n")
+    write(tmp_path, "secret.py", "VALUE = 'not given'\n")
+    return tmp_path / "lib"
+
+
+@pytest.fixture
+def archive(folder: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "lib.zip"
+    with zipfile.ZipFile(path, "w") as opened:
+        for file in folder.rglob("*.py"):
+            opened.write(file, file.relative_to(folder))
+    return path
+
+
+def get(module: str, name: str) -> Any:
+    return getattr(__import__(module, fromlist=[name]), name)
+
+
+def test_without_a_loader_there_is_nothing_but_the_standard_library(folder: Path) -> None:
+    with ProcessIsolator.create() as isolator:
+        assert isolator.invoke(get, "json", "__name__") == "json"
+        for module in ("helper", "msgspec", "pisupervisor"):
+            with pytest.raises(ModuleNotFoundError, match="modules="):
+                isolator.invoke(get, module, "VALUE")
+
+
+def test_a_folder_and_a_zip(folder: Path, archive: Path) -> None:
+    for loader in (folder, str(archive)):
+        with nothing_left(), ProcessIsolator.create(modules=[loader]) as isolator:
+            assert isolator.invoke(get, "helper", "VALUE") == 42
+            assert isolator.invoke(get, "package.inner", "value") == "deep"
+            assert isolator.invoke(get, "package", "__path__") == []
+            assert isolator.run_source("import os, package; os.path.exists(package.__file__)").value is False
+            with pytest.raises(ModuleNotFoundError):
+                isolator.invoke(get, "secret", "VALUE")
+            with pytest.raises(KeyError, match="in the helper") as caught:
+                isolator.run_source("import helper; helper.fail()")
+            assert isinstance(caught.value, RemoteError)
+            assert "raise KeyError('in the helper')" in caught.value.remote_traceback
+            with pytest.raises((CompileError, SyntaxError)):
+                isolator.run_source("import broken")
+
+
+def test_a_function_and_the_order(folder: Path) -> None:
+    asked: list[str] = []
+
+    def load(name: str) -> str | bytes | None:
+        asked.append(name)
+        return {"helper": "VALUE = 'first'", "made.up": b"VALUE = __name__", "made": ""}.get(name)
+
+    with ProcessIsolator.create(modules=[load, folder]) as isolator:
+        assert isolator.invoke(get, "helper", "VALUE") == "first"
+        assert isolator.invoke(get, "made.up", "VALUE") == "made.up"
+        assert isolator.invoke(get, "package.sub", "value") == "deep"
+    assert "helper" in asked
+    assert "json" not in asked, "the standard library is nobody's affair"
+    with ProcessIsolator.create(modules=[folder, load]) as isolator:
+        assert isolator.invoke(get, "helper", "VALUE") == 42
+
+
+def test_a_loader_that_raises(caplog: pytest.LogCaptureFixture) -> None:
+    def load(name: str) -> Any:
+        raise ValueError("a secret of the loader")
+
+    with caplog.at_level(logging.ERROR, "pisupervisor"), ProcessIsolator.create(modules=[load]) as isolator:
+        with pytest.raises(ImportError) as caught:
+            isolator.invoke(get, "helper", "VALUE")
+    assert "secret" not in str(caught.value)
+    assert "a secret of the loader" in caplog.text
+
+
+def test_closures_over_modules_that_are_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They travel by name then, and the child gets the loader's module."""
+    write(tmp_path, "app_module_of_mine.py", "class Thing:\n    value = 1\ndef make():\n    return Thing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import app_module_of_mine  # type: ignore[import-not-found]
+
+    try:
+        with ProcessIsolator.create(modules=[tmp_path]) as isolator:
+            assert isolator.invoke(lambda: app_module_of_mine.make().__module__) == "app_module_of_mine"
+            assert isolator.run_source("import sys; 'app_module_of_mine' in sys.modules").value is True
+    finally:
+        del sys.modules["app_module_of_mine"]
+
+
+@pytest.mark.parametrize("name", ["../secret", "..secret", "/etc/passwd", "a/b", "a..b", "", "a\0b", ".", "x" * 2000])
+def test_what_is_no_name_is_looked_for_nowhere(folder: Path, name: str) -> None:
+    asked: list[str] = []
+    assert Modules([lambda each: asked.append(each), folder]).find(name) is None
+    assert asked == []
+
+
+@pytest.mark.parametrize("wrong", [[3], ["/nowhere"], "text", [None]])
+def test_what_is_no_loader(wrong: Any) -> None:
+    with pytest.raises(OptionsError, match="modules"):
+        ProcessIsolator.create(modules=wrong)
+
+
+@pytest.fixture
+def asking(folder: Path) -> Iterator[ProcessIsolator]:
+    with nothing_left(), ProcessIsolator.create(modules=[folder]) as isolator:
+        yield isolator
+
+
+def test_a_child_that_asks_wrongly(asking: ProcessIsolator) -> None:
+    def ask(*parts: bytes) -> bytes:
+        import pihost
+
+        return pihost.call_host_raw("\0import", *parts)
+
+    assert asking.invoke(ask, b"helper").startswith(b"m\0")
+    with pytest.raises(Exception, match="no loader has it"):
+        asking.invoke(ask, b"\xff../secret")
+    with pytest.raises(ProtocolError):
+        asking.invoke(ask)
+
+
+def test_the_name_cannot_be_registered(asking: ProcessIsolator) -> None:
+    with pytest.raises(OptionsError):
+        asking.register_callback("\0import", print)
