@@ -31,7 +31,7 @@ class Loader(SourceLoader):
             raise FileNotFoundError(2, "Only the module's own source is here", path)
         return self._source
 
-    def get_code(self, name: str) -> CodeType:
+    def get_code(self, _name: str) -> CodeType:
         try:
             return compile(self._source, self._origin, "exec", dont_inherit=True)
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
