@@ -26,6 +26,7 @@ from pisupervisor import (
     Filesystem,
     LaunchError,
     Limits,
+    MemoryLimitExceeded,
     OptionsError,
     OutputLimitExceeded,
     PidsLimitExceeded,
@@ -257,9 +258,21 @@ def test_memory_comes_before_the_deadline() -> None:
     """A process of the child was killed at the limit, and the child waited for it until the deadline."""
     with ProcessIsolator.create(limits=Limits(memory="64M"), restart=QUICK) as isolator:
         with pytest.raises(CallTimeout, match="memory limit") as caught:
-            isolator.invoke(_lose_a_process_and_wait, timeout=2.0)
+            isolator.invoke(_lose_a_process_and_wait, timeout=0.7)
         assert caught.value.exit_info is not None
         assert caught.value.exit_info.reason is ExitReason.MEMORY
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("capture", [False, True])
+def test_who_loses_a_process_to_its_memory_limit_is_ended_whole(capture: bool) -> None:
+    """As v2 does with memory.oom.group: nobody waits for ever for the part that is gone."""
+    with nothing_left(), ProcessIsolator.create(limits=Limits(memory="64M"), restart=QUICK) as isolator:
+        started = time.monotonic()
+        with pytest.raises(MemoryLimitExceeded, match="the rest was ended"):
+            (isolator.execute if capture else isolator.invoke)(_lose_a_process_and_wait)
+        assert time.monotonic() - started < 4
+        assert isolator.invoke(len, "abc") == 3
 
 
 def _lose_a_process_and_wait() -> None:

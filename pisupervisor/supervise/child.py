@@ -260,6 +260,16 @@ class Child:
         with self._lock:
             return self.exit_info is not None or has_ended(self.payload_pidfd)
 
+    def is_over(self) -> bool:
+        """For a caller who has heard nothing for a while: whether it has ended, or is to end because the kernel has killed
+        a part of it for memory. v2 kills all of it then (memory.oom.group); on v1 the rest would wait for the lost part.
+        """
+        if self.meter.has_lost_a_process():
+            self.kill(
+                ExitReason.MEMORY, "the kernel killed a process of the child at its memory limit; the rest was ended"
+            )
+        return self.wait(0)
+
     def is_dying(self) -> bool:
         """Whether its payload is gone, or a signal is on the way to it."""
         return self.payload_ended or metrics.has_signal_pending(self.pid)

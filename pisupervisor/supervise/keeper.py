@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 
 from pisupervisor.errors import IsolationError, IsolatorClosed, LaunchError
 from pisupervisor.launch.templates import Template, release
@@ -111,7 +110,7 @@ class Keeper:
         try:
             child = self._launch(None if until == _NEVER else until)
             connection = Connection(
-                child.link, int(self.options.limits.result), child.stdio(), self.answer, partial(child.wait, 0)
+                child.link, int(self.options.limits.result), child.stdio(), self.answer, child.is_over
             )
             self._begin(child, connection, None if until == _NEVER else until)
             self._adopt(child, connection, stops)

@@ -39,6 +39,10 @@ class Meter:
         if self._group is not None and now - self._looked > _LOOK_EVERY:
             self.before, self._looked = self._group.refusals(), now
 
+    def has_lost_a_process(self) -> bool:
+        """Whether the kernel killed one for memory since the present call began."""
+        return self._group is not None and self._group.refusals().oom_kills > self.before.oom_kills
+
     def usage(self) -> Usage:
         """What the group has used so far; from /proc where no cgroup counts. Cheap: it is read around calls."""
         if self._group is not None:
