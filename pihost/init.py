@@ -44,13 +44,13 @@ def _keep(file: int, tail: bytes, stderr: int) -> bytes:
     """The end of stderr, in a file of the host's: it can be read there however this process ends. Mapped, because a
     write would be held to RLIMIT_FSIZE.
     """
-    import mmap  # only where something is written: most children never do
-
     try:
+        import mmap  # only where something is written: most children never do
+
         tail = (tail + os.read(stderr, 1 << 20))[-STDERR_TAIL:]
         with mmap.mmap(file, STDERR_TAIL) as kept:
             kept[:] = tail.rjust(STDERR_TAIL, b"\0")
-    except OSError:
+    except (OSError, ImportError, MemoryError):
         pass  # the payload was quicker (the pipe does not block), or there is no memory left to keep it in
     return tail
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _VALUE, _RAW, _FAILED, _UNKNOWN = b"\0", b"\1", b"\2", b"\3"
 IMPORT = "\0import"  # see pihost.inside.asking
-_BURST = 1.0  # seconds' worth of calls that may come at once
+_LOGS = 10.0  # tracebacks of failed callbacks in a second
+_LOGGED = 16 << 10  # characters of one
 
 
 class Callbacks:
@@ -32,7 +33,7 @@ class Callbacks:
         self._functions: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._lock = threading.Lock()
         self._dump, self._rate = dump, rate
-        self._tokens, self._filled = (rate or 0.0) * _BURST, time.monotonic()
+        self._calls, self._logs = _Bucket(rate), _Bucket(_LOGS)
 
     def register(self, name: str, function: Callable[..., Any], expose_errors: bool) -> None:
         if not isinstance(name, str) or not name or "\0" in name:
@@ -51,20 +52,20 @@ class Callbacks:
 
     def answer(self, kind: int, body: bytes) -> bytes:
         """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
+        if not self._calls.may_pass():  # before anything is decoded: that is what costs
+            return _FAILED + f"more than {self._rate:g} calls of the host in a second".encode()
         name, args, kwargs = _request(kind, body)
         if name == IMPORT and self._modules is not None and kind == wire.CALLBACK_RAW:
             return self._source(args)
         entry = self._functions.get(name)
         if entry is None:
             return _UNKNOWN + f"the host has registered no function {name[:200]!r}".encode("utf-8", "replace")
-        if not self._may_pass():
-            return _FAILED + f"more than {self._rate:g} calls of the host in a second".encode()
         function, expose_errors = entry
         try:
             value = function(*args, **kwargs)
             return _raw(value) if kind == wire.CALLBACK_RAW else _VALUE + self._dump(value)
         except Exception as error:
-            _log(name)
+            self._log(f"the callback {name!r}", error)
             return _FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
 
     def _source(self, args: list[Any]) -> bytes:
@@ -73,18 +74,37 @@ class Callbacks:
             raise ProtocolError("an import of other than one module")
         try:
             found = self._modules.answer(args[0])
-        except Exception:
-            _log("a module loader")
+        except Exception as error:
+            self._log("a module loader", error)
             return _FAILED + b"the host's loader failed"
         return _UNKNOWN + b"no loader has it" if found is None else _RAW + found
 
-    def _may_pass(self) -> bool:
-        """A bucket of tokens that fills at ``rate``."""
+    def _log(self, what: str, error: Exception) -> None:
+        """Whole, but not for ever: a child may fail a callback ten thousand times a second, and choose what it says."""
+        if self._logs.may_pass():
+            import logging
+            import traceback
+
+            from pisupervisor.link.remote_errors import CONTROLS
+
+            text = "".join(traceback.format_exception(error))[-_LOGGED:].translate(CONTROLS)
+            logging.getLogger("pisupervisor").error("%s raised; the child is told that it failed\n%s", what, text)
+
+
+class _Bucket:
+    """So many a second, and a second's worth at once; None: any number."""
+
+    def __init__(self, rate: float | None) -> None:
+        self._rate = rate
+        self._lock = threading.Lock()
+        self._tokens, self._filled = max(1.0, rate or 0.0), time.monotonic()
+
+    def may_pass(self) -> bool:
         if self._rate is None:
             return True
         with self._lock:
             now = time.monotonic()
-            self._tokens = min(self._rate * _BURST, self._tokens + (now - self._filled) * self._rate)
+            self._tokens = min(max(1.0, self._rate), self._tokens + (now - self._filled) * self._rate)
             self._filled = now
             if self._tokens < 1:
                 return False
@@ -121,9 +141,3 @@ def _told(name: str, error: Exception, expose_errors: bool) -> str:
     if not expose_errors:
         return f"the host's function {name!r} failed"
     return f"the host's function {name!r} failed: {type(error).__name__}: {error}"[:8192]
-
-
-def _log(name: str) -> None:
-    import logging
-
-    logging.getLogger("pisupervisor").exception("the callback %r raised; the child is told so", name)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any
 
-from pisupervisor.errors import OptionsError
+from pisupervisor.errors import IsolatorClosed, OptionsError, RestartLimitReached
 from pisupervisor.futures import CallCancelled, IsolationFuture
 from pisupervisor.isolator import ProcessIsolator, Template
 from pisupervisor.options import IsolationOptions
@@ -54,17 +54,18 @@ class _Pool:
         self.closed = False
         self._lock = threading.RLock()  # re-entered when a forgotten executor is collected under it
         self._lanes: list[_Lane] = []
-        self._open = 0
+        self._owner = os.getpid()
 
     def submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> IsolationFuture:
         with self._lock:
             if self.closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
+            if os.getpid() != self._owner:
+                raise IsolatorClosed("this executor belongs to the process that created it, not to a fork of it")
+            if not self.idle.acquire(blocking=False) and len(self._lanes) < self._most:
+                self._lanes.append(_Lane(self, f"pisupervisor-executor-{len(self._lanes) + 1}"))
             future = IsolationFuture(self._cancel)
             self.calls.put((future, fn, args, kwargs))
-            if not self.idle.acquire(blocking=False) and len(self._lanes) < self._most:
-                self._open += 1
-                self._lanes.append(_Lane(self, f"pisupervisor-executor-{len(self._lanes) + 1}"))
         return future
 
     def _cancel(self, future: IsolationFuture) -> None:
@@ -72,6 +73,8 @@ class _Pool:
             lane.cancel(future)
 
     def shutdown(self, wait: bool, cancel_futures: bool) -> None:
+        if os.getpid() != self._owner:
+            return  # what belongs to the original is not ended by a fork
         with self._lock:
             first, self.closed = not self.closed, True
             if cancel_futures:
@@ -83,13 +86,18 @@ class _Pool:
         for lane in lanes if wait else ():
             lane.join()
 
-    def ended(self) -> None:
-        """One lane has; the last one gives the template back."""
+    def ended(self, lane: _Lane) -> None:
+        """The last lane gives the template back. One that ended before its time makes room for another."""
         with self._lock:
-            self._open -= 1
-            last = self._open == 0
+            self._lanes.remove(lane)
+            last = self.closed and not self._lanes
         if last:
             self.template.close()
+
+    @property
+    def open(self) -> int:
+        """How many lanes there are."""
+        return len(self._lanes)
 
 
 class _Lane(Worker):
@@ -110,7 +118,7 @@ class _Lane(Worker):
         finally:
             if self._isolator is not None:
                 self._isolator.close()
-            self._pool.ended()
+            self._pool.ended(self)
 
     def _next(self) -> Any:
         try:
@@ -120,11 +128,18 @@ class _Lane(Worker):
             return self._pool.calls.get()
 
     def _call(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._isolator is not None and self._isolator.state == "failed":
+            self._isolator.close()  # too many crashes, of calls that others have made
+            self._isolator = None
         if self._isolator is None:
             self._isolator = self._pool.template.create()
             if self.is_cancelled():  # meanwhile, when there was no child to kill yet
                 raise CallCancelled("the call was cancelled before it ran")
-        return self._isolator.invoke(fn, *args, kwargs=kwargs)
+        try:
+            return self._isolator.invoke(fn, *args, kwargs=kwargs)
+        except RestartLimitReached:  # not this call's doing
+            self._isolator.restart()
+            return self._isolator.invoke(fn, *args, kwargs=kwargs)
 
     def _is_wanted(self, thread: int) -> None:
         if self._isolator is not None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pisupervisor.futures import IsolationFuture
+    from pisupervisor.link.connection import Connection
     from pisupervisor.link.sources import Code
     from pisupervisor.modules import Modules
     from pisupervisor.objects import IsolatedMethod, IsolatedObject
@@ -109,7 +110,7 @@ class ProcessIsolator:
         self._session = Session(self._keeper)
         modules = _modules(options)
         self._packer = Packer(options, self._keeper.present_template, modules)
-        self._callbacks = Callbacks(self._packer.value, options.callback_rate, modules)
+        self._callbacks = Callbacks(self._packer.plain_value, options.callback_rate, modules)
         self._keeper.answer = self._callbacks.answer
         with template.lock:  # the next isolator's files are most often the same ones
             if template.reader is None:
@@ -146,14 +147,12 @@ class ProcessIsolator:
         The file is read here and sent; the child needs no sight of it. ``timeout`` in seconds kills the child when it
         runs out; ``returns`` checks and builds the result; ``kwargs`` is for parameters named like these. What ``async
         def`` returns is awaited in the child; of a generator the caller gets a stream, each item fetched when it is asked
-        for.
+        for; ``returns=Iterator[X]`` is for a generator of X.
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._code(path, target)
         arguments = self._packer.arguments(args, {**keywords, **(kwargs or {})})
-        return self._result(self._session.call(
-            "method", code.key, target, arguments, code=code, timeout=timeout, idempotent=idempotent, returns=returns
-        ), timeout, returns)  # fmt: skip
+        return self._invoke(("method", code.key, target, arguments), code, timeout, returns, idempotent)
 
     def invoke(
         self, function: Callable[..., Any], /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -163,8 +162,7 @@ class ProcessIsolator:
         changes nothing here. Parameters and errors as for ``invoke_method``.
         """
         payload = self._packer.function(function, args, {**keywords, **(kwargs or {})})
-        done = self._session.call("function", payload, timeout=timeout, idempotent=idempotent, returns=returns)
-        return self._result(done, timeout, returns)
+        return self._invoke(("function", payload), None, timeout, returns, idempotent)
 
     def execute(
         self, function: Callable[..., Any] | str, /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -198,14 +196,11 @@ class ProcessIsolator:
         """Run a file like ``python tool.py --fast``: ``argv`` without the name. The child lives on; the ExitInfo is the
         script's: its exit code, stdout and stderr.
         """
+        from pisupervisor.link.calls import is_exit_code
         from pisupervisor.results import ExitInfo, ExitReason
 
         code = self._reader.read(path)
-        result = self._captured(("script", code.key, [*argv]), code, timeout, int, False)
-        if not isinstance(result.value, int):
-            from pisupervisor.errors import ProtocolError
-
-            raise ProtocolError("the child answered with no exit code")
+        result = self._captured(("script", code.key, [*argv]), code, timeout, None, False, is_exit_code)
         return ExitInfo(
             exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,
             cpu_time=result.usage.cpu_time, peak_memory=result.usage.peak_memory, stderr_tail=result.stderr[-4096:],
@@ -258,8 +253,10 @@ class ProcessIsolator:
         return IsolatedMethod(self, path, target)
 
     def object_count(self) -> int:
-        """How many objects live in the child that were made by create_object and copy_object."""
-        count: int = self._session.call("count objects", returns=int).value
+        """How many objects and streams live in the child for the sake of a handle here."""
+        from pisupervisor.link.calls import is_number
+
+        count: int = self._session.call("count objects", check=is_number).value
         return count
 
     def register_callback(self, name: str, function: Callable[..., Any], *, expose_errors: bool = False) -> None:
@@ -276,45 +273,68 @@ class ProcessIsolator:
         self._callbacks.unregister(name)
 
     def _keep(self, call: tuple[Any, ...], code: Code | None, timeout: float | None) -> IsolatedObject:
+        from pisupervisor.link.calls import is_number
         from pisupervisor.objects import IsolatedObject
 
-        done = self._session.call(*call, code=code, timeout=timeout, returns=int)
+        done = self._session.call(*call, code=code, timeout=timeout, check=is_number)
         return IsolatedObject(self, done.connection, done.value)
 
     # --- one call ---------------------------------------------------------------------------------------------
 
+    def _invoke(
+        self, call: tuple[Any, ...], code: Code | None, timeout: float | None, returns: Any, idempotent: bool = False,
+        only_on: Connection | None = None,
+    ) -> Any:  # fmt: skip
+        """The value of a call; of one that returned a generator, a stream of its items."""
+        from pisupervisor.link.calls import split_returns
+
+        streams, value_type, item_type = split_returns(returns)
+        done = self._session.call(
+            *call,
+            code=code,
+            timeout=timeout,
+            idempotent=idempotent,
+            returns=value_type,
+            streams=streams,
+            only_on=only_on,
+        )
+        return self._result(done, timeout, item_type)
+
     def _captured(
-        self, call: tuple[Any, ...], code: Code | None, timeout: float | None, returns: Any, idempotent: bool
-    ) -> CallResult:
+        self, call: tuple[Any, ...], code: Code | None, timeout: float | None, returns: Any, idempotent: bool,
+        check: Callable[[Any], bool] | None = None,
+    ) -> CallResult:  # fmt: skip
+        from pisupervisor.link.calls import split_returns
         from pisupervisor.results import CallResult, Usage
 
+        streams, value_type, item_type = split_returns(returns)
         started = time.monotonic()
-        verb, *rest = call
         done = self._session.call(
-            verb, *rest, code=code, timeout=timeout, idempotent=idempotent, capture=True, returns=returns
-        )
+            *call, code=code, timeout=timeout, idempotent=idempotent, capture=True, returns=value_type, check=check,
+            streams=streams and check is None,
+        )  # fmt: skip
         used, answer = done.after, done.answer
         cpu = None if used.cpu_time is None else max(0.0, used.cpu_time - (done.before.cpu_time or 0.0))
         return CallResult(
-            value=self._result(done, timeout, returns), stdout=answer.stdout.decode("utf-8", "replace"),
+            value=self._result(done, timeout, item_type), stdout=answer.stdout.decode("utf-8", "replace"),
             stderr=answer.stderr.decode("utf-8", "replace"), truncated=answer.truncated,
             duration=time.monotonic() - started, usage=Usage(cpu_time=cpu, peak_memory=used.peak_memory),
         )  # fmt: skip
 
-    def _result(self, done: Outcome, timeout: float | None, returns: Any) -> Any:
-        """The value of a call; of one that returned a generator, a stream of its items."""
+    def _result(self, done: Outcome, timeout: float | None, item_type: Any) -> Any:
         if done.answer.kind != wire.STREAM:
             return done.value
         from pisupervisor.objects import IsolatedStream
 
-        return IsolatedStream(self, done.connection, done.value, timeout, returns)
+        return IsolatedStream(self, done.connection, done.value, timeout, item_type)
 
     def _start(self) -> None:
         if self.options.on_start is not None:
             from pisupervisor.link.calls import pack_call
 
             self._keeper.on_start = pack_call("function", False, self._packer.function(self.options.on_start, (), {}))
-        self._keeper.start()
+        with self._keeper.turn:
+            self._keeper.start()
 
     def _code(self, path: str | os.PathLike[str], target: str) -> Code:
         from pisupervisor.link.sources import check_target

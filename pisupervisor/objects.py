@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pisupervisor.errors import ObjectReleased, ProtocolError
+from pisupervisor.errors import ObjectReleased, OptionsError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,11 +36,9 @@ class IsolatedObject:
         """Call the method ``name``, private ones too. Raises what ``invoke_method`` raises, and ObjectReleased."""
         number = self._live()
         arguments = self._isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
-        isolator = self._isolator
-        done = isolator._session.call(
-            "on object", number, name, arguments, timeout=timeout, returns=returns, only_on=self._connection
+        return self._isolator._invoke(
+            ("on object", number, name, arguments), None, timeout, returns, only_on=self._connection
         )
-        return isolator._result(done, timeout, returns)
 
     def find_method(self, name: str) -> Callable[..., Any]:
         """A method of this object as something to call."""
@@ -74,6 +72,12 @@ class IsolatedObject:
 
         return find, (self._live(),)
 
+    def __copy__(self) -> IsolatedObject:
+        raise TypeError("a handle cannot be copied: it stands for one object in the child")
+
+    def __deepcopy__(self, _memo: object) -> IsolatedObject:
+        return self.__copy__()
+
     def __enter__(self) -> IsolatedObject:
         return self
 
@@ -88,6 +92,11 @@ class IsolatedObject:
         return (
             f"<IsolatedObject {'released' if self._number is None else self._number} of isolator {self._isolator.id}>"
         )
+
+
+def _is_step(value: Any) -> bool:
+    """[whether the generator is over, the item or what it returned]"""
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], bool)
 
 
 class IsolatedStream:
@@ -110,15 +119,12 @@ class IsolatedStream:
         if self._object._number is None:
             raise StopIteration
         try:
-            step = self._object._isolator._session.call(
-                "next", self._object._live(), timeout=self._timeout, only_on=self._object._connection
+            over, item = self._object._isolator._session.call(
+                "next", self._object._live(), timeout=self._timeout, only_on=self._object._connection, check=_is_step
             ).value
-            if not isinstance(step, list) or len(step) != 2:
-                raise ProtocolError("the child answered with no item of a stream")
         except BaseException:
             self.close()  # a generator that has raised is over
             raise
-        over, item = step
         if over is True:
             self.value = item
             self.close()
@@ -158,14 +164,13 @@ class IsolatedMethod:
         kwargs: Mapping[str, Any] | None = None, **keywords: Any,
     ) -> Any:  # fmt: skip
         """Call it with an object of the child as its first argument."""
+        if not isinstance(obj, IsolatedObject):
+            raise OptionsError(f"expected an IsolatedObject, not {obj!r}; call the method itself for anything else")
         isolator = self._isolator
         code = isolator._code(self._path, self._target)
         arguments = isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
-        done = isolator._session.call(
-            "apply", code.key, self._target, obj._live(), arguments, code=code, timeout=timeout, returns=returns,
-            only_on=obj._connection,
-        )  # fmt: skip
-        return isolator._result(done, timeout, returns)
+        call = ("apply", code.key, self._target, obj._live(), arguments)
+        return isolator._invoke(call, code, timeout, returns, only_on=obj._connection)
 
     def __repr__(self) -> str:
         return f"<IsolatedMethod {self._path}:{self._target} of isolator {self._isolator.id}>"

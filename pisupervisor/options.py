@@ -243,7 +243,7 @@ class IsolationOptions:
         _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))
         _integer(self.max_calls, "max_calls", 1, 1 << 62)
         _store(self, "callback_rate", _number(self.callback_rate, "callback_rate", 0.001, 1e9))
-        _integer(self.callback_depth, "callback_depth", 0, 100)
+        _integer(self.callback_depth, "callback_depth", 0, 50)
         _check_functions(self.events, self.on_start)
         _store(self, "modules", _loaders(self.modules))
         _store(self, "log_level", _log_level(self.log_level))

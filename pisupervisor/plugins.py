@@ -91,10 +91,15 @@ class _Host:
 def check_plugin(plugin: Any) -> None:
     """Raises OptionsError for what cannot be run as a plugin, before anything is started."""
     kind = plugin if isinstance(plugin, type) else type(plugin)
-    execute = getattr(kind, "execute", None)
+    try:
+        execute = getattr(kind, "execute", None)
+        abstract = sorted(getattr(kind, "__abstractmethods__", ()))
+    except Exception as error:  # a metaclass may do what it likes
+        raise OptionsError(
+            f"{type(kind).__name__} is no plugin: {type(error).__name__} when it was looked at"
+        ) from None
     if not callable(execute) or execute is Plugin.execute:
         raise OptionsError(f"{kind.__name__} is no plugin: it has no method execute(self, context)")
-    abstract = sorted(getattr(kind, "__abstractmethods__", ()))
     if abstract:
         raise OptionsError(f"{kind.__name__} is no plugin yet: it is abstract, {', '.join(abstract)} not defined")
 
@@ -111,7 +116,8 @@ class ProcessHost(_Host):
     ) -> PluginResult:
         """See ``PluginHost``. stdout and stderr are what was written to the file descriptors, up to ``Limits.output``."""
         context = self._check(plugin, context)
-        done = self.isolator.execute(_run, plugin, context.properties, context.arguments, timeout=timeout)
+        payload = self.isolator._packer.function(_run, (plugin, context.properties, context.arguments), {})
+        done = self.isolator._captured(("function", payload), None, timeout, None, False, _is_outcome)
         result, properties, arguments = done.value
         _take_over(context, properties, arguments)
         return PluginResult(stdout=done.stdout, stderr=done.stderr, result=result, context=context)
@@ -128,13 +134,16 @@ def _run(plugin: Any, properties: dict[str, Any], arguments: list[Any]) -> list[
     return [instance.execute(context), context.properties, context.arguments]
 
 
-def _take_over(context: IsolationContext, properties: Any, arguments: Any) -> None:
+def _is_outcome(value: Any) -> bool:
+    """What ``_run`` gives; a plugin that puts other things in the place of the context's dict and list has lied."""
+    return isinstance(value, list) and len(value) == 3 and isinstance(value[1], dict) and isinstance(value[2], list)
+
+
+def _take_over(context: IsolationContext, properties: dict[str, Any], arguments: list[Any]) -> None:
     """The caller's own dict and list show what the plugin did to its copies."""
-    if isinstance(properties, dict):
-        context.properties.clear()
-        context.properties.update(properties)
-    if isinstance(arguments, list):
-        context.arguments[:] = arguments
+    context.properties.clear()
+    context.properties.update(properties)
+    context.arguments[:] = arguments
 
 
 _stdout_lock = threading.RLock()
@@ -169,11 +178,14 @@ def _as_remote(error: Exception) -> Exception:
 
     from pisupervisor.link.remote_errors import MAX_MESSAGE, MAX_TRACEBACK, remote_error
 
-    kind = type(error)
-    text = "".join(traceback.format_exception(error))
+    kind, number = type(error), getattr(error, "errno", None)
+    try:
+        message, text = str(error), "".join(traceback.format_exception(error))
+    except Exception:  # its own __str__
+        message = text = "(it cannot be shown)"
     return remote_error({
-        "module": kind.__module__, "type": kind.__qualname__, "message": str(error)[:MAX_MESSAGE],
-        "traceback": text[-MAX_TRACEBACK:], "errno": getattr(error, "errno", None), "causes": [],
+        "module": str(kind.__module__), "type": kind.__qualname__, "message": message[:MAX_MESSAGE],
+        "traceback": text[-MAX_TRACEBACK:], "errno": number if type(number) is int else None, "causes": [],
     })  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import sys
 from collections.abc import Iterator
@@ -27,22 +26,30 @@ def scan(kind: type) -> Iterator[Import]:
     """Every import in the module of ``kind``, and in what that imports of the application's own. Raises OptionsError where
     there is no source to look at.
     """
-    pending, seen = [kind.__module__], {_OURS}
+    first = kind.__module__
+    if not isinstance(first, str):
+        raise OptionsError(f"{kind.__qualname__}: its module has no name, so there is no source that could be scanned")
+    pending, seen = [first], {_OURS}
     while pending:
         name = pending.pop()
         if name in seen:
             continue
         seen.add(name)
-        file, source = _source(name, required=name == kind.__module__)
+        file, source = _source(name)
+        if source is None and name == first:
+            raise OptionsError(f"{name}: there is no source that could be scanned")
         if source is None:
             continue
-        for found in imports(source, file, name):
+        is_package = hasattr(sys.modules[name], "__path__")
+        for found in imports(source, file, name + ".__init__" if is_package else name):
             yield found
             pending += _own_modules(found.module)
 
 
 def imports(source: str, file: str, module: str) -> Iterator[Import]:
-    """The imports that stand in a source text. ``module`` is its name, for relative ones. Raises OptionsError."""
+    """The imports that stand in a source text. ``module`` is its name, for relative ones (of a package with ``.__init__``).
+    Raises OptionsError.
+    """
     try:
         tree = ast.parse(source, file)
     except (SyntaxError, ValueError, RecursionError) as error:
@@ -69,21 +76,14 @@ def _imported(node: ast.AST, module: str) -> list[str]:
     return []
 
 
-def _source(name: str, *, required: bool) -> tuple[str, str | None]:
+def _source(name: str) -> tuple[str, str | None]:
+    """Of a module that is loaded: looking for another would run the packages around it."""
     module = sys.modules.get(name)
     file = getattr(module, "__file__", None) or name
     try:
-        source = inspect.getsource(module) if module is not None else _source_on_disk(name)
-    except (OSError, TypeError, ValueError, ImportError):
-        source = None
-    if source is None and required:
-        raise OptionsError(f"{name}: there is no source that could be scanned")
-    return file, source
-
-
-def _source_on_disk(name: str) -> str | None:
-    spec = importlib.util.find_spec(name)
-    return spec.loader.get_source(name) if spec is not None and hasattr(spec.loader, "get_source") else None  # type: ignore[union-attr]
+        return file, inspect.getsource(module) if module is not None else None
+    except (OSError, TypeError, ValueError):
+        return file, None
 
 
 def _own_modules(name: str) -> list[str]:

@@ -38,6 +38,7 @@ class Worker:
         """Make one call, in the calling thread, unless it was taken back."""
         with self._lock:
             if future.cancelled():
+                future.set_running_or_notify_cancel()  # whoever waits for it with others is told
                 return
             self._want(threading.get_ident())
             self._running, future.started = future, True
@@ -88,5 +89,5 @@ def cancel_all(calls: Calls) -> None:
             item = calls.get_nowait()
         except queue.Empty:
             return
-        if item is not None:
-            item[0].cancel()
+        if item is not None and item[0].cancel():
+            item[0].set_running_or_notify_cancel()

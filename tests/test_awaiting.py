@@ -15,6 +15,7 @@ from helpers import linux, nothing_left, write
 from pisupervisor import (
     CallTimeout,
     ChildTerminated,
+    LaunchError,
     ObjectReleased,
     ProcessIsolator,
     ProtocolError,
@@ -213,7 +214,9 @@ class Pair:
 
 
 def test_items_are_built_as_asked(isolator: ProcessIsolator, plugin: Path) -> None:
-    assert list(isolator.invoke_method(plugin, "pairs", returns=Pair)) == [Pair(1, 2)]
+    assert list(isolator.invoke_method(plugin, "pairs", returns=Iterator[Pair])) == [Pair(1, 2)]
+    with pytest.raises(SerializationError, match="returned a generator"):
+        isolator.invoke_method(plugin, "pairs", returns=int)
 
 
 def test_a_child_that_dies_between_two_items(isolator: ProcessIsolator, plugin: Path) -> None:
@@ -255,5 +258,86 @@ def test_a_child_that_lies_about_items(isolator: ProcessIsolator) -> None:
         serve.VERBS["next"] = lambda worker, number: "no item"
         return (n for n in range(3))
 
-    with pytest.raises(ProtocolError, match="no item"):
+    pid = isolator.pid
+    with pytest.raises(ProtocolError):
         next(isolator.invoke(lie))
+    assert isolator.pid != pid, "killed"
+
+
+@pytest.mark.parametrize("answer", [-1, 1 << 64, "1", None, True, 1.5])
+def test_a_child_that_lies_about_objects(isolator: ProcessIsolator, answer: object) -> None:
+    def lie() -> None:
+        from pihost.inside import serve
+
+        for verb in ("copy", "count objects"):
+            serve.VERBS[verb] = lambda worker, *arguments: answer
+
+    for ask in (lambda: isolator.copy_object([1]), isolator.object_count):
+        isolator.invoke(lie)
+        with pytest.raises(ProtocolError):
+            ask()
+        assert isolator.invoke(len, "abc") == 3
+
+
+@pytest.mark.parametrize("answer", [256, -1, "0", None, []])
+def test_a_child_that_lies_about_an_exit_code(isolator: ProcessIsolator, plugin: Path, answer: object) -> None:
+    def lie() -> None:
+        from pihost.inside import serve
+
+        serve.VERBS["script"] = lambda worker, *arguments: answer
+
+    isolator.invoke(lie)
+    with pytest.raises(ProtocolError):
+        isolator.run_script(plugin)
+
+
+def test_a_generator_where_there_can_be_none(isolator: ProcessIsolator, plugin: Path) -> None:
+    def lie() -> None:
+        from pihost.inside import serve
+
+        for verb in ("script", "copy", "count objects"):
+            serve.VERBS[verb] = lambda worker, *arguments: (n for n in range(3))
+
+    for ask in (lambda: isolator.run_script(plugin), lambda: isolator.copy_object(1), isolator.object_count):
+        isolator.invoke(lie)
+        with pytest.raises(ProtocolError, match="generator"):
+            ask()
+
+
+def test_an_async_generator_that_is_left_runs_its_finally(isolator: ProcessIsolator) -> None:
+    def make() -> object:
+        import sys
+
+        async def items() -> object:
+            try:
+                while True:
+                    yield 1
+            finally:
+                sys.was_closed = True  # type: ignore[attr-defined]
+
+        return items()
+
+    with isolator.invoke(make) as stream:
+        assert next(stream) == 1
+    assert isolator.run_source("import sys; getattr(sys, 'was_closed', False)").value is True
+
+
+def test_an_async_factory_makes_an_object(isolator: ProcessIsolator) -> None:
+    async def make() -> list[int]:
+        return [1, 2, 3]
+
+    assert isolator.create_object(make).invoke("__len__") == 3
+
+
+def test_a_generator_is_no_on_start() -> None:
+    def begin() -> object:
+        yield 1
+
+    with pytest.raises(LaunchError, match="generator"):
+        ProcessIsolator.create(on_start=begin)
+
+
+def test_a_loop_that_user_code_closed(isolator: ProcessIsolator, plugin: Path) -> None:
+    assert isolator.invoke_method(plugin, "slow", 1) == 2
+    isolator.run_source("import asyncio; asyncio.get_event_loop().close()")
+    assert isolator.invoke_method(plugin, "slow", 2) == 4

@@ -16,7 +16,9 @@ from pihost import wire
 from pisupervisor import (
     CallTimeout,
     ChildTerminated,
+    IsolationError,
     IsolatorClosed,
+    Limits,
     OptionsError,
     ProcessIsolator,
     ProtocolError,
@@ -364,6 +366,122 @@ def test_a_forged_request_kills_the_child(isolator: ProcessIsolator) -> None:
     assert isolator.invoke(len, "abc") == 3
 
 
+def test_requests_of_no_call_are_refused(isolator: ProcessIsolator) -> None:
+    """A thread of the child asks between two calls: the next caller's thread does not answer that."""
+    called: list[int] = []
+
+    def ask_later() -> None:
+        import os
+        import threading
+        import time
+
+        from pihost import wire
+        from pihost.inside import callbacks
+
+        body = b"".join(wire.pack_value(b'["now",[],{}]', []))
+        frame = wire.pack_header(wire.CALLBACK, callbacks.host.call_id, len(body)) + body  # type: ignore[union-attr]
+        threading.Thread(target=lambda: (time.sleep(0.1), os.write(3, frame)), daemon=True).start()
+
+    isolator.register_callback("now", lambda: called.append(1))
+    isolator.invoke(ask_later)
+    time.sleep(0.3)
+    with pytest.raises(ProtocolError):
+        isolator.invoke(len, "abc")
+    assert called == []
+
+
+def test_large_arguments_and_too_large_ones(isolator: ProcessIsolator, plugin: Path) -> None:
+    isolator.register_callback("size", lambda *parts: len(parts[0]))
+    isolator.register_callback("same", lambda part: part)
+    assert isolator.invoke_method(plugin, "ask", "size", b"x" * 2_000_000) == 2_000_000
+    assert isolator.invoke_method(plugin, "ask_raw", "same", b"x" * 3_000_000) == b"x" * 3_000_000
+    with pytest.raises(ValueError, match="send them in parts"):
+        isolator.invoke_method(plugin, "ask", "size", b"x" * (5 << 20))
+    assert isolator.invoke_method(plugin, "down", 0) == 0
+
+
+def test_the_time_of_the_outer_call_is_the_most_that_an_inner_one_gets(isolator: ProcessIsolator, plugin: Path) -> None:
+    isolator.register_callback("hang", lambda: isolator.run_source("while True: pass"))
+    started = time.monotonic()
+    with pytest.raises((ChildTerminated, CallTimeout)):
+        isolator.invoke_method(plugin, "ask", "hang", timeout=0.3)
+    assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize("act", ["restart", "exit", "wait_for_exit"])
+def test_what_would_wait_for_itself_is_refused(isolator: ProcessIsolator, plugin: Path, act: str) -> None:
+    isolator.register_callback("act", lambda: getattr(isolator, act)(), expose_errors=True)
+    started = time.monotonic()
+    said = isolator.invoke_method(plugin, "catch", "act", timeout=5) if act != "wait_for_exit" else ["HostError"]
+    assert said[0] == "HostError"
+    assert time.monotonic() - started < 2
+    assert isolator.invoke_method(plugin, "down", 0) == 0
+
+
+def test_a_callback_of_on_start_cannot_call_into_the_child() -> None:
+    refused: list[str] = []
+    isolators: list[ProcessIsolator] = []
+
+    def begin() -> None:
+        import pihost
+
+        try:
+            pihost.call_host("call")
+        except (pihost.HostError, pihost.UnknownCallback):
+            pass
+
+    def call() -> None:
+        try:
+            isolators[0].invoke(len, "abc")
+        except IsolationError as error:
+            refused.append(str(error))
+            raise
+
+    with ProcessIsolator.create(on_start=begin) as isolator:
+        isolators.append(isolator)
+        isolator.register_callback("call", call)
+        isolator.restart()
+        assert len(refused) == 1
+        assert "not ready yet" in refused[0]
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_what_a_callback_returns_brings_no_code_of_the_application(isolator: ProcessIsolator, plugin: Path) -> None:
+    class Secretive:
+        password = "hunter2"
+
+    isolator.register_callback("object", Secretive)
+    assert isolator.invoke_method(plugin, "catch", "object")[0] == "HostError"
+
+
+def test_failed_callbacks_do_not_flood_the_log(
+    isolator: ProcessIsolator, plugin: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    isolator.register_callback("fail", lambda: 1 / 0)
+    with caplog.at_level(logging.ERROR, "pisupervisor"):
+        isolator.invoke_method(plugin, "many", "fail", 500)
+    assert 1 <= len(caplog.records) < 100
+
+
+def test_a_nested_calls_output_is_not_the_outer_errors(plugin: Path) -> None:
+    with ProcessIsolator.create(restart=RestartPolicy(backoff=0.0), limits=Limits(output="1K")) as isolator:
+        isolator.register_callback("say", lambda text: isolator.execute(f"{plugin}:say", text).truncated)
+
+        def say_and_die() -> None:
+            import os
+
+            import pihost
+
+            pihost.call_host("say", "x" * 5000)
+            os.write(2, b"last words of the outer call")
+            os._exit(3)
+
+        with pytest.raises(ChildTerminated) as caught:
+            isolator.invoke(say_and_die)
+        assert (caught.value.stdout, caught.value.exit_info.reason.name) == ("", "EXITED")
+        assert caught.value.exit_info.stderr_tail == "last words of the outer call"
+
+
 def test_a_flood_of_requests_ends_at_the_deadline(isolator: ProcessIsolator) -> None:
     """A child that never waits for an answer only fills its own socket."""
 
@@ -371,9 +489,10 @@ def test_a_flood_of_requests_ends_at_the_deadline(isolator: ProcessIsolator) -> 
         import os
 
         from pihost import wire
+        from pihost.inside import callbacks
 
         body = b"".join(wire.pack_value(b'["now",[],{}]', []))
-        frame = wire.pack_header(wire.CALLBACK, 1, len(body)) + body
+        frame = wire.pack_header(wire.CALLBACK, callbacks.host.call_id, len(body)) + body  # type: ignore[union-attr]
         while True:
             os.write(3, frame)
 

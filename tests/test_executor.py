@@ -68,7 +68,7 @@ def test_exceptions_are_the_futures(executor: IsolationExecutor) -> None:
 
 
 def test_wait_and_as_completed(executor: IsolationExecutor) -> None:
-    slow, quick = executor.submit(time.sleep, 0.5), executor.submit(len, "abc")
+    slow, quick = executor.submit(time.sleep, 2), executor.submit(len, "abc")
     done, waiting = cf.wait([slow, quick], timeout=10, return_when=cf.FIRST_COMPLETED)
     assert (done, waiting) == ({quick}, {slow})
     assert list(cf.as_completed([slow, quick], timeout=10)) == [quick, slow]
@@ -179,7 +179,7 @@ def test_shutdown_without_waiting() -> None:
         executor.shutdown(wait=False)
         assert time.monotonic() - started < 0.2
         assert [future.result(10) for future in futures] == [None] * 4
-        assert wait_until(lambda: executor._pool._open == 0)
+        assert wait_until(lambda: executor._pool.open == 0)
 
 
 def test_never_used() -> None:
@@ -195,7 +195,7 @@ def test_forgotten() -> None:
         assert future.result(10) == 3
         del executor
         gc.collect()
-        assert wait_until(lambda: pool._open == 0)
+        assert wait_until(lambda: pool.open == 0)
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "two", 1.5, True])
@@ -212,3 +212,27 @@ def test_killed_from_outside(executor: IsolationExecutor) -> None:
     os.kill(pid, 9)
     assert wait_until(lambda: state_of(pid) in ("", "Z"))
     assert [future.result(10) for future in [executor.submit(len, "abc") for _ in range(3)]] == [3] * 3
+
+
+def test_waiters_are_told_of_what_was_cancelled(executor: IsolationExecutor) -> None:
+    running = [executor.submit(time.sleep, 0.5) for _ in range(3)]
+    waiting = executor.submit(len, "abc")
+    assert waiting.cancel()
+    assert cf.wait([*running, waiting], timeout=10).not_done == set()
+
+
+def test_many_crashes_break_nothing() -> None:
+    policy = RestartPolicy(backoff=0.0, max_restarts=2)
+    with nothing_left(), IsolationExecutor(IsolationOptions(restart=policy), max_workers=1) as executor:
+        for _ in range(8):
+            assert isinstance(executor.submit(os._exit, 3).exception(20), ChildTerminated)
+        assert executor.submit(len, "abc").result(20) == 3
+
+
+def test_a_cancelled_call_is_no_other_calls_misfortune(executor: IsolationExecutor) -> None:
+    for number in range(200):
+        first = executor.submit(time.sleep, 0.001)
+        second = executor.submit(len, "abc")
+        time.sleep(number / 100_000)
+        first.cancel()
+        assert second.result(20) == 3

@@ -26,6 +26,7 @@ from pisupervisor import (
     Plugin,
     PluginResult,
     ProcessHost,
+    ProtocolError,
     RemoteError,
     RestartPolicy,
     ScannedHost,
@@ -322,3 +323,32 @@ def test_relative_imports_have_full_names() -> None:
 class _Refusing(NullHost):
     def execute_plugin(self, *_arguments: object, **_keywords: object) -> PluginResult:  # type: ignore[override]
         raise AssertionError("it was run")
+
+
+def test_relative_imports_of_a_package_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    source = "from .hidden import helper\nclass P:\n    def execute(self, context):\n        return 1\n"
+    write(tmp_path, "scanned_package/__init__.py", source)
+    write(tmp_path, "scanned_package/hidden.py", "import subprocess\nhelper = 1\n")
+    plugin = importlib.import_module("scanned_package").P()
+    for deny in (["scanned_package.hidden"], ["subprocess"]):
+        with ScannedHost(_Refusing(), deny=deny) as host, pytest.raises(OptionsError, match="denied"):
+            host.execute_plugin(plugin)
+
+
+@pytest.mark.parametrize("name", [None, 5, "never_imported.at_all"])
+def test_scanning_runs_nothing(name: Any) -> None:
+    kind = type("P", (), {"execute": lambda self, context: 1, "__module__": name})
+    with ScannedHost(NullHost(), deny=["ctypes"]) as host, pytest.raises(OptionsError, match="no source"):
+        host.execute_plugin(kind())
+
+
+def test_a_plugin_that_lies_about_its_context() -> None:
+    class Liar(Plugin):
+        def execute(self, context: IsolationContext) -> Any:
+            context.properties = 5  # type: ignore[assignment]
+
+    with ProcessHost(OPTIONS) as host:
+        with pytest.raises(ProtocolError):
+            host.execute_plugin(Liar(), IsolationContext({"a": 1}))
+        assert host.execute_plugin(Adder()).result == 1

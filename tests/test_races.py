@@ -385,6 +385,27 @@ def _flood() -> None:
         os.write(1, b"\n" * 65536)
 
 
+def test_a_pipe_full_of_empty_lines_at_death_is_bounded() -> None:
+    events = IsolationEvents(stdout=lambda event: None)
+    with ProcessIsolator.create(events=events, restart=QUICK) as isolator:
+        with pytest.raises(ChildTerminated):
+            within(3, lambda: isolator.invoke(_fill_with_nothing))
+        assert within(3, lambda: isolator.invoke(len, "abc")) == 3
+
+
+def _fill_with_nothing() -> None:
+    import fcntl
+    import os
+
+    fcntl.fcntl(1, 1031, 1 << 20)  # F_SETPIPE_SZ
+    os.set_blocking(1, False)
+    try:
+        while True:
+            os.write(1, b"\n" * 65536)
+    except BlockingIOError:
+        os._exit(3)
+
+
 def test_the_last_lines_of_a_pipe_that_was_made_larger() -> None:
     seen: list[str] = []
     with ProcessIsolator.create(

@@ -5,8 +5,6 @@ Of asyncio nothing is imported before it is needed: that takes a child 40 ms.
 
 from __future__ import annotations
 
-import sys
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -45,8 +43,16 @@ class Loop:
         except StopAsyncIteration:
             return [True, None]
 
+    def end(self, value: Any) -> None:
+        """Of an async generator: its ``finally`` runs now. Others end by themselves when nobody holds them."""
+        if type(value) is _ASYNC_GENERATOR and self._loop is not None and not self._loop.is_closed():
+            self._loop.run_until_complete(value.aclose())
+
     def _run(self, coroutine: Any) -> Any:
-        if self._loop is None:
+        if self._loop is not None and self._loop.is_running():
+            coroutine.close()
+            raise RuntimeError("an async call is under way in this child already, and waits for the host")
+        if self._loop is None or self._loop.is_closed():
             import asyncio
 
             self._loop = asyncio.new_event_loop()
@@ -55,7 +61,7 @@ class Loop:
 
     def close(self) -> None:
         """At the end of the child: async generators are closed, as asyncio.run does."""
-        if self._loop is not None and "asyncio" in sys.modules:
+        if self._loop is not None and not self._loop.is_closed():
             self._loop.run_until_complete(self._loop.shutdown_asyncgens())
             self._loop.close()
 

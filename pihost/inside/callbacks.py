@@ -38,7 +38,7 @@ class Host:
     def __init__(self, link: Link, serve_one: Callable[[tuple[int, int, bytes]], None], limit: int) -> None:
         self._link, self._serve_one, self._limit = link, serve_one, limit
         self._owner = (os.getpid(), _thread.get_ident())
-        self._last = 0
+        self.call_id = 0  # of the call that is worked on: an answer is to that, and none between two calls
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -54,9 +54,12 @@ class Host:
     def _ask(self, kind: int, parts: list[Any]) -> Any:
         if self._owner != (os.getpid(), _thread.get_ident()):
             raise RuntimeError("the host can be called only by the thread that runs the call, and in no fork of it")
-        self._last += 1
-        own = self._last
-        self._link.send(kind, own, parts)
+        if sum(memoryview(part).nbytes for part in parts) > wire.MAX_FRAME:
+            raise ValueError(
+                f"arguments for the host of more than {wire.MAX_FRAME} bytes; return them, or send them in parts"
+            )
+        own = self.call_id
+        self._link.send_whole(kind, own, parts)
         while True:
             frame = self._link.receive()
             if frame is None:
@@ -64,6 +67,7 @@ class Host:
             if frame[0] == wire.ANSWER and frame[1] == own:
                 return _understand(frame[2])
             self._serve_one(frame)
+            self.call_id = own
 
 
 def _understand(body: bytes) -> Any:

@@ -31,9 +31,9 @@ class Objects:
         except KeyError:
             raise Released(f"object {number} was released") from None
 
-    def release(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            self._kept.pop(number, None)
+    def release(self, numbers: Iterable[int]) -> list[Any]:
+        """What was kept under these numbers, and is no more."""
+        return [self._kept.pop(number) for number in numbers if number in self._kept]
 
     def __len__(self) -> int:
         return len(self._kept)

@@ -76,10 +76,13 @@ class Link:
         fds, self.fds = self.fds, []
         return fds
 
-    def send(self, kind: int, ident: int, parts: list[bytes]) -> None:
+    def send_whole(self, kind: int, ident: int, parts: list[bytes]) -> None:
         total = sum(memoryview(part).nbytes for part in parts)
-        if total <= wire.PIECE_SIZE:
-            self.sock.sendall(b"".join((wire.pack_header(kind, ident, total), *parts)))
+        self.sock.sendall(b"".join((wire.pack_header(kind, ident, total), *parts)))
+
+    def send(self, kind: int, ident: int, parts: list[bytes]) -> None:
+        if sum(memoryview(part).nbytes for part in parts) <= wire.PIECE_SIZE:
+            self.send_whole(kind, ident, parts)
             return
         for piece, last in _pieces(parts):
             self.sock.sendall(wire.pack_header(kind if last else wire.PIECE, ident, len(piece)))
@@ -102,6 +105,7 @@ class Worker:
         self.link, self.limits = link, limits
         self.own_pid = os.getpid()
         self.loop = awaiting.Loop()
+        self.released: list[int] = []
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
 
@@ -109,6 +113,9 @@ class Worker:
         """Do what one frame says. Also while user code waits for the host: see ``callbacks``."""
         kind, ident, body = frame
         if kind == wire.CALL:
+            self.drop_released()
+            if callbacks.host is not None:
+                callbacks.host.call_id = ident
             answer = self.answer(_pickle.loads(body), self.link.take_fds)
             if os.getpid() != self.own_pid:
                 os._exit(0)  # user code forked and let the copy return: only the original may answer
@@ -118,9 +125,16 @@ class Worker:
         elif kind == wire.STDIO:
             redirect(self.link.take_fds())
         elif kind == wire.RELEASE:
-            objects.kept.release(struct.unpack(f"<{len(body) // 8}Q", body))
+            self.released += struct.unpack(f"<{len(body) // 8}Q", body)
         elif kind == wire.EXIT:
+            callbacks.host = None  # nobody listens any more
             os._exit(run.leave(self.loop.close))
+
+    def drop_released(self) -> None:
+        """Only when a call has been read whole: what ends with an object may call the host, which then listens."""
+        numbers, self.released = self.released, []
+        for value in objects.kept.release(numbers):
+            self.loop.end(value)
 
     def answer(self, call: tuple[Any, ...], take_fds: Callable[[], list[int]]) -> tuple[int, list[bytes]]:
         """(kind, parts) of the reply to one call. Whatever user code does is an answer too."""
@@ -165,10 +179,10 @@ class Worker:
         return function(*args, **kwargs)
 
     def create_object(self, key: str, target: str, arguments: bytes) -> int:
-        return objects.kept.keep(self.call_method(key, target, arguments))
+        return objects.kept.keep(self.loop.complete(self.call_method(key, target, arguments)))
 
     def create_by_value(self, arguments: bytes) -> int:
-        return objects.kept.keep(self.call_function(arguments))
+        return objects.kept.keep(self.loop.complete(self.call_function(arguments)))
 
     def copy_object(self, arguments: bytes) -> int:
         (value,), _nothing = load(arguments)

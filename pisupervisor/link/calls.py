@@ -60,6 +60,33 @@ def unpack_answer(answer: Answer, *, pickled: bool, returns: Any = None) -> Any:
     raise ProtocolError(f"an answer of kind {answer.kind} was not asked for")
 
 
+_ITERATORS = frozenset((
+    "Iterator", "Iterable", "Generator", "AsyncIterator", "AsyncIterable", "AsyncGenerator",
+))  # fmt: skip
+
+
+def split_returns(returns: Any) -> tuple[bool, Any, Any]:
+    """(whether a generator may come back, what a value is built as, what a generator's items are built as).
+
+    ``returns=Iterator[X]`` asks for a generator of X; any other type for a value that is none.
+    """
+    if returns is None:
+        return True, None, None
+    origin: Any = getattr(returns, "__origin__", None)
+    if getattr(origin, "__module__", "") == "collections.abc" and origin.__name__ in _ITERATORS:
+        return True, None, returns.__args__[0]
+    return False, returns, None
+
+
+def is_number(value: Any) -> bool:
+    """Whether that can be the number of an object."""
+    return type(value) is int and 0 <= value < 1 << 64
+
+
+def is_exit_code(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 255
+
+
 def plain(text: str) -> str:
     """Text of a child with its control characters spelt out: it must not drive a terminal."""
     from pisupervisor.link.remote_errors import CONTROLS

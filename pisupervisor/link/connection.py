@@ -58,6 +58,7 @@ class Connection:
         # waits must look around now and then. By the kernel's timer, because poll before each recv would cost 1 us.
         link.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, struct.pack("ll", int(_LOOK_AROUND), 0))
         self._answer = answer  # for what the child asks while it works on a call: kind and body in, body out
+        self._depth = 0
         self._outputs: list[_Output] = []  # of the calls under way that are captured, the innermost last
         self.released: list[int] = []  # objects that nobody holds any more
         self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
@@ -94,6 +95,13 @@ class Connection:
 
         Raises LinkClosed, DeadlinePassed (the child is then in an unknown state: kill it) or ProtocolError (likewise).
         """
+        nested, self._depth = self._depth > 0, self._depth + 1
+        try:
+            return self._call(body, deadline, output, nested)
+        finally:
+            self._depth -= 1
+
+    def _call(self, body: bytes, deadline: float | None, output: int | None, nested: bool) -> Answer:
         self._release(deadline)
         if output is None:
             self.restore_stdio(deadline)
@@ -108,16 +116,16 @@ class Connection:
                 self.written = (captured.text(0), captured.text(1), captured.truncated)
                 self._outputs.pop()
                 self._displaced = True
-            self.restore_stdio(deadline, only_outer=True)
+            self.restore_stdio(deadline, at_once=nested)
             return answer._replace(stdout=captured.text(0), stderr=captured.text(1), truncated=captured.truncated)
 
-    def restore_stdio(self, deadline: float | None = None, *, only_outer: bool = False) -> None:
+    def restore_stdio(self, deadline: float | None = None, *, at_once: bool = True) -> None:
         """After a captured call, and before anything else runs: its pipes were put in the place of stdout and stderr.
 
-        Around it there may be another captured call, whose callback made this one: that goes on at once.
+        Around it there may be another call, whose callback made this one: that goes on at once.
         """
-        stdio = self._outputs[-1].writers if self._outputs else () if only_outer else self._stdio
-        if self._displaced and stdio:
+        stdio = self._outputs[-1].writers if self._outputs else self._stdio
+        if self._displaced and stdio and at_once:
             self._displaced = False
             self.send(wire.STDIO, b"\0", stdio, deadline)
 
@@ -130,7 +138,7 @@ class Connection:
         whole = bytearray()
         while True:
             kind, answered, body = self._frame(deadline, self._outputs[-1] if self._outputs else None)
-            if kind in (wire.CALLBACK, wire.CALLBACK_RAW):
+            if kind in (wire.CALLBACK, wire.CALLBACK_RAW) and answered == ident:
                 self._callback(kind, answered, body, deadline)
                 continue
             if answered != ident:

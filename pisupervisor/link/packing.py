@@ -39,6 +39,12 @@ class Packer:
         """One value, as arguments of which it is the only one."""
         return self.arguments((value,), {})
 
+    def plain_value(self, value: Any) -> bytes:
+        """The same without code: what the child can import travels by name, and nothing of the application's by value."""
+        from pisupervisor.link.arguments import dump_call
+
+        return dump_call((value,), {}, importable=self._importable(), python_minor_matches=False)[0]
+
     def function(self, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
         """Raises OptionsError for what is no function, SerializationError for what cannot travel."""
         from pisupervisor.link.arguments import dump_function

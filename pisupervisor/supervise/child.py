@@ -53,6 +53,7 @@ class Child:
         self.last_lines: list[Line] = []  # what it wrote last
         self.requesting = True  # until the plan is with the zygote
         self.exit_info: ExitInfo | None = None
+        self.is_killed = False  # whether we have: it may take a moment to die
         self.started = time.monotonic()
         self._ordered: tuple[ExitReason, str] | None = None
         self._reports: Reports
@@ -283,6 +284,7 @@ class Child:
                 return  # of something else, and that is the first cause
             if self._ordered is None:
                 self._ordered = (reason, message)
+            self.is_killed = True
             if self.init_pidfd >= 0:
                 send_kill(self.init_pidfd)
             elif self._asked:

@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 
-from pisupervisor.errors import IsolationError, IsolatorClosed, LaunchError
+from pihost import wire
+from pisupervisor.errors import IsolationError, IsolatorClosed, LaunchError, OptionsError
 from pisupervisor.launch.templates import Template, release
 from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
 from pisupervisor.options import IsolationOptions
@@ -18,6 +19,7 @@ from pisupervisor.supervise import replacing, restart, spare, watch
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.lifecycle import next_state
 from pisupervisor.supervise.telling import Teller
+from pisupervisor.supervise.turn import Turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ class Keeper:
         self.answer: Answerer | None = None  # what a child asks of the host is answered by this
         self.in_call = False
         self.idle_since = time.monotonic()
-        self.turn = threading.Lock()
+        self.turn = Turn()
         self.lock = threading.RLock()  # held for a change of state
         self.changed = threading.Condition(self.lock)  # of the state, or of what somebody wants
         self.closed = threading.Event()
@@ -166,6 +168,8 @@ class Keeper:
         try:
             answer = connection.call(self.on_start, deadline)
             unpack_answer(answer, pickled=self.options.results == "pickle")
+            if answer.kind == wire.STREAM:
+                raise OptionsError("it is a generator, which nobody would run")
         except DeadlinePassed:
             raise LaunchError("on_start was not over at start_timeout", step="on_start") from None
         except LinkClosed:
@@ -195,7 +199,7 @@ class Keeper:
     def ready_child(self, deadline: float | None, wanted: Callable[[], bool]) -> tuple[Child, Connection]:
         """The child for the next call, started anew where the last one has died. Called with the turn held."""
         child = self.child
-        if child is not None and child.payload_ended:
+        if child is not None and (child.payload_ended or child.is_killed):
             self.bury(child)
         if self.child is None:
             replacing.replace(self, deadline, wanted)
@@ -247,14 +251,14 @@ class Keeper:
 
     def retire(self, child: Child, why: str) -> bool:
         """End a child that nobody uses; False when a call is under way. The next call starts another."""
-        if not self.turn.acquire(blocking=False):
+        if not self.turn.take(0):
             return False
         try:
             if self.child is child and not child.ended:
                 self.enter("stop")
                 self.end(child, ExitReason.KILLED, why)
         finally:
-            self.turn.release()
+            self.turn.give()
         return True
 
     def out_of_cpu_time(self, child: Child, used: float) -> None:

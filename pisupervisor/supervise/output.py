@@ -15,6 +15,7 @@ from pisupervisor.records import NamedTuple
 
 _READ = 1 << 12  # bytes: so many empty lines at most come at once
 _LARGEST_PIPE = 1 << 20  # what a child may make of it (fs.pipe-max-size)
+_LAST_LINES = 1000
 _LONGEST = 1 << 16  # bytes of one line; a longer one comes in pieces
 
 
@@ -48,6 +49,14 @@ class Lines:
     def _pieces(self, text: bytes) -> list[Line]:
         starts = range(0, max(1, len(text)), _LONGEST)
         return [Line(self.stream, text[start : start + _LONGEST].decode("utf-8", "replace")) for start in starts]
+
+
+def _last(data: bytes, most: int) -> bytes:
+    """The last so many lines of it, after one that says how many are missing."""
+    missing = data.count(b"\n") - most
+    if missing <= 0:
+        return data
+    return b"[%d lines left out]\n" % missing + b"\n".join(data.rsplit(b"\n", most + 1)[1:])
 
 
 class StderrTail:
@@ -117,12 +126,12 @@ class OutputPipes:
         """To wait for."""
         return list(self._lines)
 
-    def read(self, size: int = _READ) -> list[Line]:
-        """What is there now, at most ``size`` bytes of each stream. Never waits."""
+    def read(self, size: int = _READ, most: int | None = None) -> list[Line]:
+        """What is there now, at most ``size`` bytes of each stream, the last ``most`` lines of them. Never waits."""
         with self._lock:
-            return [line for fd in list(self._lines) for line in self._read(fd, size)]
+            return [line for fd in list(self._lines) for line in self._read(fd, size, most)]
 
-    def _read(self, fd: int, size: int) -> list[Line]:
+    def _read(self, fd: int, size: int, most: int | None) -> list[Line]:
         lines = self._lines[fd]
         try:
             data = os.read(fd, size)
@@ -130,11 +139,12 @@ class OutputPipes:
             return []
         if lines.stream == "stderr":
             self._tail = (self._tail + data)[-STDERR_TAIL:]
-        return lines.feed(data)
+        return lines.feed(data if most is None else _last(data, most))
 
     def finish(self) -> list[Line]:
-        """All that is left, of a child that is dead."""
-        return self.read(_LARGEST_PIPE) + [line for lines in self._lines.values() for line in lines.finish()]
+        """What is left of a child that is dead: of each stream the last 1000 lines, whatever it has filled its pipes with."""
+        left = self.read(_LARGEST_PIPE, _LAST_LINES)
+        return left + [line for lines in self._lines.values() for line in lines.finish()]
 
     def tail(self) -> str:
         return self._tail.decode("utf-8", "replace")

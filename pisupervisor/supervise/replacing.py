@@ -90,7 +90,7 @@ def revive(keeper: Keeper) -> float | None:
     """What the watch does where there is no child: the restart that is due. Seconds until it shall look again."""
     if keeper.state != "backoff":
         return None
-    if not keeper.turn.acquire(blocking=False):
+    if not keeper.turn.take(0):
         return _SOON  # a call is at it
     try:
         if keeper.child is None and keeper.state == "backoff":
@@ -100,5 +100,5 @@ def revive(keeper: Keeper) -> float | None:
     except IsolationError:
         return None
     finally:
-        keeper.turn.release()
+        keeper.turn.give()
     return 0.0

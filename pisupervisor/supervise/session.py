@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
-import threading
 import time
 
 from pihost import wire
@@ -14,6 +13,7 @@ from pisupervisor.errors import (
     IsolatorClosed,
     ObjectReleased,
     ProtocolError,
+    SerializationError,
 )
 from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
@@ -27,6 +27,7 @@ from pisupervisor.supervise.keeper import Keeper
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 
@@ -47,7 +48,8 @@ class Outcome(NamedTuple):
 
 class Call(NamedTuple):
     """What a call needs for each of its tries. ``limit`` is the time it was given, ``deadline`` when that is over;
-    ``only_on`` the link of the child that has the object it is about.
+    ``only_on`` the link of the child that has the object it is about; ``check`` what an honest child's value is like;
+    ``streams`` whether it may be a generator.
     """
 
     body: bytes
@@ -57,6 +59,8 @@ class Call(NamedTuple):
     capture: bool
     returns: Any
     only_on: Connection | None
+    check: Callable[[Any], bool] | None
+    streams: bool
 
 
 class Session:
@@ -64,8 +68,7 @@ class Session:
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper, self.options = keeper, keeper.options
-        self._holder: int | None = None  # the thread whose turn it is
-        self._depth = 0  # of its calls: a callback may call in turn
+        self._under_way: list[Call] = []  # of the thread whose turn it is: a callback may call in turn
         self._unwanted: set[int] = set()  # threads whose present call was cancelled while it waited
         self._calls = 0  # that the present child has answered
         self._caller: Child | None = None  # the child they were counted on
@@ -73,14 +76,16 @@ class Session:
     def call(
         self, verb: str, *arguments: Any, code: Code | None = None, timeout: float | None = None, idempotent: bool = False,
         capture: bool = False, returns: Any = None, only_on: Connection | None = None,
+        check: Callable[[Any], bool] | None = None, streams: bool = False,
     ) -> Outcome:  # fmt: skip
         """Have one call done, on a new child where the last has died, and its answer understood. Raises what the call
         raised, CallTimeout, ChildTerminated, ProtocolError, RestartLimitReached, IsolatorClosed, LaunchError.
         """
         limit = self.options.call_timeout if timeout is None else check_timeout(timeout)
         deadline = None if limit is None else time.monotonic() + limit
-        call = Call(pack_call(verb, capture, *arguments), code, limit, deadline, capture, returns, only_on)
-        if self._holder == threading.get_ident():
+        body = pack_call(verb, capture, *arguments)
+        call = Call(body, code, limit, deadline, capture, returns, only_on, check, streams)
+        if self.keeper.turn.is_mine():
             return self._call_from_callback(call)
         self._take_turn(deadline)
         try:
@@ -96,12 +101,18 @@ class Session:
                 finally:
                     self._end_turn(child)
         finally:
-            self._holder = None
-            self.keeper.turn.release()
+            self.keeper.turn.give()
 
     def _call_from_callback(self, call: Call) -> Outcome:
-        """The child waits for a callback's answer, and serves calls meanwhile. It is never replaced in the middle."""
-        if self._depth > self.options.callback_depth:
+        """The child waits for a callback's answer, and serves calls meanwhile. It is never replaced in the middle, and the
+        time of the outer call is the most that the inner one gets.
+        """
+        if not self._under_way:
+            raise IsolationError("the child is not ready yet: a callback of on_start cannot call into it")
+        outer = self._under_way[-1]
+        if outer.deadline is not None and (call.deadline is None or outer.deadline < call.deadline):
+            call = call._replace(deadline=outer.deadline, limit=outer.limit)
+        if len(self._under_way) > self.options.callback_depth:
             raise CallError(f"callbacks and calls are nested more than {self.options.callback_depth} deep")
         child, connection = self.keeper.child, self.keeper.connection
         if child is None or connection is None:
@@ -120,7 +131,7 @@ class Session:
         try:
             before = child.meter.usage() if call.capture else _NOT_ASKED
             answer = self._exchange(call, child, connection)
-            value = self._value(answer, call.returns)
+            value = self._value(answer, call)
             return Outcome(value, answer, before, child.meter.usage() if call.capture else _NOT_ASKED, connection)
         except DeadlinePassed:
             message = f"the call was still running after {call.limit:g} s"
@@ -138,8 +149,8 @@ class Session:
 
     def _exchange(self, call: Call, child: Child, connection: Connection) -> Answer:
         self._enter_call(child)
-        self._depth += 1
-        connection.written = (b"", b"", False)
+        self._under_way.append(call)
+        outer_wrote, connection.written = connection.written, (b"", b"", False)
         try:
             code = call.code
             if code is not None and code.key not in connection.sent:
@@ -148,7 +159,9 @@ class Session:
             kept = int(self.options.limits.output) if call.capture else None
             answer = connection.call(call.body, call.deadline, kept)
         finally:
-            self._depth -= 1
+            self._under_way.pop()
+        if self._under_way:
+            connection.written = outer_wrote
         if answer.truncated:
             self.keeper.teller.output_limit(child)
         return answer
@@ -160,15 +173,24 @@ class Session:
                 raise LinkClosed  # stopped or closed by another thread in this very moment
             if not self._is_wanted():
                 raise IsolatorClosed("the call was cancelled before it ran")
-            if self._depth:
+            if self._under_way:
                 return
             keeper.in_call = True
             keeper.enter_locked("call")
         child.meter.begin_call()
 
-    def _value(self, answer: Answer, returns: Any) -> Any:
+    def _value(self, answer: Answer, call: Call) -> Any:
+        """Raises ProtocolError for a value that no honest child gives to such a call."""
         try:
-            return unpack_answer(answer, pickled=self.options.results == "pickle", returns=returns)
+            value = unpack_answer(answer, pickled=self.options.results == "pickle", returns=call.returns)
+            if answer.kind == wire.STREAM and not call.streams:
+                if call.returns is None:
+                    raise ProtocolError("a generator, where there can be none")
+                message = f"the call returned a generator, not {call.returns}; ask for returns=Iterator[...]"
+                raise SerializationError(message, direction="from child")
+            if call.check is not None and answer.kind != wire.STREAM and not call.check(value):
+                raise ProtocolError("an answer that is none to such a call")
+            return value
         except IsolationError as error:
             error.with_output(answer.stdout, answer.stderr, answer.truncated)
             raise
@@ -178,24 +200,22 @@ class Session:
     def _take_turn(self, deadline: float | None) -> None:
         keeper = self.keeper
         keeper.check_open()
-        left = -1 if deadline is None else max(0.0, deadline - time.monotonic())
-        if not keeper.turn.acquire(timeout=left):
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        if not keeper.turn.take(left):
             raise CallTimeout("other calls were still running at the deadline; this one was not started")
         try:
             keeper.check_open()
         except BaseException:
-            keeper.turn.release()
+            keeper.turn.give()
             raise
 
     def _begin(self) -> None:
         """The turn is won: from here on ``cancel`` means the child; what was cancelled before does not run."""
-        with self.keeper.lock:
-            self._holder = threading.get_ident()
         if not self._is_wanted():
             raise IsolatorClosed("the call was cancelled before it ran")
 
     def _is_wanted(self) -> bool:
-        return self._holder not in self._unwanted
+        return self.keeper.turn.owner not in self._unwanted
 
     def _end_turn(self, child: Child) -> None:
         keeper = self.keeper
@@ -215,7 +235,7 @@ class Session:
         """End the call that ``thread`` makes: kill its child if it is that call's turn, and see that it runs on no other."""
         keeper = self.keeper
         with keeper.lock:
-            child = (keeper.child or keeper.launching) if self._holder == thread else None
+            child = (keeper.child or keeper.launching) if keeper.turn.owner == thread else None
             self._unwanted.add(thread)
             keeper.changed.notify_all()
         if child is not None:

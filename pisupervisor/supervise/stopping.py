@@ -22,10 +22,11 @@ def leave(keeper: Keeper, reason: str | None, timeout: float) -> ExitInfo:
     """Have the child end by itself, after the call that runs: threads joined, exit handlers run. Killed after ``timeout``."""
     deadline = time.monotonic() + _seconds(timeout, "timeout")
     text = _text(reason, "exit() was called")
+    _not_from_a_callback(keeper)
     child = _stop(keeper)
     if child is None:
         return last_exit(keeper)
-    if keeper.turn.acquire(timeout=timeout):
+    if keeper.turn.take(timeout):
         try:
             child.farewell(text)
             connection = keeper.connection
@@ -35,7 +36,7 @@ def leave(keeper: Keeper, reason: str | None, timeout: float) -> ExitInfo:
         except (LinkClosed, DeadlinePassed):
             pass  # what that means is seen below
         finally:
-            keeper.turn.release()
+            keeper.turn.give()
     if not child.wait(max(0.0, deadline - time.monotonic())):
         child.kill(ExitReason.KILLED, f"it had not left {timeout:g} s after exit({reason or ''})")
     return keeper.bury(child)
@@ -78,6 +79,11 @@ def _signalled(keeper: Keeper, number: int, message: str, grace: float) -> bool:
     return dead
 
 
+def _not_from_a_callback(keeper: Keeper) -> None:
+    if keeper.turn.is_mine():
+        raise IsolationError("not from a callback, whose answer the child waits for: use terminate, abort or close")
+
+
 def _stop(keeper: Keeper) -> Child | None:
     """From here on the end of the child is wanted; a launch or a wait for one is overtaken. A paused child runs on, to die."""
     keeper.check_open()
@@ -96,6 +102,7 @@ def _stop(keeper: Keeper) -> Child | None:
 
 def restart(keeper: Keeper) -> None:
     """Another child, whatever the policy says; past crashes are forgotten."""
+    _not_from_a_callback(keeper)
     child = _stop(keeper)
     if child is not None:
         keeper.end(child, ExitReason.KILLED, "restart() was called")
@@ -134,7 +141,7 @@ def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
 def _make_good(keeper: Keeper, deadline: float | None) -> None:
     """Start another child if that is due and nobody else is at it. What fails here fails for whoever calls."""
     left = _left(deadline)
-    if not keeper.turn.acquire(timeout=-1 if left is None else left):
+    if not keeper.turn.take(left):
         return
     try:
         if keeper.child is None and keeper.state == "backoff":
@@ -145,7 +152,7 @@ def _make_good(keeper: Keeper, deadline: float | None) -> None:
     except IsolationError:
         pass
     finally:
-        keeper.turn.release()
+        keeper.turn.give()
 
 
 def _is_over(child: Child, deadline: float | None) -> bool:
