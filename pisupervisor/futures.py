@@ -26,7 +26,7 @@ class IsolationFuture(Future[Any]):
 
     def running(self) -> bool:
         """Whether the call is under way in the child."""
-        return self.started and not self.done()
+        return super().running() or (self.started and not self.done())
 
     def cancel(self) -> bool:
         """Take the call back: unsent if it waits, killed if it runs. False when it is already done."""
@@ -43,3 +43,5 @@ class IsolationFuture(Future[Any]):
             if isinstance(error, CallCancelled):
                 raise
             raise CallCancelled("the call was cancelled, and its work killed") from None
+        finally:
+            del self  # the error's traceback holds this frame, and the future the error: no cycle
