@@ -42,18 +42,13 @@ class AsyncProcessIsolator:
     @classmethod
     async def create(cls, options: IsolationOptions | None = None, **changes: Any) -> Self:
         """A new isolator whose child has every wall up. Raises what ``ProcessIsolator.create`` raises."""
-        made: list[ProcessIsolator] = []
-        calls = Worker(
-            "pisupervisor-async",
-            lambda thread: made[0]._session.want(thread) if made else None,
-            lambda thread: made[0]._session.cancel(thread) if made else None,
-        )
+        calls = Worker("pisupervisor-async")
         try:
             isolator = await _wait(calls, ProcessIsolator.create, options, **changes)
         except BaseException:
             calls.end()  # a child that comes too late is closed by the collector
             raise
-        made.append(isolator)
+        calls.session = isolator._session
         return cls(isolator, calls)
 
     async def __aenter__(self) -> Self:
@@ -142,7 +137,7 @@ class AsyncProcessIsolator:
 
     async def wait_for_exit(self, timeout: float | None = None) -> ExitInfo:
         """See ``ProcessIsolator.wait_for_exit``. Waits in a thread that is there for this alone."""
-        waiter = Worker("pisupervisor-async-wait", _nothing, _nothing)
+        waiter = Worker("pisupervisor-async-wait")
         try:
             info: ExitInfo = await _wait(waiter, self._isolator.wait_for_exit, timeout)
             return info
@@ -151,7 +146,7 @@ class AsyncProcessIsolator:
 
     async def close(self) -> None:
         """See ``ProcessIsolator.close``. Ends its threads, too."""
-        control, self._control = self._control or Worker("pisupervisor-async-control", _nothing, _nothing), None
+        control, self._control = self._control or Worker("pisupervisor-async-control"), None
         try:
             await asyncio.shield(_wait(control, self._isolator.close))
         finally:
@@ -213,7 +208,7 @@ class AsyncProcessIsolator:
     async def _act(self, method: Callable[..., Any], /, *args: Any) -> Any:
         self._isolator._keeper.check_open()
         if self._control is None:
-            self._control = Worker("pisupervisor-async-control", _nothing, _nothing)
+            self._control = Worker("pisupervisor-async-control")
         return await _wait(self._control, method, *args)
 
     def _awaited(self, value: Any) -> Any:
@@ -311,7 +306,3 @@ def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> C
         return asyncio.run_coroutine_threadsafe(function(*args, **keywords), loop).result()
 
     return call
-
-
-def _nothing(_thread: int) -> None:
-    """What such a thread does cannot be taken back."""

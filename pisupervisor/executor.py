@@ -106,7 +106,7 @@ class _Lane(Worker):
     def __init__(self, pool: _Pool, name: str) -> None:
         self._pool = pool
         self._isolator: ProcessIsolator | None = None
-        super().__init__(name, self._is_wanted, self._kill)
+        super().__init__(name)
 
     def _run(self) -> None:
         try:
@@ -133,6 +133,7 @@ class _Lane(Worker):
             self._isolator = None
         if self._isolator is None:
             self._isolator = self._pool.template.create()
+            self.session = self._isolator._session
             if self.is_cancelled():  # meanwhile, when there was no child to kill yet
                 raise CallCancelled("the call was cancelled before it ran")
         try:
@@ -140,11 +141,3 @@ class _Lane(Worker):
         except RestartLimitReached:  # not this call's doing
             self._isolator.restart()
             return self._isolator.invoke(fn, *args, kwargs=kwargs)
-
-    def _is_wanted(self, thread: int) -> None:
-        if self._isolator is not None:
-            self._isolator._session.want(thread)
-
-    def _kill(self, thread: int) -> None:
-        if self._isolator is not None:
-            self._isolator._session.cancel(thread)

@@ -218,7 +218,7 @@ class ProcessIsolator:
         with self._worker_lock:
             self._keeper.check_open()
             if self._worker is None:
-                self._worker = Worker(f"pisupervisor-{self.id}", self._session.want, self._session.cancel)
+                self._worker = Worker(f"pisupervisor-{self.id}", self._session)
             return self._worker.add(method, args, keywords)
 
     # --- objects and callbacks --------------------------------------------------------------------------------

@@ -5,18 +5,23 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pisupervisor.futures import IsolationFuture
+
+if TYPE_CHECKING:
+    from pisupervisor.supervise.session import Session
 
 Calls = queue.SimpleQueue[Any]  # of (future, method, arguments, keywords), and None for the end
 
 
 class Worker:
-    """``want(thread)`` is told before each call that this thread makes, ``cancel(thread)`` ends the call that it makes."""
+    """``session`` is that of the isolator that makes the calls: it is told before each one, and ends what is cancelled.
+    Without one, a call under way cannot be ended.
+    """
 
-    def __init__(self, name: str, want: Callable[[int], None], cancel: Callable[[int], None]) -> None:
-        self._want, self._cancel_call = want, cancel
+    def __init__(self, name: str, session: Session | None = None) -> None:
+        self.session = session
         self._queue: Calls = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: IsolationFuture | None = None
@@ -40,7 +45,8 @@ class Worker:
             if future.cancelled():
                 future.set_running_or_notify_cancel()  # whoever waits for it with others is told
                 return
-            self._want(threading.get_ident())
+            if self.session is not None:
+                self.session.want(threading.get_ident())
             self._running, future.started = future, True
         try:
             value, error = method(*args, **keywords), None
@@ -48,12 +54,12 @@ class Worker:
             value, error = None, raised
         with self._lock:
             self._running = None
-            if not future.set_running_or_notify_cancel():
-                return
-        if error is None:
-            future.set_result(value)
-        else:
+            wanted = future.set_running_or_notify_cancel()
+        if wanted and error is not None:
             future.set_exception(error)
+        elif wanted:
+            future.set_result(value)
+        del future, error  # the error's traceback holds this frame: no cycle
 
     def is_cancelled(self) -> bool:
         """Whether the call that is made now was taken back."""
@@ -63,8 +69,8 @@ class Worker:
     def cancel(self, future: IsolationFuture) -> None:
         """End that call, if it is the one that is made now."""
         with self._lock:
-            if self._running is future:
-                self._cancel_call(self._thread.ident or 0)
+            if self._running is future and self.session is not None:
+                self.session.cancel(self._thread.ident or 0)
 
     def end(self) -> None:
         """End the thread after the call it makes; calls that still wait are cancelled. Does not wait for it."""

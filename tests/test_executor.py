@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures as cf
+import contextlib
 import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -196,6 +198,24 @@ def test_forgotten() -> None:
         del executor
         gc.collect()
         assert wait_until(lambda: pool.open == 0)
+
+
+def test_finished_and_forgotten_it_is_freed_without_the_collector() -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        with IsolationExecutor(OPTIONS, max_workers=2) as executor:
+            assert list(executor.map(len, ["abc"] * 4)) == [3] * 4
+            failed = [executor.submit(divmod, 1, 0), executor.submit(len, threading.Lock())]
+            for future in failed:
+                with contextlib.suppress(ZeroDivisionError, SerializationError):
+                    future.result(10)
+            del failed, future
+            freed = [weakref.ref(executor._pool), *(weakref.ref(lane._thread) for lane in executor._pool._lanes)]
+        del executor
+        assert [reference() for reference in freed] == [None] * len(freed)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "two", 1.5, True])

@@ -233,15 +233,15 @@ def _refusal(
     dump: Callable[[Any, Importable], bytes], importable: Importable, labelled: list[tuple[str, Any]], error: Exception
 ) -> SerializationError:
     """The error that names the first part which does not travel on its own."""
-    what = "the call as a whole"
+    what, why = "the call as a whole", str(error)
     for label, value in labelled:
         try:
             dump(value, importable)
-        except Exception as own:
-            what, error = f"{label} (<{type(value).__module__}.{type(value).__qualname__}>)", own
+        except Exception as own:  # its text alone is kept: the error's traceback holds this frame
+            what, why = f"{label} (<{type(value).__module__}.{type(value).__qualname__}>)", str(own)
             break
     return SerializationError(
-        f"{what} cannot be sent to the child: {str(error)[:500]}\n"
+        f"{what} cannot be sent to the child: {why[:500]}\n"
         "  send plain data, or make the thing inside the child (in the function itself, or with create_object)",
         direction="to child",
     )
