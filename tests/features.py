@@ -6,6 +6,7 @@ feature's name. ``PISUPERVISOR_REQUIRE=userns,cgroups,...`` makes such a skip a 
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 from collections.abc import Callable, Iterable
@@ -52,6 +53,15 @@ def _landlock() -> str:
 def _cgroups() -> str:
     trouble = [f"{name}: {reason}" for name in ("memory", "cpu", "pids") if (reason := _try_cgroup(name))]
     return "; ".join(trouble)
+
+
+def _testsuite() -> str:
+    """CPython's own tests, which Debian has in a package of their own."""
+    try:
+        found = importlib.util.find_spec("test.test_concurrent_futures")
+    except ModuleNotFoundError:
+        found = None
+    return "" if found else "this interpreter came without its test package (Debian: libpython3.x-testsuite)"
 
 
 def _try_unshare(user: int | None) -> str:
@@ -107,6 +117,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "cgroups": _cgroups,
     "seccomp": _seccomp,
     "landlock": _landlock,
+    "testsuite": _testsuite,
 }
 
 
@@ -117,10 +128,10 @@ def missing(feature: str) -> str:
 
 
 def need(*features: str) -> None:
-    """Skips the running test unless all of these are there."""
+    """Skips the running test, or the module that is imported, unless all of these are there."""
     for feature in features:
         if reason := missing(feature):
-            pytest.skip(f"{feature}: {reason}")
+            pytest.skip(f"{feature}: {reason}", allow_module_level=True)
 
 
 def required() -> list[str]:
