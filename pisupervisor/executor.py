@@ -62,11 +62,20 @@ class _Pool:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             if os.getpid() != self._owner:
                 raise IsolatorClosed("this executor belongs to the process that created it, not to a fork of it")
-            if not self.idle.acquire(blocking=False) and len(self._lanes) < self._most:
-                self._lanes.append(_Lane(self, f"pisupervisor-executor-{len(self._lanes) + 1}"))
             future = IsolationFuture(self._cancel)
-            self.calls.put((future, fn, args, kwargs))
+            self.calls.put((future, fn, args, kwargs))  # before there is a lane that finds nothing, and says it is idle
+            if not self.idle.acquire(blocking=False) and len(self._lanes) < self._most:
+                self._start_lane(future)
         return future
+
+    def _start_lane(self, future: IsolationFuture) -> None:
+        lane = _Lane(self, f"pisupervisor-executor-{len(self._lanes) + 1}")
+        try:
+            lane.start()
+        except RuntimeError:
+            future.cancel()  # it is in the queue: whoever comes to it passes it over
+            raise
+        self._lanes.append(lane)
 
     def _cancel(self, future: IsolationFuture) -> None:
         for lane in tuple(self._lanes):
@@ -106,7 +115,7 @@ class _Lane(Worker):
     def __init__(self, pool: _Pool, name: str) -> None:
         self._pool = pool
         self._isolator: ProcessIsolator | None = None
-        super().__init__(name)
+        super().__init__(name, start=False)
 
     def _run(self) -> None:
         try:

@@ -20,12 +20,17 @@ class Worker:
     Without one, a call under way cannot be ended.
     """
 
-    def __init__(self, name: str, session: Session | None = None) -> None:
+    def __init__(self, name: str, session: Session | None = None, *, start: bool = True) -> None:
         self.session = session
         self._queue: Calls = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running: IsolationFuture | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        if start:
+            self.start()
+
+    def start(self) -> None:
+        """Raises RuntimeError where there is no thread to be had."""
         self._thread.start()
 
     def add(self, method: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> IsolationFuture:

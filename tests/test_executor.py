@@ -256,3 +256,15 @@ def test_a_cancelled_call_is_no_other_calls_misfortune(executor: IsolationExecut
         time.sleep(number / 100_000)
         first.cancel()
         assert second.result(20) == 3
+
+
+def test_no_thread_for_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with nothing_left(), IsolationExecutor(OPTIONS, max_workers=2) as executor:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="new thread"):
+                executor.submit(os._exit, 3)
+        assert executor.submit(len, "abc").result(10) == 3
