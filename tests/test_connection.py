@@ -99,6 +99,7 @@ def test_nobody_can_answer_a_call_before_it_is_made() -> None:
         (frame(ident=2), "an answer to call 2"),
         (frame(ident=(1 << 64) - 1), "an answer to call"),
         (frame(wire.PIECE, 1) + frame(wire.RESULT, 2), "an answer to call 2"),
+        (frame(wire.PIECE, 1, b"x") * 1100, "an answer in more than 1009 pieces"),
     ],
 )
 def test_what_is_no_answer(pair: tuple[Connection, socket.socket], said: bytes, match: str) -> None:

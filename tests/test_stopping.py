@@ -382,6 +382,19 @@ def _without_v2(isolator: ProcessIsolator) -> object:
     return replace(features, cgroups=features.cgroups._replace(unified=None))
 
 
+@pytest.mark.root
+def test_a_paused_group_is_killed_as_one() -> None:
+    """cgroup.kill alone, without a word to PID 1."""
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(mode="never")) as isolator:
+        pid = isolator.pid or 0
+        isolator.pause()
+        child = isolator._keeper.child
+        assert child is not None
+        assert child._freezer is not None
+        child._freezer.kill()
+        assert wait_until(lambda: state_of(pid) in ("", "Z"), 1)
+
+
 def test_the_group_of_a_pause_goes_with_the_child() -> None:
     with ProcessIsolator.create() as isolator:
         before = set(v2_groups())

@@ -28,6 +28,9 @@ class Freezer(Protocol):
     def resume(self) -> None:
         """Let them run on."""
 
+    def kill(self) -> None:
+        """SIGKILL to every process at once, where the kernel has that (cgroup.kill: Linux 5.14)."""
+
     def remove(self) -> None:
         """They are dead: give back what was made."""
 
@@ -85,6 +88,12 @@ class V2Freezer:
         except OSError:
             pass  # removed with the child
 
+    def kill(self) -> None:
+        try:
+            directories.write(f"{self._path}/cgroup.kill", b"1")
+        except OSError:
+            pass  # an older kernel, or removed: the end of PID 1 is the end of them all
+
     def remove(self) -> None:
         directories.remove(self._path, _PATIENCE)
 
@@ -124,6 +133,9 @@ class SignalFreezer:
                 pass
             finally:
                 os.close(pidfd)
+
+    def kill(self) -> None:
+        pass  # the end of PID 1 is the end of them all
 
     def remove(self) -> None:
         pass  # nothing was made

@@ -135,7 +135,8 @@ class Connection:
             self.send(wire.RELEASE, struct.pack(f"<{len(numbers)}Q", *numbers), deadline=deadline)
 
     def _receive(self, ident: int, deadline: float | None) -> Answer:
-        whole = bytearray()
+        whole, pieces = bytearray(), 0
+        most = self.largest // wire.PIECE_SIZE + wire.MAX_BUFFERS + 8  # an honest child begins a piece for each part
         while True:
             kind, answered, body = self._frame(deadline, self._outputs[-1] if self._outputs else None)
             if kind in (wire.CALLBACK, wire.CALLBACK_RAW) and answered == ident:
@@ -150,6 +151,9 @@ class Connection:
             if kind != wire.PIECE:
                 return Answer(kind, bytes(whole + body) if whole else body)
             whole += body
+            pieces += 1
+            if pieces > most:
+                raise ProtocolError(f"an answer in more than {most} pieces")
 
     def _callback(self, kind: int, ident: int, body: bytes, deadline: float | None) -> None:
         if self._answer is None:

@@ -276,7 +276,9 @@ class Child:
         return self.payload_ended or metrics.has_signal_pending(self.pid)
 
     def kill(self, reason: ExitReason, message: str = "") -> None:
-        """SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its namespace. The first order wins."""
+        """SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its namespace (and by cgroup.kill what is in
+        a v2 group of ours). The first order wins.
+        """
         with self._lock:
             if self.exit_info is not None:
                 return
@@ -285,6 +287,9 @@ class Child:
             if self._ordered is None:
                 self._ordered = (reason, message)
             self.is_killed = True
+            freezer = self._freezer
+            if freezer is not None:
+                freezer.kill()
             if self.init_pidfd >= 0:
                 send_kill(self.init_pidfd)
             elif self._asked:
