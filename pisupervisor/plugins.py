@@ -195,7 +195,7 @@ class ScannedHost(_Host):
 
     ``deny``: modules that must not be imported; ``allow``, if any are given: the only ones that may (the standard
     library's too). A name stands for all below it. What a plugin imports of the application's own modules is looked
-    at as well; all of it must pass.
+    at as well, what is installed is not; all of it must pass.
     """
 
     def __init__(self, inner: PluginHost, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None:

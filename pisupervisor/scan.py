@@ -87,9 +87,16 @@ def _source(name: str) -> tuple[str, str | None]:
 
 
 def _own_modules(name: str) -> list[str]:
-    """Loaded modules of the application that ``name`` leads to; the standard library and compiled packages are not read."""
+    """Loaded modules of the application that ``name`` leads to. What is installed (and the standard library) is not the
+    application's: its own imports are its own affair.
+    """
     parts = name.split(".")
     if parts[0] in sys.stdlib_module_names or parts[0] == _OURS:
         return []
     prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
-    return [prefix for prefix in prefixes if prefix in sys.modules]
+    return [prefix for prefix in prefixes if prefix in sys.modules and not _is_installed(sys.modules[prefix])]
+
+
+def _is_installed(module: object) -> bool:
+    file = getattr(module, "__file__", None) or ""
+    return "/site-packages/" in file or "/dist-packages/" in file

@@ -315,6 +315,17 @@ def test_lists_of_names_are_checked(wrong: Any) -> None:
         ScannedHost(NullHost(), deny=wrong)
 
 
+def test_what_is_installed_is_judged_by_its_name_alone() -> None:
+    """psutil imports ctypes for itself, and this module's helpers import psutil."""
+    import psutil
+
+    assert psutil
+    with ScannedHost(NullHost(), deny=["ctypes"]) as host:
+        assert host.execute_plugin(Adder()).result == 1
+    with ScannedHost(NullHost(), deny=["pytest"]) as host, pytest.raises(OptionsError, match="pytest"):
+        host.execute_plugin(Adder())
+
+
 def test_relative_imports_have_full_names() -> None:
     found = imports("from . import a\nfrom ..b import c\nfrom .d import *", "x.py", "top.middle.own")
     assert [each.module for each in found] == ["top.middle", "top.middle.a", "top.b", "top.b.c", "top.middle.d"]
