@@ -218,7 +218,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:46}{row['median']:9.3f}{row['min']:9.3f}{row['max']:9.3f}{row['n']:6}")
     print(f"\n{'ratio of medians':86}{'here':>6}  target")
     for row in result["ratios"]:
-        target = f"at most {row['target']:g}" if row["target"] else "(the same work without walls)"
+        target = f"at most {row['target']:g}" if row["target"] else "(to compare)"
         print(f"{row['of'] + ' / ' + row['to']:86}{row['ratio']:6.2f}  {target}")
 
 
