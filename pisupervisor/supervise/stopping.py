@@ -122,6 +122,7 @@ def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
     child = keeper.child
     if child is None:
         return last_exit(keeper)
+    _not_from_a_callback(keeper)
     if _is_over(child, deadline):
         return keeper.bury(child)
     while True:
