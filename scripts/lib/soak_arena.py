@@ -20,6 +20,7 @@ from typing import Any
 from witness import descendants, resident
 
 from pisupervisor import (
+    CallCancelled,
     ChildTerminated,
     IsolationError,
     IsolationEvents,
@@ -100,7 +101,12 @@ def captured(isolator: ProcessIsolator, number: int) -> bool:
 
 
 def submitted(isolator: ProcessIsolator, number: int) -> bool:
-    return bool(isolator.submit(operator.neg, number).result(CALL_TIMEOUT + LATE) == -number)
+    try:
+        return bool(isolator.submit(operator.neg, number).result(CALL_TIMEOUT + LATE) == -number)
+    except CallCancelled as error:
+        if not isolator._keeper.closed.is_set():  # nobody here cancels: only a close takes back what waits
+            raise
+        raise IsolatorClosed("closed while the submitted call waited") from error
 
 
 def large_result(isolator: ProcessIsolator, number: int) -> bool:
