@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _CREDENTIALS = struct.Struct("3i")
-_END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
+END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 _LAUNCH_GRACE = 0.2  # the same for a launch that failed: a zygote that hangs must not hold the caller as well
 _DISCARD_GRACE = 1.0  # the same for a child that nobody has used
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
@@ -316,7 +316,7 @@ class Child:
                 except ProcessLookupError:
                     pass
 
-    def finish(self, timeout: float = _END_GRACE, *, in_call: bool = False, truncated: bool = False) -> ExitInfo:
+    def finish(self, timeout: float = END_GRACE, *, in_call: bool = False, truncated: bool = False) -> ExitInfo:
         """Wait for the end, take the account, give everything back. Idempotent; the account is then in ``exit_info``.
         ``in_call`` and ``truncated``: see ``explain_exit``.
         """

@@ -11,10 +11,9 @@ from pisupervisor.link.connection import DeadlinePassed, LinkClosed
 from pisupervisor.options import LONGEST
 from pisupervisor.results import ExitInfo, ExitReason
 from pisupervisor.supervise import replacing
-from pisupervisor.supervise.child import Child
+from pisupervisor.supervise.child import END_GRACE, Child
 from pisupervisor.supervise.keeper import Keeper
 
-_SURELY = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 _ABORT_GRACE = 1.0
 
 
@@ -74,7 +73,7 @@ def _signalled(keeper: Keeper, number: int, message: str, grace: float) -> bool:
         child.signal_payload(number)
         child.wait(grace)
     child.kill(ExitReason.KILLED, message)
-    dead = child.wait(_SURELY)
+    dead = child.wait(END_GRACE)
     keeper.bury(child)
     return dead
 
