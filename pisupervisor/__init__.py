@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         AsyncIsolatedStream as AsyncIsolatedStream,
         AsyncProcessIsolator as AsyncProcessIsolator,
     )
+    from pisupervisor.codecs import Serializer as Serializer, TypeCodec as TypeCodec
     from pisupervisor.errors import (
         CallError as CallError,
         CallTimeout as CallTimeout,
@@ -85,6 +86,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "aio": ("AsyncIsolatedMethod", "AsyncIsolatedObject", "AsyncIsolatedStream", "AsyncProcessIsolator"),
+    "codecs": ("Serializer", "TypeCodec"),
     "errors": (
         "CallError", "CallTimeout", "ChildTerminated", "CompileError", "CpuLimitExceeded", "FeatureUnavailable",
         "IsolationError", "IsolatorClosed", "LaunchError", "MemoryLimitExceeded",

@@ -9,6 +9,7 @@ import time
 
 from pihost import wire
 from pisupervisor.errors import OptionsError, ProtocolError, SerializationError
+from pisupervisor.link.reader import DATA, Reader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ _LOGGED = 16 << 10  # characters of one
 class Callbacks:
     """One isolator's functions. They run in the thread whose call the child is working on; ``rate`` is calls per second."""
 
-    def __init__(self, dump: Dump, rate: float | None, modules: Modules | None = None) -> None:
-        self._modules = modules
+    def __init__(self, dump: Dump, rate: float | None, modules: Modules | None = None, reader: Reader = DATA) -> None:
+        self._modules, self._reader = modules, reader
         self._functions: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._lock = threading.Lock()
         self._dump, self._rate = dump, rate
@@ -54,7 +55,7 @@ class Callbacks:
         """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
         if not self._calls.may_pass():  # before anything is decoded: that is what costs
             return _FAILED + f"more than {self._rate:g} calls of the host in a second".encode()
-        name, args, kwargs = _request(kind, body)
+        name, args, kwargs = _request(kind, body, self._reader)
         if name == IMPORT and self._modules is not None and kind == wire.CALLBACK_RAW:
             return self._source(args)
         entry = self._functions.get(name)
@@ -112,7 +113,7 @@ class _Bucket:
             return True
 
 
-def _request(kind: int, body: bytes) -> tuple[str, list[Any], dict[str, Any]]:
+def _request(kind: int, body: bytes, reader: Reader) -> tuple[str, list[Any], dict[str, Any]]:
     from pisupervisor.link.serializer import decode
 
     try:
@@ -120,7 +121,7 @@ def _request(kind: int, body: bytes) -> tuple[str, list[Any], dict[str, Any]]:
         if kind == wire.CALLBACK_RAW:
             name, args, kwargs = decode(text, []), [bytes(part) for part in buffers], {}
         else:
-            name, args, kwargs = decode(text, buffers)
+            name, args, kwargs = decode(text, buffers, reader=reader)
     except (wire.BadFrame, SerializationError, TypeError, ValueError) as error:
         raise ProtocolError(f"a callback that cannot be read: {error}") from None
     if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):

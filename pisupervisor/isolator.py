@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pisupervisor.modules import Modules
     from pisupervisor.objects import IsolatedMethod, IsolatedObject
     from pisupervisor.results import Applied, CallResult, ExitInfo, Usage
+    from pisupervisor.supervise.keeper import FirstCall
     from pisupervisor.supervise.lifecycle import State
     from pisupervisor.supervise.session import Outcome
     from pisupervisor.worker import Worker
@@ -110,7 +111,7 @@ class ProcessIsolator:
         self._session = Session(self._keeper)
         modules = _modules(options)
         self._packer = Packer(options, self._keeper.present_template, modules)
-        self._callbacks = Callbacks(self._packer.plain_value, options.callback_rate, modules)
+        self._callbacks = Callbacks(self._packer.plain_value, options.callback_rate, modules, self._keeper.reader)
         self._keeper.answer = self._callbacks.answer
         with template.lock:  # the next isolator's files are most often the same ones
             if template.reader is None:
@@ -329,12 +330,25 @@ class ProcessIsolator:
         return IsolatedStream(self, done.connection, done.value, timeout, item_type)
 
     def _start(self) -> None:
-        if self.options.on_start is not None:
-            from pisupervisor.link.calls import pack_call
-
-            self._keeper.on_start = pack_call("function", False, self._packer.function(self.options.on_start, (), {}))
+        if self.options.needs_first_calls():
+            self._keeper.first_calls = self._first_calls()
         with self._keeper.turn:
             self._keeper.start()
+
+    def _first_calls(self) -> list[FirstCall]:
+        from pisupervisor.codecs import lesson
+        from pisupervisor.link.calls import pack_call, pack_code
+        from pisupervisor.supervise.keeper import FirstCall
+
+        options, calls = self.options, []
+        if options.types or not isinstance(options.results, str):
+            arguments, codes = lesson(options.types, options.results, self._packer, self._reader)
+            packed = tuple((code.key, pack_code(code)) for code in codes)
+            calls.append(FirstCall("types", pack_call("learn", False, arguments), packed))
+        if options.on_start is not None:
+            payload = self._packer.function(options.on_start, (), {})
+            calls.append(FirstCall("on_start", pack_call("function", False, payload)))
+        return calls
 
     def _code(self, path: str | os.PathLike[str], target: str) -> Code:
         from pisupervisor.link.sources import check_target

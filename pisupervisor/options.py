@@ -16,6 +16,7 @@ TYPE_CHECKING = False  # typing costs 2 ms of a program's start; type checkers k
 if TYPE_CHECKING:
     from typing import Any, Literal
 
+    from pisupervisor.codecs import Serializer, TypeCodec
     from pisupervisor.events import IsolationEvents
     from pisupervisor.launch.seccomp import SeccompProfile
 
@@ -182,7 +183,9 @@ class IsolationOptions:
     import_paths         folders, zips or wheels that the child may import from, read-only
     modules              loaders for what the child may import as source: folders and zips of the host, which it does not
                          see, or functions from a dotted name to source text or None; asked in order, last of all
-    results              "data": what comes back can never run code in the host; "pickle": the caller trusts the child
+    results              "data": what comes back can never run code in the host; "pickle": the caller trusts the child; or a
+                         Serializer of the caller's own, who trusts that with the child's bytes
+    types                TypeCodec entries: objects of the caller's own types that may come back beside plain data
     degrade              names of protections that may be missing (see PROTECTIONS); ``applied`` then says so
     start_timeout        seconds for create(), None waits without end
     call_timeout         default for calls that give no ``timeout``
@@ -208,7 +211,8 @@ class IsolationOptions:
     preload: Sequence[str] = ()
     import_paths: Sequence[str | os.PathLike[str]] = ()
     modules: Sequence[str | os.PathLike[str] | Callable[[str], str | bytes | None]] = ()
-    results: Literal["data", "pickle"] = "data"
+    results: Literal["data", "pickle"] | Serializer = "data"
+    types: Sequence[TypeCodec] = ()
     degrade: Sequence[str] = ()
     start_timeout: float | None = 30.0
     call_timeout: float | None = None
@@ -225,7 +229,7 @@ class IsolationOptions:
             if not isinstance(getattr(self, name), kind):
                 raise OptionsError(f"{name}: expected {kind.__name__}(...), not {getattr(self, name)!r}")
         _choice(self.network, "network", ("none", "loopback", "host"))
-        _choice(self.results, "results", ("data", "pickle"))
+        _check_what_comes_back(self)
         _store(self, "environment", MappingProxyType(_environment(self.environment)))
         for name in ("inherit_environment", "preload", "degrade"):
             _store(self, name, _strings(getattr(self, name), name))
@@ -247,6 +251,10 @@ class IsolationOptions:
         _check_functions(self.events, self.on_start)
         _store(self, "modules", _loaders(self.modules))
         _store(self, "log_level", _log_level(self.log_level))
+
+    def needs_first_calls(self) -> bool:
+        """Whether there is something that each new child has to do before it is anybody's."""
+        return self.on_start is not None or bool(self.types) or not isinstance(self.results, str)
 
 
 _PARTS: tuple[tuple[str, type], ...] = (
@@ -295,6 +303,14 @@ def _check_functions(events: object, on_start: object) -> None:
 
         if not isinstance(events, IsolationEvents):
             raise OptionsError(f"events: expected IsolationEvents(...), not {events!r}")
+
+
+def _check_what_comes_back(options: IsolationOptions) -> None:
+    if options.types != () or options.results not in ("data", "pickle"):
+        from pisupervisor.codecs import check_results, check_types
+
+        check_results(options.results)
+        _store(options, "types", check_types(options.types))
 
 
 def _loaders(value: Any) -> tuple[Any, ...]:

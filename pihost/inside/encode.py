@@ -13,6 +13,8 @@ date timedelta                 ISO text; [days, seconds, microseconds]
 decimal uuid                   text; 32 hexadecimal digits
 path purepath windowspath      str
 array scalar                   [dtype.str, shape, blob]; [dtype.str, blob]
+own                            [name, data]: an object of a type in the host's ``types=``, see ``taught``
+serialized                     blob: a whole result, where the host has plugged in a serializer of its own
 =============================  =====================================================================
 
 A blob is the index of a buffer, or base64 text where a buffer would cost more than it saves. Enums travel as their
@@ -26,7 +28,8 @@ from binascii import b2a_base64
 from itertools import chain
 
 from pihost import wire
-from pihost.inside.writers import HIGH, LOW, WRITERS, find_writer, is_clean, is_hashable, shown
+from pihost.inside import taught
+from pihost.inside.writers import HIGH, LOW, TAG_ITEMS, WRITERS, find_writer, is_clean, is_hashable, shown
 from pihost.jsontext import dump
 
 TYPE_CHECKING = False
@@ -152,7 +155,7 @@ class Walk:
         kind = type(value)
         writer = self.writers.get(kind)
         if writer is None:
-            writer = self.writers[kind] = find_writer(kind) or Walk.refuse_kind
+            writer = self.writers[kind] = taught.find_writer(kind) or find_writer(kind) or Walk.refuse_kind
         return writer(self, value)
 
     def each(self, values: Iterable[Any]) -> list[Any]:
@@ -178,6 +181,10 @@ class Walk:
         out = self.convert(value)
         self.path.pop()
         return out
+
+    def tagged(self, name: str, payload: Any) -> dict[str, Any]:
+        self.items += TAG_ITEMS
+        return {"$": name, "v": payload}
 
     def keys(self, values: Iterable[Any]) -> list[Any]:
         """Keys or elements of a set. The host must be able to hash them, and to tell them apart."""

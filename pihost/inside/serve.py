@@ -10,7 +10,7 @@ import os
 import struct
 
 from pihost import wire
-from pihost.inside import awaiting, callbacks, encode, objects, raised, resolve, run
+from pihost.inside import awaiting, callbacks, encode, objects, raised, resolve, run, taught
 from pihost.inside.capture import Capture, redirect
 from pihost.jsontext import dump
 
@@ -145,7 +145,7 @@ class Worker:
                     value = self.loop.complete(VERBS[verb](self, *arguments))
             else:
                 value = self.loop.complete(VERBS[verb](self, *arguments))
-            return self.pack(value)
+            return self.pack(taught.serialized(value) if verb in OF_USERS else value)
         except resolve.NotFound as error:
             return refused("not_found", str(error), stage=error.stage)
         except resolve.CompileFailed as error:
@@ -199,7 +199,16 @@ class Worker:
         return function(objects.kept.get(number), *args, **kwargs)
 
     def next_item(self, number: int) -> list[object]:
-        return self.loop.next_of(objects.kept.get(number))
+        over, item = self.loop.next_of(objects.kept.get(number))
+        return [over, taught.serialized(item)]
+
+    def learn(self, arguments: bytes) -> None:
+        (entries, serializer), _nothing = load(arguments)
+        taught.learn([(name, self.find(kind), self.find(encoder)) for name, kind, encoder in entries], serializer)
+
+    def find(self, part: Any) -> Any:
+        """The class or function itself, or what (key of the code, target) stands for."""
+        return self.library.function_for(*part) if isinstance(part, tuple) else part
 
     def count_objects(self) -> int:
         return len(objects.kept)
@@ -223,7 +232,9 @@ VERBS: dict[str, Callable[..., object]] = {
     "apply": Worker.apply_method,
     "next": Worker.next_item,
     "count objects": Worker.count_objects,
+    "learn": Worker.learn,
 }
+OF_USERS = frozenset(("method", "function", "source", "on object", "apply"))  # whose values are the user's own
 
 
 class Unloadable(Exception):

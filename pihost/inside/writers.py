@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LOW, HIGH = -(1 << 63), (1 << 63) - 1
 MAX_DECIMAL = 10_000  # characters
 MAX_INT_HEX = 1 << 20  # hexadecimal digits
-_TAG_ITEMS = 5  # what a tag adds at the most to the brackets, braces and commas that the host counts
+TAG_ITEMS = 5  # what a tag adds at the most to the brackets, braces and commas that the host counts
 
 _REAL, _IMAG = complex.__dict__["real"], complex.__dict__["imag"]
 _HASHABLE = frozenset(
@@ -67,8 +67,7 @@ def find_writer(kind: type) -> Callable[[Walk, Any], Any] | None:
 
 
 def _tag(walk: Walk, name: str, payload: Any) -> dict[str, Any]:
-    walk.items += _TAG_ITEMS
-    return {"$": name, "v": payload}
+    return walk.tagged(name, payload)
 
 
 def _write_same(walk: Walk, value: Any) -> Any:  # noqa: ARG001 - all writers are called alike

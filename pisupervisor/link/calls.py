@@ -20,6 +20,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pisupervisor.link.reader import Reader
+    from pisupervisor.link.sources import Code
+
 _MAX_REPORT = 1 << 20  # bytes; an honest one has at most 72 KiB of text, escaped to six times that
 _IMPORT_HINT = "what the child may import is what was given: name the folder in import_paths=[...] or modules=[...]"
 
@@ -29,25 +32,30 @@ def pack_call(verb: str, capture: bool, *arguments: Any) -> bytes:
     return pickle.dumps((verb, capture, *arguments), 5)
 
 
-def unpack_answer(answer: Answer, *, pickled: bool, returns: Any = None) -> Any:
+def pack_code(code: Code) -> bytes:
+    """The body of a CODE frame. A pickle likewise."""
+    return pickle.dumps(code.payload(), 5)
+
+
+def unpack_answer(answer: Answer, reader: Reader, returns: Any = None) -> Any:
     """The value of an answer, or its error raised: what user code raised, what was not found, what is not data.
 
     Raises ProtocolError for what no honest child sends.
     """
-    if answer.kind == wire.RESULT and not pickled:
+    if answer.kind == wire.RESULT and not reader.pickled:
         from pisupervisor.link.serializer import build, decode
 
         try:
             text, buffers = wire.unpack_value(answer.body)
         except wire.BadFrame as error:
             raise ProtocolError(f"the child sent {error}") from None
-        value = decode(text, buffers)
+        value = decode(text, buffers, reader=reader)
         return value if returns is None else build(value, returns)
     if answer.kind == wire.STREAM:
         if len(answer.body) != 8:
             raise ProtocolError("a stream without a number")
         return int.from_bytes(answer.body, "little")
-    if answer.kind == wire.PICKLED and pickled:
+    if answer.kind == wire.PICKLED and reader.pickled:
         from pisupervisor.link.serializer import load_pickled
 
         return load_pickled(answer.body)

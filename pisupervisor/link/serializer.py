@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pisupervisor.errors import ProtocolError, SerializationError
 from pisupervisor.link.arguments import child_importable, dump_call, dump_function
+from pisupervisor.link.reader import DATA, Reader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,14 +25,17 @@ _FROM_CHILD = "from child"
 _CHUNK = 1 << 18  # bounds the pieces that a text of nothing but quotes falls into
 
 
-def decode(text: bytes, buffers: Sequence[bytes | memoryview], *, max_items: int = MAX_ITEMS) -> Any:
+def decode(
+    text: bytes, buffers: Sequence[bytes | memoryview], *, max_items: int = MAX_ITEMS, reader: Reader = DATA
+) -> Any:
     """The value that a child encoded. Raises ProtocolError for everything that is not a value, and nothing else but
-    SerializationError where an honest value cannot be built on this host (no numpy, an unknown time zone).
+    SerializationError where an honest value cannot be built on this host (no numpy, an unknown time zone, a decoder of the
+    application's that raises).
     """
     try:
         if not buffers and (text in _WORDS or _is_small_int(text)):
             return _WORDS[text] if text in _WORDS else int(text)
-        return _decode(text, buffers, max_items)
+        return _decode(text, buffers, max_items, reader)
     except (ProtocolError, SerializationError):
         raise
     except Exception as error:  # RecursionError, MemoryError, msgspec's own ...: whatever hostile bytes can provoke
@@ -42,7 +46,7 @@ def _is_small_int(text: bytes) -> bool:
     return len(text) < 19 and text.isdigit() and (text[0] != 48 or len(text) == 1)
 
 
-def _decode(text: bytes, buffers: Sequence[bytes | memoryview], max_items: int) -> Any:
+def _decode(text: bytes, buffers: Sequence[bytes | memoryview], max_items: int, reader: Reader) -> Any:
     import msgspec.json  # 8 ms: not paid by a first call that answers None, a bool or an int
 
     openings = text.count(b"[") + text.count(b"{")
@@ -52,7 +56,7 @@ def _decode(text: bytes, buffers: Sequence[bytes | memoryview], max_items: int) 
     if b'"$":' in text or buffers:
         from pisupervisor.link.tagged import Rebuilder
 
-        rebuilder = Rebuilder(buffers, MAX_NESTING)
+        rebuilder = Rebuilder(buffers, MAX_NESTING, reader)
         value = rebuilder.value(value, 0)
         rebuilder.finish()
     elif openings > MAX_NESTING:

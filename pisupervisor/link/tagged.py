@@ -16,6 +16,7 @@ from typing import Any
 from uuid import UUID
 
 from pisupervisor.errors import ProtocolError, SerializationError
+from pisupervisor.link.reader import DATA, Reader
 
 MAX_DECIMAL = 10_000  # characters
 MAX_INT_HEX = 1 << 20
@@ -32,9 +33,10 @@ _CONTAINERS = (list, dict)
 class Rebuilder:
     """One decoded value on its way in, with the buffers that came beside it: each is used exactly once."""
 
-    def __init__(self, buffers: Sequence[bytes | memoryview], max_nesting: int) -> None:
+    def __init__(self, buffers: Sequence[bytes | memoryview], max_nesting: int, reader: Reader = DATA) -> None:
         self.buffers: list[bytes | memoryview | None] = list(buffers)
         self.max_nesting = max_nesting
+        self.reader = reader
 
     def value(self, node: Any, depth: int) -> Any:
         """``node`` with all tagged objects built; lists and dicts are changed in place."""
@@ -182,6 +184,19 @@ def _scalar(rebuilder: Rebuilder, payload: Any) -> Any:
     return build_scalar(dtype, rebuilder.blob(where))
 
 
+def _own(rebuilder: Rebuilder, payload: Any) -> Any:
+    name, data = fields(payload, str, object)
+    if name not in rebuilder.reader.decoders:
+        raise ProtocolError(f"an object of the type {name[:100]!r}, which is not among types=")
+    return rebuilder.reader.own(name, data)
+
+
+def _serialized(rebuilder: Rebuilder, payload: Any) -> Any:
+    if rebuilder.reader.loads is None:
+        raise ProtocolError("a value for a serializer, where none is plugged in")
+    return rebuilder.reader.load(bytes(rebuilder.blob(payload)))
+
+
 _BUILDERS: dict[str, Callable[[Rebuilder, Any], Any]] = {
     "tuple": lambda _, payload: tuple(_exactly(payload, list)),
     "set": _set,
@@ -202,4 +217,5 @@ _BUILDERS: dict[str, Callable[[Rebuilder, Any], Any]] = {
     "purepath": lambda _, payload: PurePosixPath(_exactly(payload, str)),
     "windowspath": lambda _, payload: PureWindowsPath(_exactly(payload, str)),
     "array": _array, "scalar": _scalar,
+    "own": _own, "serialized": _serialized,
 }  # fmt: skip

@@ -13,7 +13,9 @@ from pihost import wire
 from pisupervisor.errors import IsolationError, IsolatorClosed, LaunchError, OptionsError
 from pisupervisor.launch.templates import Template, release
 from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
+from pisupervisor.link.reader import reader_for
 from pisupervisor.options import IsolationOptions
+from pisupervisor.records import NamedTuple
 from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import replacing, restart, spare, watch
 from pisupervisor.supervise.child import Child
@@ -31,6 +33,14 @@ _LIVED_ON = "it closed its link and lived on"
 _NEVER = float("inf")
 
 
+class FirstCall(NamedTuple):
+    """Something that each new child does before anything else: ``body`` of a call, and the code for it (key, CODE frame)."""
+
+    step: str
+    body: bytes
+    codes: tuple[tuple[str, bytes], ...] = ()
+
+
 class Keeper:
     """Belongs to one isolator, in one process. ``turn`` is held for the time of one call, or of one restart."""
 
@@ -45,7 +55,8 @@ class Keeper:
         self.last_exit: ExitInfo | None = None
         self.last_pid: int | None = None
         self.applied: Mapping[str, Applied] = {}
-        self.on_start: bytes | None = None  # the body of the call that each new child gets first
+        self.reader = reader_for(options)
+        self.first_calls: list[FirstCall] = []  # that each new child gets
         self.answer: Answerer | None = None  # what a child asks of the host is answered by this
         self.in_call = False
         self.idle_since = time.monotonic()
@@ -160,25 +171,31 @@ class Keeper:
             self.teller.tell("StartFailed", child.pid if child is not None else None, error=error, crash=crash)
 
     def _begin(self, child: Child, connection: Connection, deadline: float | None) -> None:
-        """``on_start`` in the new child. What it raises there is a failed launch."""
-        if self.on_start is None:
-            return
+        """What comes first in a new child: ``types`` and ``on_start``. What that raises there is a failed launch."""
+        for first in self.first_calls:
+            self._call_first(first, child, connection, deadline)
+
+    def _call_first(self, first: FirstCall, child: Child, connection: Connection, deadline: float | None) -> None:
         from pisupervisor.link.calls import unpack_answer
 
+        step = first.step
         try:
-            answer = connection.call(self.on_start, deadline)
-            unpack_answer(answer, pickled=self.options.results == "pickle")
+            for key, code in first.codes:
+                connection.send(wire.CODE, code, deadline=deadline)
+                connection.sent.add(key)
+            answer = connection.call(first.body, deadline)
+            unpack_answer(answer, self.reader)
             if answer.kind == wire.STREAM:
                 raise OptionsError("it is a generator, which nobody would run")
         except DeadlinePassed:
-            raise LaunchError("on_start was not over at start_timeout", step="on_start") from None
+            raise LaunchError(f"{step} was not over at start_timeout", step=step) from None
         except LinkClosed:
             if not child.wait(_DEATH_GRACE):
                 child.kill(ExitReason.PROTOCOL, _LIVED_ON)
-            died = f"the child died in on_start: {child.finish(in_call=True).describe()}"
-            raise LaunchError(died, step="on_start") from None
+            died = f"the child died in {step}: {child.finish(in_call=True).describe()}"
+            raise LaunchError(died, step=step) from None
         except IsolationError as error:
-            raise LaunchError(str(error), step="on_start") from error
+            raise LaunchError(str(error), step=step) from error
 
     def _adopt(self, child: Child, connection: Connection, stops: int) -> None:
         self.teller.started(child)

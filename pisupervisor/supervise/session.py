@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
 import time
 
 from pihost import wire
@@ -15,7 +14,7 @@ from pisupervisor.errors import (
     ProtocolError,
     SerializationError,
 )
-from pisupervisor.link.calls import pack_call, unpack_answer
+from pisupervisor.link.calls import pack_call, pack_code, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.sources import Code
 from pisupervisor.options import check_timeout
@@ -154,7 +153,7 @@ class Session:
         try:
             code = call.code
             if code is not None and code.key not in connection.sent:
-                connection.send(wire.CODE, pickle.dumps(code.payload(), 5), deadline=call.deadline)
+                connection.send(wire.CODE, pack_code(code), deadline=call.deadline)
                 connection.sent.add(code.key)
             kept = int(self.options.limits.output) if call.capture else None
             answer = connection.call(call.body, call.deadline, kept)
@@ -182,7 +181,7 @@ class Session:
     def _value(self, answer: Answer, call: Call) -> Any:
         """Raises ProtocolError for a value that no honest child gives to such a call."""
         try:
-            value = unpack_answer(answer, pickled=self.options.results == "pickle", returns=call.returns)
+            value = unpack_answer(answer, self.keeper.reader, call.returns)
             if answer.kind == wire.STREAM and not call.streams:
                 if call.returns is None:
                     raise ProtocolError("a generator, where there can be none")
