@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal
 import os
 import select
 
@@ -50,7 +51,12 @@ def enter(control: int, host: int) -> None:
 
 
 def await_plan(control: int, host: int) -> bytes:
-    """The plan; empty where the host ended instead: a fork of it may hold our socket open, and say nothing."""
+    """The plan; empty where the host ended instead: a fork of it may hold our socket open, and say nothing.
+
+    The death signal wakes whoever was stopped, to see that end. It also comes when a mere thread of the host ends, which
+    is why it is not SIGKILL. For each stage anew: entering a user namespace has cleared it.
+    """
+    syscalls.set_death_signal(_signal.SIGCONT)
     poll = select.poll()
     for fd in (control, host):
         poll.register(fd, select.POLLIN)

@@ -197,8 +197,8 @@ def _ends() -> tuple[int, _socket.socket, _socket.socket, _socket.socket, _socke
 
 
 def _kill_at_hangup(sock: _socket.socket, pid: int) -> None:
-    """Have the kernel kill the zygote when this end's peer, which is ours, is gone: also one that is stopped and cannot
-    hear its pidfd of us. (A fork of the application that keeps our end open only leaves it to the pidfd.)
+    """Have the kernel kill the zygote when this end's peer, which is ours, is gone: also one that was stopped before it
+    could arm its death signal. (A fork of the application may keep our end open: that is what the signal is for.)
     """
     fcntl.fcntl(sock, fcntl.F_SETOWN, pid)
     fcntl.fcntl(sock, fcntl.F_SETSIG, signal.SIGKILL)

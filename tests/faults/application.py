@@ -50,11 +50,8 @@ def in_a_call() -> None:
 
 
 def with_a_fork() -> None:
-    """A daemon of the application keeps every descriptor open."""
     in_a_call()
-    if os.fork() == 0:
-        time.sleep(20)
-        os._exit(0)
+    fork()
 
 
 def paused() -> None:
@@ -101,12 +98,39 @@ def closing_with_the_zygote_stopped() -> None:
     time.sleep(0.01)
 
 
-def with_a_zygote_that_has_no_plan_yet_and_a_fork() -> None:
-    """Before the zygote is told what to be; the fork keeps its socket open."""
-    KEPT.append(Zygote("/usr/bin/python3"))
+def fork() -> None:
+    """A daemon of the application keeps every descriptor open."""
     if os.fork() == 0:
         time.sleep(20)
         os._exit(0)
+
+
+def with_the_zygote_stopped_and_a_fork() -> None:
+    """Made in a thread that has ended since: that is what a death signal is sent for as well."""
+    maker = threading.Thread(target=in_a_call)
+    maker.start()
+    maker.join()
+    fork()
+    os.kill(zygote_of(KEPT[0]), signal.SIGSTOP)  # type: ignore[arg-type]
+
+
+def with_a_zygote_that_has_no_plan_yet_and_a_fork() -> None:
+    """Before the zygote is told what to be; the fork keeps its socket open."""
+    KEPT.append(Zygote("/usr/bin/python3"))
+    fork()
+
+
+def with_a_zygote_stopped_at_its_start() -> None:
+    """Before it has run a line of ours."""
+    zygote = Zygote("/usr/bin/python3")
+    os.kill(zygote.pid, signal.SIGSTOP)
+    KEPT.append(zygote)
+
+
+def with_a_zygote_stopped_without_a_plan_and_a_fork() -> None:
+    with_a_zygote_that_has_no_plan_yet_and_a_fork()
+    time.sleep(0.3)  # its interpreter has started
+    os.kill(KEPT[0].pid, signal.SIGSTOP)  # type: ignore[attr-defined]
 
 
 def slow() -> None:

@@ -120,6 +120,8 @@ STATES = [
     "idle", "in_a_call", "with_a_fork", "paused", "paused_with_a_fork", "with_a_spare_child", "several",
     "with_the_zygote_stopped", "paused_with_the_zygote_stopped", "in_a_launch_with_the_zygote_stopped",
     "closing_with_the_zygote_stopped", "with_a_zygote_that_has_no_plan_yet_and_a_fork",
+    "with_the_zygote_stopped_and_a_fork", "with_a_zygote_stopped_at_its_start",
+    "with_a_zygote_stopped_without_a_plan_and_a_fork",
 ]  # fmt: skip
 
 
