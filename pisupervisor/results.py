@@ -90,7 +90,8 @@ class Usage:
     """What a child, or one call, has used: ``cpu_time`` in seconds, memory in bytes; None where nobody counts it.
 
     ``peak_memory`` and ``memory`` are the group's (with caches, tmpfs and buffers), ``rss`` and ``vms`` sums over the
-    processes that live now. ``read_bytes`` and ``write_bytes`` reached a storage device, ``read_chars`` and
+    processes that live now. ``read_bytes`` and ``write_bytes`` reached a storage device, by the group's count or by what
+    /proc says of the processes, whichever saw more (cgroup v1 counts no buffered writes), ``read_chars`` and
     ``write_chars`` went through read and write calls of any kind. Only ``resource_usage()`` fills more than the first two.
     """
 

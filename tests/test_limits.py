@@ -601,12 +601,15 @@ def fork_chain() -> None:
 class TestEnding:
     pytestmark = real
 
-    @pytest.mark.parametrize("lacking", ["", "pids"])  # without a pids controller the freezer does it
-    def test_kill_ends_a_fork_chain(self, host: CgroupHost, lacking: str) -> None:
+    @pytest.mark.parametrize("means", ["cgroup.kill", "freezer and pids.max", "freezer", "pids.max"])
+    def test_kill_ends_a_fork_chain(self, host: CgroupHost, means: str) -> None:
+        """Each of the means alone."""
+        left_out = {"pids", "freezer"} - {{"pids.max": "pids"}.get(word, word) for word in means.split()}
         places = {
-            name: Place(None, None, "left out") if name == lacking else place for name, place in host.places.items()
+            name: Place(None, None, "left out") if name in left_out else place for name, place in host.places.items()
         }
-        group = create_group(host._replace(places=places), GroupLimits(memory=64 * MIB), group_name(1))
+        host = host._replace(places=places, kills=means == "cgroup.kill")
+        group = create_group(host, GroupLimits(memory=64 * MIB), group_name(1))
         try:
             os.waitpid(start(group, fork_chain), 0)
             time.sleep(0.05)
@@ -667,7 +670,7 @@ class TestEnding:
     def test_remove_leaves_nothing_and_may_be_repeated(self, host: CgroupHost) -> None:
         before = set(os.listdir("/proc/self/fd"))
         group = create_group(host, GroupLimits(memory=64 * MIB, pids=16, cpus=1.0), group_name(1))
-        assert len(group.attach_fds) == len(own_groups(host)) == 5
+        assert len(group.attach_fds) == len(own_groups(host)) == 7
         assert all(not os.get_inheritable(fd) for fd in group.attach_fds)
         group.close_attach_fds()
         group.close_attach_fds()

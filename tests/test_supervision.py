@@ -418,6 +418,38 @@ def _work(path: str, seconds: float) -> int:
     return os.stat(path).st_size
 
 
+@pytest.mark.root
+def test_io_is_counted_by_the_group(tmp_path: Path) -> None:
+    """parity: 21. Also of a process that nobody in the child has waited for, which /proc has forgotten."""
+    target = tmp_path / "file"
+    target.write_bytes(bytes(1 << 20))
+    target.chmod(0o666)
+    files = Filesystem(writable=[target])
+    with ProcessIsolator.create(filesystem=files) as isolator:
+        assert isolator.resource_usage().read_bytes == 0
+        isolator.invoke(_read_and_write_past_the_cache, str(target))
+        used = isolator.resource_usage()
+        assert min(used.read_bytes or 0, used.write_bytes or 0) >= 1 << 20
+
+
+def _read_and_write_past_the_cache(path: str) -> None:
+    import mmap
+    import os
+    import signal
+
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    if os.fork() == 0:
+        fd = os.open(path, os.O_RDWR | os.O_DIRECT)
+        page = mmap.mmap(-1, 1 << 20)
+        os.readv(fd, [page])
+        os.pwrite(fd, page, 0)
+        os._exit(0)
+    try:
+        os.wait()
+    except ChildProcessError:
+        pass
+
+
 def test_grandchildren_are_listed() -> None:
     """parity: 22"""
     with ProcessIsolator.create() as isolator:

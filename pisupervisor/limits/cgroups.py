@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pisupervisor.results import Applied
 
 __all__ = [
-    "CgroupHost", "ChildGroup", "GroupEvents", "GroupLimits", "GroupUsage", "Missing", "Place",
+    "CgroupHost", "ChildGroup", "GroupEvents", "GroupIo", "GroupLimits", "GroupUsage", "Missing", "Place",
     "create_group", "detect", "group_name", "missing", "remedy", "sweep", "wanted_limits",
 ]  # fmt: skip
 
@@ -61,6 +61,13 @@ class GroupUsage(NamedTuple):
     pids: int | None = None
 
 
+class GroupIo(NamedTuple):
+    """Bytes that the group's processes, dead ones included, had read from and written to block devices."""
+
+    read_bytes: int = 0
+    write_bytes: int = 0
+
+
 class Missing(NamedTuple):
     """A protection (a name of ``options.PROTECTIONS``) that cannot hold here, why, and exactly what helps."""
 
@@ -90,8 +97,14 @@ class ChildGroup(Protocol):
     def usage(self) -> GroupUsage:
         """What was used so far. Read it before ``remove``."""
 
+    def io(self) -> GroupIo | None:
+        """What reached block devices. None: nobody counts it. v1 counts buffered writes for nobody, v2 for the writer."""
+
     def read_back(self) -> dict[str, Applied]:
         """What the kernel's files say now of each protection that was asked for."""
+
+    def kill_at_once(self) -> None:
+        """SIGKILL to all members in one write, where the kernel has that (``cgroup.kill``); else nothing happens."""
 
     def kill(self, timeout: float = 5.0) -> bool:
         """SIGKILL every member until the group is empty; False if ``timeout`` seconds did not suffice."""
@@ -134,8 +147,7 @@ def create_group(host: CgroupHost, limits: GroupLimits, name: str) -> ChildGroup
 
 def sweep(host: CgroupHost) -> int:
     """Remove the empty groups that dead supervisors left; those of living ones stay. Returns how many groups went."""
-    bases = [*host.directories(), *([host.unified] if host.unified else [])]  # the latter: of pauses, see freezer
-    return len(set().union(*(directories.sweep(base) for base in bases)))
+    return len(set().union(*(directories.sweep(base) for base in host.directories())))
 
 
 # --- what cannot hold, and what to do ------------------------------------------------------------------------------

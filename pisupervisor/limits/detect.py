@@ -40,7 +40,8 @@ class CgroupHost(NamedTuple):
     """What this machine offers to this process: one Place per controller, and facts about swap.
 
     ``memsw``: memory groups can limit swap; ``swap_on``: the host has swap; ``uid``: who asked. ``unified``: our own
-    group on the v2 hierarchy, which has ``cgroup.freeze`` and ``cgroup.kill`` on hybrid hosts too; None: there is none.
+    group on the v2 hierarchy, which has ``cgroup.freeze`` on hybrid hosts too; None: there is none, or no group can be
+    made in it. ``kills``: its groups have ``cgroup.kill`` (Linux 5.14), and a child may enter them.
     """
 
     mode: Mode
@@ -49,11 +50,12 @@ class CgroupHost(NamedTuple):
     swap_on: bool
     uid: int
     unified: str | None = None
+    kills: bool = False
 
     def directories(self) -> list[str]:
         """The distinct directories in which groups can be made (co-mounted controllers share one)."""
-        usable = (place.directory for place in self.places.values() if place.directory and place.usable)
-        return list(dict.fromkeys(usable))
+        usable = [place.directory for place in self.places.values() if place.directory and place.usable]
+        return list(dict.fromkeys([*usable, *([self.unified] if self.unified else [])]))
 
 
 class Probe(NamedTuple):
@@ -70,7 +72,12 @@ def detect() -> CgroupHost:
     mode, found = find_groups(cgroup, mountinfo)
     name = directories.group_name(time.monotonic_ns())  # once: it reads our own /proc/PID/stat, 50 us
     host = describe_host(mode, found, _has_swap(), lambda base: probe_group(base, name), os.geteuid())
-    return host._replace(unified=find_unified(cgroup, mountinfo))
+    unified = find_unified(cgroup, mountinfo)
+    if unified is None or (probe := probe_group(unified, name)).error is not None:
+        return host
+    # To move from our own group into one below it takes the right to write here (cgroups(7), delegation).
+    enterable = os.access(f"{unified}/cgroup.procs", os.W_OK)
+    return host._replace(unified=unified, kills=enterable and "cgroup.kill" in probe.files)
 
 
 def describe_host(

@@ -8,11 +8,11 @@ import time
 
 from pisupervisor.errors import LaunchError, OptionsError
 from pisupervisor.limits import cgroups, directories
-from pisupervisor.limits.cgroups import CgroupHost, GroupEvents, GroupLimits, GroupUsage, Place
+from pisupervisor.limits.cgroups import CgroupHost, GroupEvents, GroupIo, GroupLimits, GroupUsage, Place
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.detect import CONTROLLERS
 from pisupervisor.limits.v1_files import FileWrite, file_writes, io_writes
-from pisupervisor.limits.v1_readback import read_back
+from pisupervisor.limits.v1_readback import io_in, read_back
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _PID_BATCH = 256  # pidfds held open at once
 _POLL = 0.0005
 _BUSY = 0.5  # seconds that remove() waits for exiting tasks
+_UNIFIED = "unified"  # beside the controllers: a group on the v2 hierarchy of a hybrid host, which can kill
 
 
 def create(host: CgroupHost, limits: GroupLimits, name: str) -> V1Group:
@@ -82,7 +83,7 @@ class _Directory:
 
 
 class V1Group:
-    """A ChildGroup; see there. ``paths`` has one directory per controller that it joined."""
+    """A ChildGroup; see there. ``paths`` has one directory per controller that it joined, and for ``unified``."""
 
     def __init__(self, host: CgroupHost, limits: GroupLimits) -> None:
         self.attach_fds: tuple[int, ...] = ()
@@ -118,8 +119,9 @@ class V1Group:
 
     def open_attach_fds(self) -> None:
         """Open the ``tasks`` file of each directory. Raises OSError."""
-        for path in dict.fromkeys(self.paths.values()):
-            self.attach_fds += (os.open(f"{path}/tasks", os.O_WRONLY | os.O_CLOEXEC),)
+        for path, controller in {path: name for name, path in self.paths.items()}.items():
+            file = "cgroup.procs" if controller == _UNIFIED else "tasks"
+            self.attach_fds += (os.open(f"{path}/{file}", os.O_WRONLY | os.O_CLOEXEC),)
 
     def close_attach_fds(self) -> None:
         fds, self.attach_fds = self.attach_fds, ()
@@ -178,6 +180,11 @@ class V1Group:
             pids=self._integer("pids", "pids.current"),
         )
 
+    def io(self) -> GroupIo | None:
+        if "blkio" not in self.paths:
+            return None
+        return io_in(self._lines(f"{self.paths['blkio']}/blkio.throttle.io_service_bytes"))
+
     def _integer(self, controller: str, file: str) -> int | None:
         lines = self._lines(f"{self.paths[controller]}/{file}") if controller in self.paths else []
         return int(lines[0]) if lines else None
@@ -193,9 +200,13 @@ class V1Group:
 
     # ending
 
+    def kill_at_once(self) -> None:
+        self._write_if_there(_UNIFIED, "cgroup.kill", b"1")
+
     def kill(self, timeout: float = 5.0) -> bool:
         deadline = time.monotonic() + timeout
         while True:
+            self.kill_at_once()
             self._stop_forks()
             members = self.pids()
             if not members:
@@ -208,8 +219,8 @@ class V1Group:
             time.sleep(_POLL)
 
     def _stop_forks(self) -> None:
-        """A chain of forks outruns any list of pids. pids.max=0 ends it without the freezer's trap: frozen processes
-        do not die. The freezer is joined only where there is no pids controller.
+        """A chain of forks outruns any list of pids: it is frozen, where it cannot be killed at once. Frozen processes of
+        v1 do not die before they are thawed; pids.max=0 holds until then.
         """
         if "pids" in self.paths:
             if self._pids_max_before_kill is None:
@@ -263,7 +274,8 @@ def _send_kill(pidfd: int) -> None:
 
 
 def _joined(host: CgroupHost, limits: GroupLimits) -> dict[str, str]:
-    """Controller -> base, for those that limit, count (pids, memory, cpuacct) or stop forks; pids goes first."""
+    """Controller -> base, for those that limit, count (pids, memory, cpuacct, blkio) or help to kill; pids goes first."""
+    unified = host.unified if host.kills else None
     wanted = {
         "pids": True,
         "memory": True,
@@ -271,8 +283,9 @@ def _joined(host: CgroupHost, limits: GroupLimits) -> dict[str, str]:
         "cpu": limits.cpus is not None or limits.cpu_weight is not None,
         "cpuset": limits.cpuset is not None,
         "devices": limits.devices,
-        "blkio": bool(limits.io),
-        "freezer": not host.places["pids"].usable,
+        "blkio": True,
+        "freezer": unified is None,
     }
     bases = ((name, host.places[name]) for name in CONTROLLERS if wanted[name])
-    return {name: place.directory for name, place in bases if place.usable and place.directory}
+    joined = {name: place.directory for name, place in bases if place.usable and place.directory}
+    return {**joined, _UNIFIED: unified} if unified else joined

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Set
 
 from pisupervisor.limits import blockdev, directories
-from pisupervisor.limits.cgroups import CONTROLLER_OF, CgroupHost, GroupLimits
+from pisupervisor.limits.cgroups import CONTROLLER_OF, CgroupHost, GroupIo, GroupLimits
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.v1_files import shares
 from pisupervisor.results import Applied
@@ -107,3 +107,13 @@ _CHECKS: Mapping[str, Check] = {
     "memory": _memory, "swap": _swap, "cpus": _cpus, "cpu_weight": _cpu_weight, "cpuset": _cpuset, "pids": _pids,
     "io": _io, "devices": _devices,
 }  # fmt: skip
+
+
+def io_in(lines: list[bytes]) -> GroupIo:
+    """Sums over the devices of ``blkio.throttle.io_service_bytes``, whose lines are ``8:0 Read 4096``."""
+    sums = {b"Read": 0, b"Write": 0}
+    for line in lines:
+        _device, kind, count = (line.split() + [b"", b"0"])[:3]
+        if kind in sums:
+            sums[kind] += int(count)
+    return GroupIo(read_bytes=sums[b"Read"], write_bytes=sums[b"Write"])

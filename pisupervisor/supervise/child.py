@@ -276,8 +276,8 @@ class Child:
         return self.payload_ended or metrics.has_signal_pending(self.pid)
 
     def kill(self, reason: ExitReason, message: str = "") -> None:
-        """SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its namespace (and by cgroup.kill what is in
-        a v2 group of ours). The first order wins.
+        """``cgroup.kill`` where that is; and SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its
+        namespace. The first order wins.
         """
         with self._lock:
             if self.exit_info is not None:
@@ -289,7 +289,9 @@ class Child:
             self.is_killed = True
             freezer = self._freezer
             if freezer is not None:
-                freezer.kill()
+                freezer.kill()  # what is paused is in a group of its own
+            if self._group is not None:
+                self._group.kill_at_once()
             if self.init_pidfd >= 0:
                 send_kill(self.init_pidfd)
             elif self._asked:

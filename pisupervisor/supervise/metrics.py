@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterable
 
-from pisupervisor.limits.cgroups import GroupEvents, GroupUsage
+from pisupervisor.limits.cgroups import GroupEvents, GroupIo, GroupUsage
 from pisupervisor.records import replace
 from pisupervisor.results import Applied, Usage
 
@@ -54,7 +54,8 @@ class Meter:
     def whole_usage(self) -> Usage:
         """Everything that can be counted. Costs a look at each process."""
         group = self._group.usage() if self._group is not None else GroupUsage()
-        return whole_usage(group, usage_from_proc(self._pid), self.pids())
+        io = self._group.io() if self._group is not None else None
+        return whole_usage(group, io, usage_from_proc(self._pid), self.pids())
 
     def pids(self) -> list[int]:
         """Everything that runs in the child, as this process numbers it, PID 1 of the sandbox included."""
@@ -113,10 +114,13 @@ def tree(pid: int) -> list[int]:
         return []
 
 
-def whole_usage(group: GroupUsage, own: Usage, pids: Iterable[int]) -> Usage:
-    """Everything at once: ``group`` where there is one, ``own`` from /proc where there is none, sums over ``pids``.
+def whole_usage(group: GroupUsage, io: GroupIo | None, own: Usage, pids: Iterable[int]) -> Usage:
+    """Everything at once: ``group`` and ``io`` where there is one, ``own`` from /proc where there is none, sums over
+    ``pids``.
 
-    Bytes of processes that have ended are those of whoever reaped them: PID 1 of the sandbox is among ``pids``.
+    Bytes of processes that have ended are those of whoever reaped them: PID 1 of the sandbox is among ``pids``. Of what
+    the group and /proc say of them, the larger is true: v1 groups do not count buffered writes, and of PID 1, which
+    is not dumpable, an ordinary user may not ask.
     """
     import psutil
 
@@ -130,6 +134,8 @@ def whole_usage(group: GroupUsage, own: Usage, pids: Iterable[int]) -> Usage:
             continue  # ended meanwhile
         for name, value in found.items():
             sums[name] = sums.get(name, 0) + value
+    for name, value in (io._asdict() if io is not None else {}).items():
+        sums[name] = max(value, sums.get(name, 0))
     cpu_time = group.cpu_time if group.cpu_time is not None else own.cpu_time
     peak = group.peak_memory if group.peak_memory is not None else own.peak_memory
     count = group.pids if group.pids is not None else len(list(pids))

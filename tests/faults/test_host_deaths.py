@@ -20,8 +20,7 @@ from helpers import descendants, own_groups, state_of, status_of, wait_until
 
 from pisupervisor import ProcessIsolator
 from pisupervisor.launch.ids import BLOCK
-from pisupervisor.limits.detect import detect
-from pisupervisor.limits.directories import PARENT, start_time
+from pisupervisor.limits.directories import start_time
 
 pytestmark = pytest.mark.linux
 APPLICATION = Path(__file__).with_name("application.py")
@@ -103,19 +102,6 @@ def application(state: str, *more: str) -> Iterator[Application]:
         running.clear_away()
 
 
-def all_groups(pid: int) -> list[str]:
-    """Those of pauses too."""
-    host = detect()
-    bases = [f"{base}/{PARENT}" for base in {*host.directories(), host.unified} if base]
-    return [
-        f"{base}/{name}"
-        for base in bases
-        if os.path.isdir(base)
-        for name in os.listdir(base)
-        if name.startswith(f"{pid}-")
-    ]
-
-
 STATES = [
     "idle", "in_a_call", "with_a_fork", "paused", "paused_with_a_fork", "with_a_spare_child", "several",
     "with_the_zygote_stopped", "paused_with_the_zygote_stopped", "in_a_launch_with_the_zygote_stopped",
@@ -136,7 +122,7 @@ def test_nothing_outlives_a_host_that_is_killed(state: str) -> None:
         assert len(host.forks) == ("fork" in state)
         assert all(state_of(pid) == "S" for pid in host.forks)
         ProcessIsolator.create().close()
-        assert not all_groups(host.process.pid), "the next supervisor sweeps up"
+        assert not own_groups(host.process.pid), "the next supervisor sweeps up"
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -202,4 +188,4 @@ def test_groups_of_the_living_are_never_swept() -> None:
         host.kill()
         assert wait_until(lambda: not host.left(), SOON)
         ProcessIsolator.create().close()
-        assert not all_groups(host.process.pid)
+        assert not own_groups(host.process.pid)
