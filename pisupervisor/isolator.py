@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pisupervisor.futures import IsolationFuture
+    from pisupervisor.link.calls import StreamTypes
     from pisupervisor.link.connection import Connection
     from pisupervisor.link.sources import Code
     from pisupervisor.modules import Modules
@@ -148,7 +149,7 @@ class ProcessIsolator:
         The file is read here and sent; the child needs no sight of it. ``timeout`` in seconds kills the child when it
         runs out; ``returns`` checks and builds the result; ``kwargs`` is for parameters named like these. What ``async
         def`` returns is awaited in the child; of a generator the caller gets a stream, each item fetched when it is asked
-        for; ``returns=Iterator[X]`` is for a generator of X.
+        for; ``returns=Iterator[X]`` is for a generator of X, ``Generator[X, S, R]`` for one whose ``value`` is an R.
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._code(path, target)
@@ -289,7 +290,7 @@ class ProcessIsolator:
         """The value of a call; of one that returned a generator, a stream of its items."""
         from pisupervisor.link.calls import split_returns
 
-        streams, value_type, item_type = split_returns(returns)
+        streams, value_type, stream_types = split_returns(returns)
         done = self._session.call(
             *call,
             code=code,
@@ -299,7 +300,7 @@ class ProcessIsolator:
             streams=streams,
             only_on=only_on,
         )
-        return self._result(done, timeout, item_type)
+        return self._result(done, timeout, stream_types)
 
     def _captured(
         self, call: tuple[Any, ...], code: Code | None, timeout: float | None, returns: Any, idempotent: bool,
@@ -308,7 +309,7 @@ class ProcessIsolator:
         from pisupervisor.link.calls import split_returns
         from pisupervisor.results import CallResult, Usage
 
-        streams, value_type, item_type = split_returns(returns)
+        streams, value_type, stream_types = split_returns(returns)
         started = time.monotonic()
         done = self._session.call(
             *call, code=code, timeout=timeout, idempotent=idempotent, capture=True, returns=value_type, check=check,
@@ -317,17 +318,17 @@ class ProcessIsolator:
         used, answer = done.after, done.answer
         cpu = None if used.cpu_time is None else max(0.0, used.cpu_time - (done.before.cpu_time or 0.0))
         return CallResult(
-            value=self._result(done, timeout, item_type), stdout=answer.stdout.decode("utf-8", "replace"),
+            value=self._result(done, timeout, stream_types), stdout=answer.stdout.decode("utf-8", "replace"),
             stderr=answer.stderr.decode("utf-8", "replace"), truncated=answer.truncated,
             duration=time.monotonic() - started, usage=Usage(cpu_time=cpu, peak_memory=used.peak_memory),
         )  # fmt: skip
 
-    def _result(self, done: Outcome, timeout: float | None, item_type: Any) -> Any:
+    def _result(self, done: Outcome, timeout: float | None, types: StreamTypes) -> Any:
         if done.answer.kind != wire.STREAM:
             return done.value
         from pisupervisor.objects import IsolatedStream
 
-        return IsolatedStream(self, done.connection, done.value, timeout, item_type)
+        return IsolatedStream(self, done.connection, done.value, timeout, types)
 
     def _start(self) -> None:
         if self.options.needs_first_calls():

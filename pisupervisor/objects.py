@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from pisupervisor.isolator import ProcessIsolator
+    from pisupervisor.link.calls import StreamTypes
     from pisupervisor.link.connection import Connection
 
 _OPTIONS = ("timeout", "returns", "kwargs")
@@ -103,13 +104,14 @@ class IsolatedStream:
     """The items of a generator in the child (an async one too), fetched one by one: it runs only as far as it is asked to.
 
     An iterator and a context manager. ``timeout`` is for each item; ``value`` is what the generator returned at its end.
+    An item that is not what ``returns=`` says is a SerializationError; the next one may be.
     """
 
     def __init__(
-        self, isolator: ProcessIsolator, connection: Connection, number: int, timeout: float | None, returns: Any
+        self, isolator: ProcessIsolator, connection: Connection, number: int, timeout: float | None, types: StreamTypes
     ) -> None:
         self._object = IsolatedObject(isolator, connection, number)
-        self._timeout, self._returns = timeout, returns
+        self._timeout, self._types = timeout, types
         self.value: Any = None
 
     def __iter__(self) -> IsolatedStream:
@@ -126,17 +128,10 @@ class IsolatedStream:
             self.close()  # a generator that has raised is over
             raise
         if over is True:
-            self.value = item
             self.close()
+            self.value = _built(item, self._types.value)
             raise StopIteration
-        return self._built(item)
-
-    def _built(self, item: Any) -> Any:
-        if self._returns is None:
-            return item
-        from pisupervisor.link.serializer import build
-
-        return build(item, self._returns)
+        return _built(item, self._types.item)
 
     def close(self) -> None:
         """Let go of the generator, which ends it. Idempotent."""
@@ -147,6 +142,14 @@ class IsolatedStream:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+
+def _built(value: Any, returns: Any) -> Any:
+    if returns is None:
+        return value
+    from pisupervisor.link.serializer import build
+
+    return build(value, returns)
 
 
 class IsolatedMethod:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,29 @@ def test_items_are_built_as_asked(isolator: ProcessIsolator, plugin: Path) -> No
     assert list(isolator.invoke_method(plugin, "pairs", returns=Iterator[Pair])) == [Pair(1, 2)]
     with pytest.raises(SerializationError, match="returned a generator"):
         isolator.invoke_method(plugin, "pairs", returns=int)
+
+
+def totals(last: object) -> Generator[int, None, object]:
+    yield 1
+    return last
+
+
+def test_what_a_generator_returns_is_built_as_asked(isolator: ProcessIsolator) -> None:
+    stream = isolator.invoke(totals, {"x": 1, "y": 2}, returns=Generator[int, None, Pair])
+    assert (list(stream), stream.value) == ([1], Pair(1, 2))
+    as_it_comes = isolator.invoke(totals, {"x": 1}, returns=Iterator[int])
+    assert (list(as_it_comes), as_it_comes.value) == ([1], {"x": 1})
+
+
+@pytest.mark.parametrize("last", [{"x": 1}, None, "text", [1, 2, 3]])
+def test_what_a_generator_returns_is_checked(isolator: ProcessIsolator, last: object) -> None:
+    stream = isolator.invoke(totals, last, returns=Generator[int, None, Pair])
+    assert next(stream) == 1
+    with pytest.raises(SerializationError, match="is not a Pair"):
+        next(stream)
+    assert stream.value is None
+    assert list(stream) == [], "it is over all the same"
+    assert isolator.object_count() == 0
 
 
 def test_a_child_that_dies_between_two_items(isolator: ProcessIsolator, plugin: Path) -> None:

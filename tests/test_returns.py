@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import decimal
+import math
 import pathlib
 import typing
 import uuid
 
+import msgspec
 import numpy as np
 import pytest
 from test_values import BERLIN, Color, Level, Pair, Point, Row, Shape, Size, cross
@@ -54,6 +56,64 @@ def test_returns_for_types_beyond_json() -> None:
     np.testing.assert_array_equal(cross(np.arange(3), np.ndarray), np.arange(3))
     assert cross(np.float64(0.5), np.float64) == np.float64(0.5)
     assert serializer.build([1], typing.Any) == [1]
+
+
+class Answer(msgspec.Struct):
+    total: int
+    parts: list[Point] = []
+
+
+class Circle(msgspec.Struct, tag="circle"):
+    radius: float
+
+
+class Square(msgspec.Struct, tag="square"):
+    side: float
+
+
+class Reply(typing.TypedDict):
+    status: typing.Literal["ok", "failed"]
+    points: typing.NotRequired[list[Point]]
+
+
+POINT = {"x": 1.0, "y": 2.0, "label": None}
+DECLARED = [
+    ({"total": 1, "parts": [POINT]}, Answer, Answer(1, [Point(1.0, 2.0)])),
+    ({"type": "square", "side": 2.0}, Circle | Square, Square(2.0)),
+    ({"status": "ok", "points": [POINT]}, Reply, {"status": "ok", "points": [Point(1.0, 2.0)]}),
+    ({"status": "failed"}, Reply, {"status": "failed"}),
+    ([1, "x"], Pair, Pair(1, "x")), ("ok", typing.Literal["ok", 1], "ok"), (1, typing.Literal["ok", 1], 1),
+    ("a", int | str, "a"), (7, int | str, 7), ([POINT], list[Point], [Point(1.0, 2.0)]), (POINT, Point | None, Point(1.0, 2.0)),
+    ({"a": [POINT]}, dict[str, list[Point]], {"a": [Point(1.0, 2.0)]}), (1 << 5000, int, 1 << 5000),
+    ([-(1 << 64)], list[int], [-(1 << 64)]), (7, typing.Annotated[int, msgspec.Meta(ge=5)], 7), (math.inf, float, math.inf),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "returns", "built"), DECLARED, ids=[str(returns) for _, returns, _ in DECLARED])
+def test_what_is_declared_is_built(value: object, returns: object, built: object) -> None:
+    got = cross(value, returns)
+    assert got == built
+    assert type(got) is type(built)
+
+
+def test_nan_is_a_float() -> None:
+    assert math.isnan(cross(math.nan, float))
+    assert math.isnan(cross([math.nan], list[float])[0])
+
+
+UNDECLARED = [
+    ({"total": 1, "parts": [{"x": 1.0}]}, Answer), ({"type": "line", "side": 2.0}, Circle | Square),
+    ({"side": 2.0}, Circle | Square), ({"status": "maybe"}, Reply), ({"points": []}, Reply),
+    ({"status": "ok", "points": [5]}, Reply), ([1, "x", 2], Pair), (["x"], Pair),
+    ("no", typing.Literal["ok", 1]), (True, typing.Literal[1]), (1.5, int | str), (3, typing.Annotated[int, msgspec.Meta(ge=5)]),
+    ([POINT, None], list[Point]), (1 << 2000, float), (math.nan, int),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "returns"), UNDECLARED, ids=[f"{v!r:.20}-{r}" for v, r in UNDECLARED])
+def test_what_is_not_declared_is_refused(value: object, returns: object) -> None:
+    with pytest.raises(SerializationError, match="the result is not a"):
+        cross(value, returns)
 
 
 MISFITS = [

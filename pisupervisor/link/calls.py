@@ -15,6 +15,7 @@ from pisupervisor.errors import (
     UnknownCallback,
 )
 from pisupervisor.link.connection import Answer
+from pisupervisor.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -68,22 +69,31 @@ def unpack_answer(answer: Answer, reader: Reader, returns: Any = None) -> Any:
     raise ProtocolError(f"an answer of kind {answer.kind} was not asked for")
 
 
+class StreamTypes(NamedTuple):
+    """What the items of a generator are built as, and what it returns at its end; None: as they come."""
+
+    item: Any = None
+    value: Any = None
+
+
 _ITERATORS = frozenset((
     "Iterator", "Iterable", "Generator", "AsyncIterator", "AsyncIterable", "AsyncGenerator",
 ))  # fmt: skip
 
 
-def split_returns(returns: Any) -> tuple[bool, Any, Any]:
-    """(whether a generator may come back, what a value is built as, what a generator's items are built as).
+def split_returns(returns: Any) -> tuple[bool, Any, StreamTypes]:
+    """(whether a generator may come back, what a value is built as, what a generator's items and end are built as).
 
-    ``returns=Iterator[X]`` asks for a generator of X; any other type for a value that is none.
+    ``returns=Iterator[X]`` asks for a generator of X, ``Generator[X, S, R]`` for one that returns R at its end; any other
+    type asks for a value that is none.
     """
     if returns is None:
-        return True, None, None
+        return True, None, StreamTypes()
     origin: Any = getattr(returns, "__origin__", None)
-    if getattr(origin, "__module__", "") == "collections.abc" and origin.__name__ in _ITERATORS:
-        return True, None, returns.__args__[0]
-    return False, returns, None
+    if getattr(origin, "__module__", "") != "collections.abc" or origin.__name__ not in _ITERATORS:
+        return False, returns, StreamTypes()
+    item, *more = returns.__args__
+    return True, None, StreamTypes(item, more[1] if len(more) > 1 else None)
 
 
 def is_number(value: Any) -> bool:

@@ -220,8 +220,7 @@ class Child:
         )
         if not data:
             return False
-        if len(data) != wire.HEADER.size + 1 or wire.unpack_header(data)[0] != wire.READY:
-            raise LaunchError("the child said something else than that it is ready", step="payload")
+        _check_ready(data)
         for _level, kind, content in ancillary:
             if kind == socket.SCM_CREDENTIALS:
                 pid = _CREDENTIALS.unpack(content)[0]
@@ -381,6 +380,16 @@ class Child:
 
 
 _numbers = itertools.count(1)
+
+
+def _check_ready(data: bytes) -> None:
+    """Its first word, in the one version of the protocol that this host speaks. Raises LaunchError."""
+    try:
+        if len(data) == wire.HEADER.size + 1 and wire.unpack_header(data)[0] == wire.READY:
+            return
+    except wire.BadFrame as error:
+        raise LaunchError(f"the child said {error}, and not that it is ready", step="payload") from None
+    raise LaunchError("the child said something else than that it is ready", step="payload")
 
 
 def _next_name() -> str:

@@ -235,6 +235,19 @@ def test_options_are_checked_before_anything_starts(monkeypatch: pytest.MonkeyPa
             ProcessIsolator.create(IsolationOptions(), network="bridge")
 
 
+# --- a child that speaks another version ---------------------------------------------------------------------------
+
+
+def test_another_version_of_the_protocol_is_no_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = Path(lame.make(tmp_path))
+    with (package / "wire.py").open("a") as wire_source:
+        wire_source.write("\nVERSION += 1\n")
+    monkeypatch.setattr(templates, "PACKAGE", str(package))
+    with nothing_left(), pytest.raises(LaunchError, match="version 2: not a frame of ours") as caught:
+        ProcessIsolator.create(security=Security(hostname="another-version"))
+    assert caught.value.step == "payload"
+
+
 # --- a child that goes lame at a step ----------------------------------------------------------------------------
 
 
