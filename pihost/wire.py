@@ -4,7 +4,7 @@
       | <------------------------- READY  id 0, walls are up, before any user code
       | CODE    id n, a module's source ---->|   (no answer; kept by its key)
       | OUTPUT  id n, two pipe ends -------->|   (no answer; stdout and stderr of the next call)
-      | STDIO   id n, stdout and stderr ---->|   (no answer; where they go outside of such a call)
+      | STDIO   id n, stdout and stderr ---->|   (no answer; where they go outside of such a call; the body says how many)
       | RELEASE id n, numbers of objects --->|   (no answer; they are kept no longer)
       | CALL    id n, what to run ---------->|
       | <---------------- CALLBACK, CALLBACK_RAW  id m, a name and arguments: for a function of the host

@@ -27,14 +27,20 @@ _LOGGED = 16 << 10  # characters of one
 
 
 class Callbacks:
-    """One isolator's functions. They run in the thread whose call the child is working on; ``rate`` is calls per second."""
+    """One isolator's functions. They run in the thread whose call the child is working on; ``rate`` is calls in a second,
+    ``size`` bytes of what they are called with in a second.
+    """
 
-    def __init__(self, dump: Dump, rate: float | None, modules: Modules | None = None, reader: Reader = DATA) -> None:
+    def __init__(
+        self, dump: Dump, rate: float | None, modules: Modules | None = None, reader: Reader = DATA,
+        size: int | None = None,
+    ) -> None:  # fmt: skip
         self._modules, self._reader = modules, reader
         self._functions: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._lock = threading.Lock()
-        self._dump, self._rate = dump, rate
+        self._dump, self._rate, self._size = dump, rate, size
         self._calls, self._logs = _Bucket(rate), _Bucket(_LOGS)
+        self._bytes = _Bucket(size, wire.MAX_FRAME)  # the largest request may always be made, if seldom
 
     def register(self, name: str, function: Callable[..., Any], expose_errors: bool) -> None:
         if not isinstance(name, str) or not name or "\0" in name:
@@ -55,6 +61,8 @@ class Callbacks:
         """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
         if not self._calls.may_pass():  # before anything is decoded: that is what costs
             return _FAILED + f"more than {self._rate:g} calls of the host in a second".encode()
+        if not self._bytes.may_pass(len(body)):
+            return _FAILED + f"more than {self._size} bytes for the host in a second".encode()
         name, args, kwargs = _request(kind, body, self._reader)
         if name == IMPORT and self._modules is not None and kind == wire.CALLBACK_RAW:
             return self._source(args)
@@ -93,23 +101,23 @@ class Callbacks:
 
 
 class _Bucket:
-    """So many a second, and a second's worth at once; None: any number."""
+    """So many a second, and a second's worth at once (or ``most``, if that is more); None: any number."""
 
-    def __init__(self, rate: float | None) -> None:
-        self._rate = rate
+    def __init__(self, rate: float | None, most: float = 1.0) -> None:
+        self._rate, self._most = rate, max(most, rate or 0.0)
         self._lock = threading.Lock()
-        self._tokens, self._filled = max(1.0, rate or 0.0), time.monotonic()
+        self._tokens, self._filled = self._most, time.monotonic()
 
-    def may_pass(self) -> bool:
+    def may_pass(self, count: int = 1) -> bool:
         if self._rate is None:
             return True
         with self._lock:
             now = time.monotonic()
-            self._tokens = min(max(1.0, self._rate), self._tokens + (now - self._filled) * self._rate)
+            self._tokens = min(self._most, self._tokens + (now - self._filled) * self._rate)
             self._filled = now
-            if self._tokens < 1:
+            if self._tokens < count:
                 return False
-            self._tokens -= 1
+            self._tokens -= count
             return True
 
 

@@ -112,7 +112,10 @@ class ProcessIsolator:
         self._session = Session(self._keeper)
         modules = _modules(options)
         self._packer = Packer(options, self._keeper.present_template, modules)
-        self._callbacks = Callbacks(self._packer.plain_value, options.callback_rate, modules, self._keeper.reader)
+        self._callbacks = Callbacks(
+            self._packer.plain_value, options.callback_rate, modules, self._keeper.reader,
+            None if options.callback_bytes is None else int(options.callback_bytes),
+        )  # fmt: skip
         self._keeper.answer = self._callbacks.answer
         with template.lock:  # the next isolator's files are most often the same ones
             if template.reader is None:

@@ -5,6 +5,7 @@ order; the first that knows a name gives it. Nothing that no loader knows can be
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -86,9 +87,22 @@ def _from_folder(folder: str, name: str) -> Source | None:
     for place, is_package in _places(name):
         path = os.path.join(folder, place)
         if os.path.isfile(path):
-            with open(path, "rb") as file:
-                return Source(file.read(MAX_SOURCE + 1), path, is_package)
+            return Source(_read_below(folder, path), path, is_package)
     return None
+
+
+def _read_below(folder: str, path: str) -> bytes:
+    """Of a file that may have been put there by somebody who may not read what the host may. Raises OptionsError for what
+    leads out of the folder, by whatever link on the way, or has become no file.
+    """
+    # O_NONBLOCK: a FIFO put there since must not hang.
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+        real = os.readlink(f"/proc/self/fd/{file.fileno()}")  # of what is open: nobody can change that any more
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OptionsError(f"modules: {path} is not a regular file")
+        if not real.startswith(os.path.realpath(folder).rstrip("/") + "/"):
+            raise OptionsError(f"modules: {path} leads out of its folder, to {real}; put the file itself there")
+        return file.read(MAX_SOURCE + 1)
 
 
 def _from_zip(archive: str, name: str) -> Source | None:

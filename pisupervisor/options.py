@@ -192,6 +192,7 @@ class IsolationOptions:
     idle_timeout         seconds without a call after which the child is ended; the next call starts another
     max_calls            answered calls after which the child is replaced by another
     callback_rate        calls of registered callbacks in a second; what is more gets an error in the child
+    callback_bytes       bytes of what registered callbacks are called with in a second; likewise
     callback_depth       how deep calls from callbacks from calls may be nested
     die_on_crash         the application gets a SIGTERM when a child crashes, unless a handler says ``handled``
     debug                the child stops itself (SIGSTOP) before user code, and says so on the host's stderr
@@ -219,6 +220,7 @@ class IsolationOptions:
     idle_timeout: float | None = None
     max_calls: int | None = None
     callback_rate: float | None = 10_000.0
+    callback_bytes: int | str | None = "64M"
     callback_depth: int = 16
     die_on_crash: bool = False
     debug: bool = False
@@ -247,6 +249,7 @@ class IsolationOptions:
         _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))
         _integer(self.max_calls, "max_calls", 1, 1 << 62)
         _store(self, "callback_rate", _number(self.callback_rate, "callback_rate", 0.001, 1e9))
+        _store(self, "callback_bytes", _size_or_none(self.callback_bytes, "callback_bytes"))
         _integer(self.callback_depth, "callback_depth", 0, 50)
         _check_functions(self.events, self.on_start)
         _store(self, "modules", _loaders(self.modules))

@@ -223,6 +223,83 @@ def test_not_too_often(plugin: Path) -> None:
         assert last == ["HostError", "more than 50 calls of the host in a second"]
 
 
+def test_not_too_many_bytes(plugin: Path) -> None:
+    """The first second's worth passes at once; decoding is what costs, so what is more is not decoded."""
+    with ProcessIsolator.create(callback_bytes="8M") as isolator:
+        isolator.register_callback("size", lambda part: len(part))
+
+        def send(count: int) -> list[str]:
+            import pihost
+
+            refused = []
+            for _ in range(count):
+                try:
+                    pihost.call_host("size", b"x" * 3_000_000)
+                except pihost.HostError as error:
+                    refused.append(str(error))
+            return refused
+
+        refused = isolator.invoke(send, 20)
+        assert 10 <= len(refused) <= 18
+        assert set(refused) == {"more than 8388608 bytes for the host in a second"}
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_one_large_request_passes_however_small_the_budget(isolator: ProcessIsolator, plugin: Path) -> None:
+    with ProcessIsolator.create(callback_bytes=1) as thrifty:
+        thrifty.register_callback("size", lambda part: len(part))
+        assert thrifty.invoke_method(plugin, "ask", "size", b"x" * 4_000_000) == 4_000_000
+        assert thrifty.invoke_method(plugin, "catch", "size", b"x" * 4_000_000)[0] == "HostError"
+    with ProcessIsolator.create(callback_bytes=None, callback_rate=None) as generous:
+        generous.register_callback("size", lambda part: len(part))
+        assert generous.invoke(
+            lambda: [__import__("pihost").call_host("size", b"x" * 4_000_000) for _ in range(25)][-1]
+        )
+
+
+def test_who_says_goodbye_while_many_are_let_go(isolator: ProcessIsolator) -> None:
+    """What is released calls the host as it goes, with more than a socket holds, while the host sends the next call: each
+    would wait for the other, if the objects were let go before that call is read whole.
+    """
+
+    class Goodbye:
+        def __del__(self) -> None:
+            import pihost
+
+            pihost.call_host("goodbye", b"x" * 2_000_000)
+
+    sizes: list[int] = []
+    isolator.register_callback("goodbye", lambda data: sizes.append(len(data)))
+    thing = isolator.create_object(Goodbye)
+    connection = isolator._keeper.connection
+    assert connection is not None
+    connection.released.extend(range(200_000))  # numbers of nothing; the frame is larger than any socket's buffer
+    thing.release()
+    assert isolator.invoke(len, b"y" * 4_000_000, timeout=20) == 4_000_000
+    assert sizes == [2_000_000]
+
+
+def test_exit_handlers_have_no_host_to_call(isolator: ProcessIsolator, capfd: pytest.CaptureFixture[str]) -> None:
+    def register() -> None:
+        import atexit
+        import os
+
+        import pihost
+
+        def ask() -> None:
+            try:
+                pihost.call_host("now")
+            except RuntimeError as error:
+                os.write(2, f"refused: {error}".encode())
+
+        atexit.register(ask)
+
+    isolator.register_callback("now", time.time)
+    isolator.invoke(register)
+    info = isolator.exit(timeout=5)
+    assert (info.exit_code, info.stderr_tail) == (0, "refused: this process has no host to call")
+
+
 def test_from_another_thread_or_process_of_the_child(isolator: ProcessIsolator, plugin: Path) -> None:
     isolator.register_callback("now", time.time)
     assert isolator.invoke_method(plugin, "from_a_thread", "now")[0] == "RuntimeError"

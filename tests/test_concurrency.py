@@ -7,8 +7,17 @@ import threading
 import time
 
 import pytest
+from helpers import wait_until
 
-from pisupervisor import CallCancelled, CallTimeout, IsolatorClosed, OptionsError, ProcessIsolator
+from pisupervisor import (
+    CallCancelled,
+    CallTimeout,
+    IsolationEvents,
+    IsolatorClosed,
+    OptionsError,
+    ProcessIsolator,
+    Security,
+)
 from pisupervisor.launch import templates
 from pisupervisor.options import IsolationOptions
 
@@ -63,7 +72,7 @@ def test_a_flood_does_not_outlast_the_deadline() -> None:
     flood = (
         "import os, fcntl\nfor fd in (1, 2): fcntl.fcntl(fd, 1031, 1 << 20)\nwhile True: os.write(1, b'x' * (1 << 19))"
     )
-    with ProcessIsolator.create() as isolator:
+    with ProcessIsolator.create(security=Security(seccomp=None)) as isolator:  # which would deny the larger pipes
         for _ in range(3):
             start = time.monotonic()
             with pytest.raises(CallTimeout):
@@ -116,3 +125,41 @@ def test_a_call_whose_timeout_is_no_time_harms_no_child() -> None:
 def test_an_environment_too_large_for_a_plan() -> None:
     with pytest.raises(OptionsError, match="too large"):
         ProcessIsolator.create(environment={f"V{number}": "x" * 1000 for number in range(3000)})
+
+
+@pytest.mark.root
+def test_a_child_without_room_for_its_own_stdout_does_not_mix_it_with_stderr() -> None:
+    """Two descriptors are sent to it after a captured call, and one arrives: nobody can tell which."""
+    lines: list[str] = []
+
+    def use_up() -> None:
+        import os
+        import sys
+
+        sys.kept = []  # type: ignore[attr-defined]
+        try:
+            while True:
+                sys.kept.append(os.open("/dev/null", 0))  # type: ignore[attr-defined]
+        except OSError:
+            os.close(sys.kept.pop())  # type: ignore[attr-defined]
+
+    def write(text: bytes) -> None:
+        import os
+
+        os.write(2, text)
+
+    def give_back() -> None:
+        import os
+        import sys
+
+        for fd in sys.kept:  # type: ignore[attr-defined]
+            os.close(fd)
+
+    with ProcessIsolator.create(events=IsolationEvents(stdout=lambda event: lines.append(event.line))) as isolator:
+        isolator.execute(use_up)
+        isolator.invoke(write, b"to stderr\n")
+        isolator.invoke(give_back)
+        isolator.execute(len, "abc")
+        isolator.invoke(lambda: print("to stdout", flush=True))
+        assert wait_until(lambda: lines, 5)
+    assert lines == ["to stdout"]

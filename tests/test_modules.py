@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -111,6 +112,33 @@ def test_closures_over_modules_that_are_allowed(tmp_path: Path, monkeypatch: pyt
             assert isolator.run_source("import sys; 'app_module_of_mine' in sys.modules").value is True
     finally:
         del sys.modules["app_module_of_mine"]
+
+
+@pytest.mark.parametrize("plant", ["link", "linked folder", "fifo", "endless"])
+def test_what_somebody_has_put_into_the_folder(folder: Path, tmp_path: Path, plant: str) -> None:
+    """A child that may write to a folder of modules reads nothing of the host's that way, and holds nobody."""
+    (tmp_path / "outside").mkdir()
+    write(tmp_path, "outside/sub.py", "VALUE = 'of the host'\n")
+    if plant == "link":
+        (folder / "planted.py").symlink_to(tmp_path / "secret.py")
+    elif plant == "linked folder":
+        (folder / "planted").symlink_to(tmp_path / "outside")
+    elif plant == "fifo":
+        os.mkfifo(folder / "planted.py")
+    else:
+        os.truncate(os.open(folder / "planted.py", os.O_CREAT | os.O_RDWR), 1 << 40)
+    module = "planted.sub" if plant == "linked folder" else "planted"
+    with ProcessIsolator.create(modules=[folder]) as isolator:
+        with pytest.raises(ImportError):
+            isolator.invoke(get, module, "VALUE", timeout=10)
+        assert isolator.invoke(get, "helper", "VALUE") == 42
+
+
+def test_links_within_the_folder_are_followed(folder: Path) -> None:
+    (folder / "other.py").symlink_to("helper.py")
+    (folder.parent / "way").symlink_to(folder)
+    with ProcessIsolator.create(modules=[folder.parent / "way"]) as isolator:
+        assert isolator.invoke(get, "other", "VALUE") == 42
 
 
 @pytest.mark.parametrize("name", ["../secret", "..secret", "/etc/passwd", "a/b", "a..b", "", "a\0b", ".", "x" * 2000])

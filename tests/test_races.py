@@ -39,6 +39,7 @@ from pisupervisor import (
     ProcessIsolator,
     RestartLimitReached,
     RestartPolicy,
+    Security,
 )
 from pisupervisor.launch import zygote as zygote_module
 from pisupervisor.limits import freezer
@@ -50,6 +51,7 @@ pytestmark = linux
 CRASH = "import os; os._exit(3)"
 PATIENT = RestartPolicy(backoff=5.0, max_backoff=5.0)
 QUICK = RestartPolicy(backoff=0.0)
+LARGE_PIPES = Security(seccomp=None)  # every packaged filter denies F_SETPIPE_SZ
 
 
 def crash(isolator: ProcessIsolator) -> None:
@@ -387,7 +389,7 @@ def _flood() -> None:
 
 def test_a_pipe_full_of_empty_lines_at_death_is_bounded() -> None:
     events = IsolationEvents(stdout=lambda event: None)
-    with ProcessIsolator.create(events=events, restart=QUICK) as isolator:
+    with ProcessIsolator.create(events=events, restart=QUICK, security=LARGE_PIPES) as isolator:
         with pytest.raises(ChildTerminated):
             within(3, lambda: isolator.invoke(_fill_with_nothing))
         assert within(3, lambda: isolator.invoke(len, "abc")) == 3
@@ -409,7 +411,8 @@ def _fill_with_nothing() -> None:
 def test_the_last_lines_of_a_pipe_that_was_made_larger() -> None:
     seen: list[str] = []
     with ProcessIsolator.create(
-        events=IsolationEvents(stdout=lambda event: (time.sleep(0.0005), seen.append(event.line)))
+        events=IsolationEvents(stdout=lambda event: (time.sleep(0.0005), seen.append(event.line))),
+        security=LARGE_PIPES,
     ) as isolator:
         with pytest.raises(ChildTerminated):
             isolator.invoke(_fill_a_large_pipe)

@@ -97,7 +97,8 @@ CASES: list[tuple[Any, ...]] = [
     *[("mknodat", (0, 0, mode), EPERM) for mode in (0o020600, 0o060600, 0o104755, 0o030000, 0o120777)],
     ("mknod", (0, 0o020600), EPERM),
     ("mknod", (0, 0o010600), ALLOW, EPERM, ALLOW),
-    *[("fcntl", (3, command), ALLOW) for command in (0, 1, 2, 3, 4, 1030, 1031, 1032, 1033, 1034)],
+    *[("fcntl", (3, command), ALLOW) for command in (0, 1, 2, 3, 4, 1030, 1032, 1033, 1034)],
+    *[("fcntl", (fd, command), EPERM) for fd in (1, 2, 9) for command in (1031, HIGH | 1031)],  # F_SETPIPE_SZ
     *[("fcntl", (3, command), ALLOW, EPERM, ALLOW) for command in (5, F_SETLK, 7, F_SETLEASE, 36, F_OFD_SETLK, 38)],
     ("fcntl", (3, HIGH | F_SETLK), ALLOW, EPERM, ALLOW),
     ("flock", (3, 2), ALLOW, EPERM, ALLOW),
@@ -698,7 +699,8 @@ def test_kernel_and_evaluator_agree(confined: Any, programs: dict[str, bytes]) -
         ("unshare", (0x10000000,)), ("clone", (0x10000011, 0, 0, 0, 0)), ("clone3", (0, 0)), ("ptrace", (-1, 0, 0, 0)),
         ("keyctl", (-1, 0, 0)), ("bpf", (-1, 0, 0)), ("io_uring_setup", (0, 0)), ("mount", (0, 0, 0, 0, 0)),
         ("socket", (16, 3, 0)), ("socket", (40, 1, 0)), ("ioctl", (-1, 0x5412, 0)), ("ioctl", (-1, HIGH | 0x5412, 0)),
-        ("personality", (0x40000,)), ("fchmod", (-1, 0o4755)), ("fcntl", (-1, 6, 0)), ("flock", (-1, 2)),
+        ("personality", (0x40000,)), ("fchmod", (-1, 0o4755)), ("fcntl", (-1, 6, 0)), ("fcntl", (-1, 1031, 0)),
+        ("flock", (-1, 2)),
         ("setpriority", (0, 0, -20)), ("openat2", (-1, 0, 0, 0)), ("statmount", (0, 0, 0, 0)),
     ]  # fmt: skip
     lines = "".join(f"    print(call({number(name)}, *{args}))\n" for name, args in calls)

@@ -40,10 +40,13 @@ class Capture:
             os.set_inheritable(null, True)
 
 
-def redirect(fds: list[int]) -> None:
-    """Stdout and stderr to the given two, or stderr alone to the given one, and those closed."""
-    for target, fd in zip((1, 2)[-len(fds) :], fds):
-        os.dup2(fd, target)
+def redirect(fds: list[int], wanted: int) -> None:
+    """Stdout and stderr to the given two, or stderr alone to the given one, and those closed. Where fewer came than were sent
+    (the kernel hands over as many as there is room for), nobody can tell which: all goes to nowhere then, as before.
+    """
+    for target, fd in zip((1, 2)[-wanted:], fds):
+        if len(fds) == wanted:
+            os.dup2(fd, target)
         os.close(fd)
 
 

@@ -113,9 +113,9 @@ class Worker:
         """Do what one frame says. Also while user code waits for the host: see ``callbacks``."""
         kind, ident, body = frame
         if kind == wire.CALL:
-            self.drop_released()
             if callbacks.host is not None:
                 callbacks.host.call_id = ident
+            self.drop_released()
             answer = self.answer(_pickle.loads(body), self.link.take_fds)
             if os.getpid() != self.own_pid:
                 os._exit(0)  # user code forked and let the copy return: only the original may answer
@@ -123,7 +123,7 @@ class Worker:
         elif kind == wire.CODE:
             self.library.add(_pickle.loads(body))
         elif kind == wire.STDIO:
-            redirect(self.link.take_fds())
+            redirect(self.link.take_fds(), body[0])
         elif kind == wire.RELEASE:
             self.released += struct.unpack(f"<{len(body) // 8}Q", body)
         elif kind == wire.EXIT:

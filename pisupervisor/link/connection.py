@@ -127,7 +127,7 @@ class Connection:
         stdio = self._outputs[-1].writers if self._outputs else self._stdio
         if self._displaced and stdio and at_once:
             self._displaced = False
-            self.send(wire.STDIO, b"\0", stdio, deadline)
+            self.send(wire.STDIO, bytes((len(stdio),)), stdio, deadline)
 
     def _release(self, deadline: float | None) -> None:
         if self.released:
