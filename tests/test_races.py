@@ -45,6 +45,7 @@ from pisupervisor.launch import zygote as zygote_module
 from pisupervisor.limits import freezer
 from pisupervisor.supervise import child as child_module
 from pisupervisor.supervise.child import Child
+from pisupervisor.supervise.keeper import FirstCall
 
 pytestmark = linux
 
@@ -121,7 +122,8 @@ def test_a_stop_ends_a_launch_under_way(act: str) -> None:
         crash(isolator)
         from pisupervisor.link.calls import pack_call
 
-        isolator._keeper.on_start = pack_call("function", False, isolator._packer.function(_slow_start, (), {}))
+        slow = pack_call("function", False, isolator._packer.function(_slow_start, (), {}))
+        isolator._keeper.first_calls = [FirstCall("on_start", slow)]
         errors: list[BaseException] = []
 
         def call() -> None:
