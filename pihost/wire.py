@@ -9,14 +9,17 @@
       | CALL    id n, what to run ---------->|
       | <---------------- CALLBACK, CALLBACK_RAW  id m, a name and arguments: for a function of the host
       | ANSWER  id m ----------------------->|   before it, other calls may be made and answered in turn
+      | <------------------------- ROOM    id n, bytes needed: for a big answer that has no arena to lie in
+      | ANSWER  id n, number and size ------>|   an arena's descriptor rides on it; or a single byte: there is none
       | EXIT    id n ----------------------->|   (no answer but the end: exit handlers run, the exit code is 0)
       | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
-      | <------------------------- one of RESULT, PICKLED, STREAM, RAISED, REFUSED  id n, the (last part of the) answer
+      | <------------------------- one of RESULT, MAPPED, PICKLED, STREAM, RAISED, REFUSED  id n, the (last part of the) answer
 
+Descriptors ride on the body of OUTPUT, STDIO, CALL and ANSWER, and on nothing that a child sends.
 A frame is a 16-byte header (magic, version, kind, id, length; little endian) and ``length`` bytes, 1 at the least.
 Host to child the body is a pickle: the host is trusted. Child to host it is never one, unless the caller asked for
-``results="pickle"`` (PICKLED): RESULT is a packed value (see ``pack_value``), STREAM the number of a generator, RAISED
-and REFUSED are JSON.
+``results="pickle"`` (PICKLED): RESULT is a packed value (see ``pack_value``), MAPPED one whose buffers lie in an arena
+(see ``place``), STREAM the number of a generator, RAISED and REFUSED are JSON.
 """
 
 from __future__ import annotations
@@ -36,9 +39,18 @@ MAX_BUFFERS = 1000  #: binary buffers beside the text of one value
 
 CODE, CALL, OUTPUT, EXIT, STDIO, RELEASE, ANSWER = 1, 2, 3, 4, 5, 6, 7
 READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM = 64, 65, 66, 67, 68, 69, 70, 71, 72
-FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM))
+MAPPED, ROOM = 73, 74
+FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM, MAPPED, ROOM))
+
+# An arena is memory that both sides see, made and sealed by the host. Its first byte says who has it: FREE means the
+# side that writes, LENT the side that reads. What is in it begins after ARENA_HEADER, in order, aligned to ARENA_ALIGN.
+ARENA_HEADER, ARENA_ALIGN = 4096, 64
+FREE, LENT = 0, 1
+BIG = 1 << 17  #: bytes; what is smaller goes over the socket
+MAX_DESCRIPTORS = 64  #: with one call
 
 _COUNTS = struct.Struct("<II")
+_NUMBER = struct.Struct("<Q")
 
 
 class BadFrame(ValueError):
@@ -89,3 +101,34 @@ def unpack_value(body: bytes) -> tuple[bytes, list[memoryview]]:
         buffers.append(view[position : position + length])
         position += length
     return text, buffers
+
+
+def place(lengths: list[int]) -> tuple[list[int], int]:
+    """(where each region begins, where the last one ends) in an arena. Both sides count: nobody sends an offset."""
+    position, starts = ARENA_HEADER, []
+    for length in lengths:
+        starts.append(position)
+        position += -(-length // ARENA_ALIGN) * ARENA_ALIGN
+    return starts, position
+
+
+def pack_mapped(number: int, text: bytes, lengths: list[int]) -> list[bytes]:
+    """The parts of a value whose buffers lie in the arena ``number``."""
+    return [
+        _NUMBER.pack(number),
+        _COUNTS.pack(len(text), len(lengths)),
+        struct.pack(f"<{len(lengths)}Q", *lengths),
+        text,
+    ]
+
+
+def unpack_mapped(body: bytes) -> tuple[int, bytes, list[int]]:
+    """(arena, text, lengths of the buffers in it). Raises BadFrame where the body is not exactly that."""
+    start = _NUMBER.size + _COUNTS.size
+    if len(body) < start:
+        raise BadFrame("a mapped value without its counts")
+    text_length, count = _COUNTS.unpack_from(body, _NUMBER.size)
+    if count > MAX_BUFFERS or start + 8 * count + text_length != len(body):
+        raise BadFrame("a mapped value whose parts do not fill it")
+    lengths = struct.unpack_from(f"<{count}Q", body, start)
+    return _NUMBER.unpack_from(body)[0], body[start + 8 * count :], list(lengths)

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pisupervisor.isolator import ProcessIsolator as ProcessIsolator, Template as Template
     from pisupervisor.launch.seccomp import SeccompProfile as SeccompProfile
     from pisupervisor.limits.cpuset import CpuSet as CpuSet
+    from pisupervisor.link.descriptors import Descriptor as Descriptor
     from pisupervisor.objects import (
         IsolatedMethod as IsolatedMethod,
         IsolatedObject as IsolatedObject,
@@ -99,6 +100,7 @@ _HOMES = {
     "futures": ("CallCancelled", "IsolationFuture"),
     "isolator": ("ProcessIsolator", "Template"),
     "launch.seccomp": ("SeccompProfile",),
+    "link.descriptors": ("Descriptor",),
     "limits.cpuset": ("CpuSet",),
     "objects": ("IsolatedMethod", "IsolatedObject", "IsolatedStream"),
     "options": ("Filesystem", "IoLimit", "IsolationOptions", "Limits", "RestartPolicy", "Security"),

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import inspect
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -107,6 +107,10 @@ class AsyncProcessIsolator:
     def unregister_callback(self, name: str) -> None:
         """See ``ProcessIsolator.unregister_callback``."""
         self._isolator.unregister_callback(name)
+
+    def shared_array(self, shape: int | Sequence[int], dtype: Any = "float64") -> Any:
+        """See ``ProcessIsolator.shared_array``."""
+        return self._isolator.shared_array(shape, dtype)
 
     # --- life -------------------------------------------------------------------------------------------------
 

@@ -100,7 +100,7 @@ def lesson(types: Sequence[TypeCodec], results: Any, packer: Packer, reader: Cod
     entries = [
         (codec.name, _reference(codec.type, reader, codes), _reference(codec.encode, reader, codes)) for codec in types
     ]
-    return packer.arguments((entries, None if isinstance(results, str) else results), {}), codes
+    return packer.plain_arguments((entries, None if isinstance(results, str) else results), {}), codes
 
 
 def _reference(part: Any, reader: CodeReader, codes: list[Code]) -> Any:

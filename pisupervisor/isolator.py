@@ -111,7 +111,7 @@ class ProcessIsolator:
             raise
         self._session = Session(self._keeper)
         modules = _modules(options)
-        self._packer = Packer(options, self._keeper.present_template, modules)
+        self._packer = Packer(options, self._keeper.present_template, modules, self.id)
         self._callbacks = Callbacks(
             self._packer.plain_value, options.callback_rate, modules, self._keeper.reader,
             None if options.callback_bytes is None else int(options.callback_bytes),
@@ -257,6 +257,19 @@ class ProcessIsolator:
         self._code(path, target)  # what is missing here is better said now
         return IsolatedMethod(self, path, target)
 
+    def shared_array(self, shape: int | Sequence[int], dtype: Any = "float64") -> Any:
+        """A numpy array of zeros whose memory this process and the isolator's children both see. As an argument it costs the
+        same whatever its size, and so does any view of it; results are copies. Every later child sees it too.
+
+        It lives as long as something refers to it, here or there, also after ``close()``, when nobody else sees it any
+        more. The child may write to it at any moment: copy what must not change between check and use, and above all what
+        is used as an index. Raises OptionsError for what is no shape or no dtype of numbers, bool or times.
+        """
+        self._keeper.check_open()
+        from pisupervisor import shared
+
+        return shared.shared_array(self.id, shape, dtype, self._keeper.release)
+
     def object_count(self) -> int:
         """How many objects and streams live in the child for the sake of a handle here."""
         from pisupervisor.link.calls import is_number
@@ -350,7 +363,7 @@ class ProcessIsolator:
             packed = tuple((code.key, pack_code(code)) for code in codes)
             calls.append(FirstCall("types", pack_call("learn", False, arguments), packed))
         if options.on_start is not None:
-            payload = self._packer.function(options.on_start, (), {})
+            payload = self._packer.plain_function(options.on_start)
             calls.append(FirstCall("on_start", pack_call("function", False, payload)))
         return calls
 

@@ -186,6 +186,8 @@ class IsolationOptions:
     results              "data": what comes back can never run code in the host; "pickle": the caller trusts the child; or a
                          Serializer of the caller's own, who trusts that with the child's bytes
     types                TypeCodec entries: objects of the caller's own types that may come back beside plain data
+    zero_copy            results that are big arrays are used where the child has put them, and can still write: for those
+                         who trust the child; the default is a copy
     degrade              names of protections that may be missing (see PROTECTIONS); ``applied`` then says so
     start_timeout        seconds for create(), None waits without end
     call_timeout         default for calls that give no ``timeout``
@@ -214,6 +216,7 @@ class IsolationOptions:
     modules: Sequence[str | os.PathLike[str] | Callable[[str], str | bytes | None]] = ()
     results: Literal["data", "pickle"] | Serializer = "data"
     types: Sequence[TypeCodec] = ()
+    zero_copy: bool = False
     degrade: Sequence[str] = ()
     start_timeout: float | None = 30.0
     call_timeout: float | None = None
@@ -262,7 +265,7 @@ class IsolationOptions:
 
 _PARTS: tuple[tuple[str, type], ...] = (
     ("limits", Limits), ("filesystem", Filesystem), ("security", Security), ("restart", RestartPolicy), ("debug", bool),
-    ("die_on_crash", bool),
+    ("die_on_crash", bool), ("zero_copy", bool),
 )  # fmt: skip
 
 

@@ -51,6 +51,10 @@ class Host:
         answer: bytes = self._ask(wire.CALLBACK_RAW, wire.pack_value(dump(str(name)), list(parts)))
         return answer
 
+    def ask_for_room(self, size: int) -> tuple[bytes, list[int]]:
+        """What the host says, and the descriptors that ride on it."""
+        return self._ask(wire.ROOM, [size.to_bytes(8, "little")]), self._link.take_fds()
+
     def _ask(self, kind: int, parts: list[Any]) -> Any:
         if self._owner != (os.getpid(), _thread.get_ident()):
             raise RuntimeError("the host can be called only by the thread that runs the call, and in no fork of it")
@@ -65,7 +69,7 @@ class Host:
             if frame is None:
                 os._exit(0)  # the host is gone, and so are we in a moment
             if frame[0] == wire.ANSWER and frame[1] == own:
-                return _understand(frame[2])
+                return frame[2] if kind == wire.ROOM else _understand(frame[2])
             self._serve_one(frame)
             self.call_id = own
 

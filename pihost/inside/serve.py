@@ -10,7 +10,7 @@ import os
 import struct
 
 from pihost import wire
-from pihost.inside import awaiting, callbacks, encode, objects, raised, resolve, run, taught
+from pihost.inside import arenas, attached, awaiting, callbacks, encode, objects, raised, resolve, run, taught
 from pihost.inside.capture import Capture, redirect
 from pihost.jsontext import dump
 
@@ -19,7 +19,7 @@ if False:  # typing costs 5 ms, and only a type checker reads this
     from typing import Any
 
 _BUFFER = 1 << 16
-_FD_SPACE = _socket.CMSG_SPACE(2 * 4)
+_FD_SPACE = _socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
 _HIDDEN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen importlib")
 
 
@@ -106,6 +106,7 @@ class Worker:
         self.own_pid = os.getpid()
         self.loop = awaiting.Loop()
         self.released: list[int] = []
+        self.output: list[int] = []
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
 
@@ -115,11 +116,15 @@ class Worker:
         if kind == wire.CALL:
             if callbacks.host is not None:
                 callbacks.host.call_id = ident
-            self.drop_released()
-            answer = self.answer(_pickle.loads(body), self.link.take_fds)
+            call = _pickle.loads(body)
+            with attached.Call(call, self.link.take_fds()):
+                self.drop_released()
+                answer = self.answer(call)
             if os.getpid() != self.own_pid:
                 os._exit(0)  # user code forked and let the copy return: only the original may answer
             self.link.send(answer[0], ident, answer[1])
+        elif kind == wire.OUTPUT:
+            self.output = self.link.take_fds()
         elif kind == wire.CODE:
             self.library.add(_pickle.loads(body))
         elif kind == wire.STDIO:
@@ -133,15 +138,20 @@ class Worker:
     def drop_released(self) -> None:
         """Only when a call has been read whole: what ends with an object may call the host, which then listens."""
         numbers, self.released = self.released, []
+        attached.forget(numbers)
         for value in objects.kept.release(numbers):
             self.loop.end(value)
 
-    def answer(self, call: tuple[Any, ...], take_fds: Callable[[], list[int]]) -> tuple[int, list[bytes]]:
+    def take_output(self) -> list[int]:
+        pipes, self.output = self.output, []
+        return pipes
+
+    def answer(self, call: tuple[Any, ...]) -> tuple[int, list[bytes]]:
         """(kind, parts) of the reply to one call. Whatever user code does is an answer too."""
         verb, capture, arguments = call[0], call[1], call[2:]
         try:
             if capture:
-                with Capture(take_fds()):
+                with Capture(self.take_output()):
                     value = self.loop.complete(VERBS[verb](self, *arguments))
             else:
                 value = self.loop.complete(VERBS[verb](self, *arguments))
@@ -167,12 +177,15 @@ class Worker:
         if self.limits["pickle"]:
             return wire.PICKLED, [_pickle.dumps(value, 5)]
         text, buffers = encode.encode(value, self.limits["result"])
-        return wire.RESULT, wire.pack_value(text, buffers)
+        return arenas.ship(text, buffers)
 
     def call_method(self, key: str, target: str, arguments: bytes) -> object:
         function = self.library.callable_for(key, target)
         args, kwargs = load(arguments)
         return function(*args, **kwargs)
+
+    def add_arena(self, number: int, size: int, kept: bool, dropped: list[int]) -> bool:
+        return arenas.arguments.add(attached.take(0), number, size, kept, dropped)
 
     def call_function(self, arguments: bytes) -> object:
         function, args, kwargs = load(arguments)
@@ -233,6 +246,7 @@ VERBS: dict[str, Callable[..., object]] = {
     "next": Worker.next_item,
     "count objects": Worker.count_objects,
     "learn": Worker.learn,
+    "arena": Worker.add_arena,
 }
 OF_USERS = frozenset(("method", "function", "source", "on object", "apply"))  # whose values are the user's own
 
@@ -241,9 +255,10 @@ class Unloadable(Exception):
     """Arguments or a closure that cannot be rebuilt here, most often for a module this child may not import."""
 
 
-def load(data: bytes) -> Any:
+def load(arguments: Any) -> Any:
+    """Arguments, or a function and its arguments: a pickle, or one with what came beside it."""
     try:
-        return _pickle.loads(data)
+        return _pickle.loads(arguments) if type(arguments) is bytes else attached.load(*arguments)
     except objects.Released:
         raise
     except Exception as error:

@@ -7,7 +7,6 @@ the rest of the application's own code by value. Nothing of cloudpickle's global
 from __future__ import annotations
 
 import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +19,8 @@ from pisupervisor.errors import ObjectReleased, SerializationError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    NewSheet = Callable[[], Any]  # makes what one pickle is written to: see ``InBand``
 
 PROTOCOL = 5  # Python 3.8 and later load it
 Importable = Callable[[str], bool]
@@ -82,15 +83,22 @@ def dump_call(
     ``importable`` says which modules the child has (default: the standard library). Raises SerializationError, with
     direction "to child", for what cannot travel.
     """
-    importable = importable or _stdlib_only
+    written, by_value = write_call(InBand, args, kwargs, importable or _stdlib_only, python_minor_matches)
+    return written.payload(), by_value
+
+
+def write_call(
+    new: NewSheet, args: tuple[Any, ...], kwargs: dict[str, Any], importable: Importable, python_minor_matches: bool
+) -> tuple[Any, bool]:
+    """The same written to a sheet that ``new`` makes; ``Attachments`` take what is better not in the pickle."""
     try:
-        return _dump_plain((args, kwargs), importable), False
-    except ObjectReleased:
+        return _dump_plain((args, kwargs), importable, new), False
+    except (ObjectReleased, SerializationError):
         raise
     except Exception as error:  # our signal, or what pickle and the values' own __reduce__ raise
         if not python_minor_matches:
-            raise _refusal(_dump_plain, importable, _labelled(args, kwargs), error) from error
-    return _dump_by_value((args, kwargs), importable, lambda: _labelled(args, kwargs)), True
+            raise _refusal(_dump_plain, importable, new, _labelled(args, kwargs), error) from error
+    return _dump_by_value((args, kwargs), importable, new, lambda: _labelled(args, kwargs)), True
 
 
 def dump_function(
@@ -100,7 +108,35 @@ def dump_function(
 
     Functions, classes and modules that the child cannot import travel by value. Raises SerializationError as above.
     """
-    return _dump_by_value((fn, args, kwargs), importable, lambda: [*_labelled_function(fn), *_labelled(args, kwargs)])
+    data: bytes = write_function(InBand, fn, args, kwargs, importable).payload()
+    return data
+
+
+def write_function(
+    new: NewSheet, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], importable: Importable
+) -> Any:
+    """The same written to a sheet that ``new`` makes."""
+
+    def labelled() -> list[tuple[str, Any]]:
+        return [*_labelled_function(fn), *_labelled(args, kwargs)]
+
+    return _dump_by_value((fn, args, kwargs), importable, new, labelled)
+
+
+class InBand:
+    """What a pickler writes to, where all has to be in the pickle."""
+
+    buffer = None  # pickle's buffer_callback
+
+    def __init__(self) -> None:
+        self.parts: list[bytes] = []
+        self.write = self.parts.append
+
+    def reduce(self, _obj: Any) -> Any:
+        return NotImplemented
+
+    def payload(self) -> bytes:
+        return b"".join(self.parts)
 
 
 class _NeedsCode(Exception):
@@ -113,20 +149,22 @@ class _NeedsCode(Exception):
 class _PlainPickler(pickle.Pickler):
     """The C pickler; ``reducer_override`` is asked only for what is not a builtin value, so plain data stays fast."""
 
-    def __init__(self, file: io.BytesIO, importable: Importable) -> None:
-        super().__init__(file, PROTOCOL)
-        self.importable = importable
+    def __init__(self, sheet: Any, importable: Importable) -> None:
+        super().__init__(sheet, PROTOCOL, buffer_callback=sheet.buffer)
+        self.sheet, self.importable = sheet, importable
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, _CODE) and not self.importable(_module_of(obj)):
+        if not isinstance(obj, _CODE):
+            return self.sheet.reduce(obj)
+        if not self.importable(_module_of(obj)):
             raise _NeedsCode
         return NotImplemented
 
 
-def _dump_plain(value: Any, importable: Importable) -> bytes:
-    file = io.BytesIO()
-    _PlainPickler(file, importable).dump(value)
-    return file.getvalue()
+def _dump_plain(value: Any, importable: Importable, new: NewSheet) -> Any:
+    sheet = new()
+    _PlainPickler(sheet, importable).dump(value)
+    return sheet
 
 
 def _module_of(obj: Any) -> str:
@@ -140,15 +178,19 @@ def _value_pickler() -> Any:
     import cloudpickle
 
     class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
-        def __init__(self, file: io.BytesIO, importable: Importable, registered: list[ModuleType]) -> None:
-            super().__init__(file, PROTOCOL)
-            self.importable, self.registered = importable, registered
+        def __init__(self, sheet: Any, importable: Importable, registered: list[ModuleType]) -> None:
+            super().__init__(sheet, PROTOCOL, buffer_callback=sheet.buffer)
+            self.sheet, self.importable, self.registered = sheet, importable, registered
 
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, _CODE):
                 self.claim(_module_of(obj))
             elif (type(obj).__module__, type(obj).__name__[-4:]) == ("msgspec._core", "Info"):
                 return type(None), ()  # what ``returns=`` made msgspec keep on the class; each side makes its own
+            else:
+                reduced = self.sheet.reduce(obj)
+                if reduced is not NotImplemented:
+                    return reduced
             return super().reducer_override(obj)
 
         def claim(self, name: str) -> None:
@@ -178,27 +220,29 @@ def _is_compiled(top: str) -> bool:
     return any(str(getattr(module, "__file__", None)).endswith(tuple(EXTENSION_SUFFIXES)) for module in own)
 
 
-def _dump_by_value(value: Any, importable: Importable, labelled: Callable[[], list[tuple[str, Any]]]) -> bytes:
+def _dump_by_value(
+    value: Any, importable: Importable, new: NewSheet, labelled: Callable[[], list[tuple[str, Any]]]
+) -> Any:
     try:
-        return _dump_registered(value, importable)
-    except ObjectReleased:
+        return _dump_registered(value, importable, new)
+    except (ObjectReleased, SerializationError):
         raise
     except Exception as error:  # pickle raises whatever the values' own __reduce__ raises
-        raise _refusal(_dump_registered, importable, labelled(), error) from error
+        raise _refusal(_dump_registered, importable, new, labelled(), error) from error
 
 
-def _dump_registered(value: Any, importable: Importable) -> bytes:
+def _dump_registered(value: Any, importable: Importable, new: NewSheet) -> Any:
     import cloudpickle
 
     registered: list[ModuleType] = []
-    file = io.BytesIO()
+    sheet = new()
     with _registry_lock:
         try:
-            _value_pickler()(file, importable, registered).dump(value)
+            _value_pickler()(sheet, importable, registered).dump(value)
         finally:
             for module in registered:
                 cloudpickle.unregister_pickle_by_value(module)
-    return file.getvalue()
+    return sheet
 
 
 def _labelled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -230,13 +274,14 @@ def _content(cell: CellType) -> list[Any]:
 
 
 def _refusal(
-    dump: Callable[[Any, Importable], bytes], importable: Importable, labelled: list[tuple[str, Any]], error: Exception
-) -> SerializationError:
+    dump: Callable[[Any, Importable, NewSheet], Any], importable: Importable, new: NewSheet,
+    labelled: list[tuple[str, Any]], error: Exception,
+) -> SerializationError:  # fmt: skip
     """The error that names the first part which does not travel on its own."""
     what, why = "the call as a whole", str(error)
     for label, value in labelled:
         try:
-            dump(value, importable)
+            dump(value, importable, new)
         except Exception as own:  # its text alone is kept: the error's traceback holds this frame
             what, why = f"{label} (<{type(value).__module__}.{type(value).__qualname__}>)", str(own)
             break

@@ -9,17 +9,29 @@ from typing import Any
 from pisupervisor.errors import ProtocolError, SerializationError
 
 MAX_DIMENSIONS = 64
+_PLAIN_KINDS = "iufcmM"  # of these any bytes are a value
 _DTYPE = re.compile(r"[<>|]([biufcSU]\d{1,9}|[mM]8(\[(\d{1,9})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)", re.ASCII)
 
 
 def build_array(dtype_text: str, shape: list[Any], data: bytes | memoryview) -> Any:
-    """A writable numpy array that owns its memory. ProtocolError where type, shape and bytes do not fit exactly."""
+    """A writable numpy array, with memory of its own unless ``zero_copy`` was asked for. ProtocolError where type, shape
+    and bytes do not fit exactly.
+    """
     dtype = _dtype(dtype_text)
     if len(shape) > MAX_DIMENSIONS or not all(type(length) is int and 0 <= length < 1 << 62 for length in shape):
         raise ProtocolError("an array of an impossible shape")
     if dtype.itemsize == 0 or math.prod(shape) * dtype.itemsize != len(data):
         raise ProtocolError(f"an array of {len(data)} bytes that says {dtype_text} {shape}"[:200])
+    if isinstance(data, memoryview) and not data.readonly and dtype.kind in _PLAIN_KINDS:
+        return _in_place(dtype, shape, data)
     return _filled(dtype, shape, data)
+
+
+def _in_place(dtype: Any, shape: list[int], data: memoryview) -> Any:
+    """Memory that the child can still write to is handed over writable where the caller has asked for just that."""
+    import numpy
+
+    return numpy.frombuffer(data, dtype).reshape(shape)
 
 
 def build_scalar(dtype_text: str, data: bytes | memoryview) -> Any:

@@ -19,10 +19,14 @@ from pisupervisor.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
+    from pisupervisor.link.arenas import Arenas
+    from pisupervisor.link.descriptors import Passed
     from pisupervisor.link.reader import Reader
     from pisupervisor.link.sources import Code
+    from pisupervisor.shared import SharedMemory
 
 _MAX_REPORT = 1 << 20  # bytes; an honest one has at most 72 KiB of text, escaped to six times that
 _IMPORT_HINT = "what the child may import is what was given: name the folder in import_paths=[...] or modules=[...]"
@@ -38,27 +42,56 @@ def pack_code(code: Code) -> bytes:
     return pickle.dumps(code.payload(), 5)
 
 
-def unpack_answer(answer: Answer, reader: Reader, returns: Any = None) -> Any:
+class Payload(NamedTuple):
+    """Pickled arguments with attachments: the pickle in pieces, its size in bytes, and what does not travel in it."""
+
+    pickle: tuple[bytes, ...]
+    size: int
+    buffers: tuple[memoryview, ...]
+    files: tuple[Passed, ...]
+    shared: tuple[SharedMemory, ...]
+
+
+class Attached(NamedTuple):
+    """A call with such arguments. Its body depends on the child that gets it, so it is made for each try."""
+
+    verb: str
+    capture: bool
+    arguments: tuple[Any, ...]
+    payload: Payload
+
+
+def body_of(verb: str, capture: bool, arguments: tuple[Any, ...]) -> bytes | Attached:
+    for part in arguments:
+        if type(part) is Payload:
+            return Attached(verb, capture, arguments, part)
+    return pack_call(verb, capture, *arguments)
+
+
+def unpack_answer(
+    answer: Answer, reader: Reader, returns: Any = None, arenas: Callable[[], Arenas] | None = None
+) -> Any:
     """The value of an answer, or its error raised: what user code raised, what was not found, what is not data.
 
     Raises ProtocolError for what no honest child sends.
     """
-    if answer.kind == wire.RESULT and not reader.pickled:
-        from pisupervisor.link.serializer import build, decode
+    from pisupervisor.link.serializer import build, decode, load_pickled
 
+    if answer.kind == wire.RESULT and not reader.pickled:
         try:
             text, buffers = wire.unpack_value(answer.body)
         except wire.BadFrame as error:
             raise ProtocolError(f"the child sent {error}") from None
         value = decode(text, buffers, reader=reader)
         return value if returns is None else build(value, returns)
+    if answer.kind == wire.MAPPED and not reader.pickled and arenas is not None:
+        value = _mapped(answer.body, arenas(), reader)
+        return value if returns is None else build(value, returns)
     if answer.kind == wire.STREAM:
         if len(answer.body) != 8:
             raise ProtocolError("a stream without a number")
         return int.from_bytes(answer.body, "little")
     if answer.kind == wire.PICKLED and reader.pickled:
-        from pisupervisor.link.serializer import load_pickled
-
         return load_pickled(answer.body)
     if answer.kind == wire.RAISED:
         from pisupervisor.link.remote_errors import remote_error
@@ -67,6 +100,17 @@ def unpack_answer(answer: Answer, reader: Reader, returns: Any = None) -> Any:
     if answer.kind == wire.REFUSED:
         raise refusal(_mapping(answer.body))
     raise ProtocolError(f"an answer of kind {answer.kind} was not asked for")
+
+
+def _mapped(body: bytes, arenas: Arenas, reader: Reader) -> Any:
+    from pisupervisor.link.serializer import decode
+
+    try:
+        text, buffers = arenas.read(body)
+        return decode(text, buffers, reader=reader)
+    finally:
+        buffers = []  # whatever is still referred to after this is what the value is made of
+        arenas.sweep()
 
 
 class StreamTypes(NamedTuple):

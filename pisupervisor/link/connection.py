@@ -21,6 +21,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pisupervisor.link.arenas import Arenas
+
     Answerer = Callable[[int, bytes], bytes]
 
 
@@ -50,7 +52,7 @@ class Connection:
 
     def __init__(
         self, link: _socket.socket, largest: int, stdio: tuple[int, ...] = (), answer: Answerer | None = None,
-        is_over: Callable[[], bool] | None = None,
+        is_over: Callable[[], bool] | None = None, make_arenas: Callable[[], Arenas] | None = None,
     ) -> None:  # fmt: skip
         self.link = link
         self._is_over = is_over or _never
@@ -65,7 +67,21 @@ class Connection:
         self._stdio, self._displaced = stdio, False
         self._pending = bytearray()
         self.sent: set[str] = set()  # keys of the code that the child has
+        self._make_arenas = make_arenas
+        self._arenas: Arenas | None = None
         self.written = (b"", b"", False)  # by the last call whose output was asked for: stdout, stderr, truncated
+
+    def arenas(self) -> Arenas:
+        """The memory that both sides see, made when it is first needed."""
+        if self._arenas is None:
+            from pisupervisor.link.arenas import Arenas
+
+            self._arenas = self._make_arenas() if self._make_arenas is not None else Arenas(0, 0, False)
+        return self._arenas
+
+    def forget_arenas(self) -> None:
+        """The child is gone. Handles may keep this connection, and results that were lent keep their own memory."""
+        self._arenas = None
 
     def send(
         self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None, ident: int = 0
@@ -79,7 +95,9 @@ class Connection:
             if fds:
                 self.link.sendall(header)
                 rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
-                self.link.sendmsg([body], [rights])
+                sent = self.link.sendmsg([body], [rights])
+                if sent < len(body):
+                    self.link.sendall(memoryview(body)[sent:])
             else:
                 self.link.sendall(header + body if len(body) < _READ else header)
                 if len(body) >= _READ:
@@ -90,27 +108,32 @@ class Connection:
             raise LinkClosed from error
         return ident
 
-    def call(self, body: bytes, deadline: float | None = None, output: int | None = None) -> Answer:
+    def call(
+        self, body: bytes, deadline: float | None = None, output: int | None = None, fds: tuple[int, ...] = ()
+    ) -> Answer:
         """Send a call and wait for its answer. ``output``: bytes to keep of each of stdout and stderr, None for neither.
+        ``fds`` ride on it.
 
         Raises LinkClosed, DeadlinePassed (the child is then in an unknown state: kill it) or ProtocolError (likewise).
         """
         nested, self._depth = self._depth > 0, self._depth + 1
         try:
-            return self._call(body, deadline, output, nested)
+            return self._call(body, deadline, output, nested, fds)
         finally:
             self._depth -= 1
 
-    def _call(self, body: bytes, deadline: float | None, output: int | None, nested: bool) -> Answer:
+    def _call(
+        self, body: bytes, deadline: float | None, output: int | None, nested: bool, fds: tuple[int, ...]
+    ) -> Answer:
         self._release(deadline)
         if output is None:
             self.restore_stdio(deadline)
-            return self._receive(self.send(wire.CALL, body, deadline=deadline), deadline)
+            return self._receive(self.send(wire.CALL, body, fds, deadline), deadline)
         with _Output(output) as captured:
             self._outputs.append(captured)
             self.send(wire.OUTPUT, b"\0", captured.writers, deadline)
             try:
-                answer = self._receive(self.send(wire.CALL, body, deadline=deadline), deadline)
+                answer = self._receive(self.send(wire.CALL, body, fds, deadline), deadline)
             finally:
                 captured.drain()
                 self.written = (captured.text(0), captured.text(1), captured.truncated)
@@ -135,17 +158,21 @@ class Connection:
             self.send(wire.RELEASE, struct.pack(f"<{len(numbers)}Q", *numbers), deadline=deadline)
 
     def _receive(self, ident: int, deadline: float | None) -> Answer:
-        whole, pieces = bytearray(), 0
+        whole, pieces, asked = bytearray(), 0, False
         most = self.largest // wire.PIECE_SIZE + wire.MAX_BUFFERS + 8  # an honest child begins a piece for each part
         while True:
             kind, answered, body = self._frame(deadline, self._outputs[-1] if self._outputs else None)
             if kind in (wire.CALLBACK, wire.CALLBACK_RAW) and answered == ident:
                 self._callback(kind, answered, body, deadline)
                 continue
+            if kind == wire.ROOM and answered == ident and not asked:
+                asked = True
+                self._give_room(answered, body, deadline)
+                continue
             if answered != ident:
                 raise ProtocolError(f"an answer to call {answered}, where {ident} is the one under way")
-            if kind == wire.READY:
-                raise ProtocolError("ready said twice")
+            if kind in (wire.READY, wire.ROOM):
+                raise ProtocolError("ready said twice" if kind == wire.READY else "room asked for twice")
             if len(whole) + len(body) > self.largest:
                 raise ProtocolError(f"an answer of more than {self.largest} bytes")
             if kind != wire.PIECE:
@@ -162,6 +189,16 @@ class Connection:
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlinePassed
         self.send(wire.ANSWER, answer, deadline=deadline, ident=ident)
+
+    def _give_room(self, ident: int, body: bytes, deadline: float | None) -> None:
+        if len(body) != 8:
+            raise ProtocolError("room asked for without a size")
+        answer, arena = self.arenas().room(int.from_bytes(body, "little"))
+        try:
+            self.send(wire.ANSWER, answer, () if arena is None else (arena.fd,), deadline, ident)
+        finally:
+            if arena is not None:
+                arena.close_fd()
 
     def _frame(self, deadline: float | None, captured: _Output | None) -> tuple[int, int, bytes]:
         """The next whole frame. The time for one runs from its first byte, so that a slow writer cannot hold a caller."""

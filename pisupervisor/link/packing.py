@@ -13,29 +13,41 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pisupervisor.launch.templates import Template
+    from pisupervisor.link.calls import Payload
     from pisupervisor.modules import Modules
 
 
 class Packer:
-    """``template()`` tells which interpreter the children run on; it raises IsolatorClosed when there will be none."""
+    """``owner`` is the isolator's id. ``template()`` tells which interpreter the children run on; it raises IsolatorClosed
+    when there will be none.
+    """
 
     def __init__(
-        self, options: IsolationOptions, template: Callable[[], Template], modules: Modules | None = None
+        self,
+        options: IsolationOptions,
+        template: Callable[[], Template],
+        modules: Modules | None = None,
+        owner: int = 0,
     ) -> None:
-        self._options, self._template, self._modules = options, template, modules
+        self._options, self._template, self._modules, self._owner = options, template, modules, owner
         self._known_importable: Callable[[str], bool] | None = None
+        self._new: Callable[[], Any] | None = None
 
-    def arguments(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
+    def arguments(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes | Payload:
         """Raises SerializationError."""
-        from pisupervisor.link.arguments import dump_call
-
-        same = self._template().interpreter.version == sys.version_info[:2]
-        payload, needs_cloudpickle = dump_call(args, keywords, importable=self._importable(), python_minor_matches=same)
-        if needs_cloudpickle:
-            self._need_cloudpickle()
+        payload: bytes | Payload = self._arguments(self._attachments(), args, keywords).payload()
         return payload
 
-    def value(self, value: Any) -> bytes:
+    def _arguments(self, new: Callable[[], Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        from pisupervisor.link.arguments import write_call
+
+        same = self._template().interpreter.version == sys.version_info[:2]
+        written, needs_cloudpickle = write_call(new, args, keywords, self._importable(), same)
+        if needs_cloudpickle:
+            self._need_cloudpickle()
+        return written
+
+    def value(self, value: Any) -> bytes | Payload:
         """One value, as arguments of which it is the only one."""
         return self.arguments((value,), {})
 
@@ -45,14 +57,32 @@ class Packer:
 
         return dump_call((value,), {}, importable=self._importable(), python_minor_matches=False)[0]
 
-    def function(self, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
+    def function(
+        self, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> bytes | Payload:
         """Raises OptionsError for what is no function, SerializationError for what cannot travel."""
-        from pisupervisor.link.arguments import dump_function
+        from pisupervisor.link.arguments import write_function
 
         if not callable(function):
             raise OptionsError(f"expected a function, not {function!r}; for a file use invoke_method(path, target)")
         self._need_cloudpickle()
-        return dump_function(function, args, keywords, self._importable())
+        written = write_function(self._attachments(), function, args, keywords, self._importable())
+        payload: bytes | Payload = written.payload()
+        return payload
+
+    def plain_arguments(self, args: tuple[Any, ...], keywords: dict[str, Any]) -> bytes:
+        """Arguments as bytes, whatever is in them: for what every new child gets, whichever that is."""
+        from pisupervisor.link.arguments import InBand
+
+        payload: bytes = self._arguments(InBand, args, keywords).payload()
+        return payload
+
+    def plain_function(self, function: Callable[..., Any]) -> bytes:
+        """A function without arguments likewise."""
+        from pisupervisor.link.arguments import dump_function
+
+        self._need_cloudpickle()
+        return dump_function(function, (), {}, self._importable())
 
     def _importable(self) -> Callable[[str], bool]:
         """Whether the child can import a module by name; what it cannot travels by value."""
@@ -64,6 +94,16 @@ class Packer:
             modules = self._modules
             self._known_importable = known if modules is None else lambda name: known(name) or modules.has(name)
         return self._known_importable
+
+    def _attachments(self) -> Callable[[], Any]:
+        """Makes what takes the parts that do not travel in a pickle."""
+        if self._new is None:
+            from functools import partial
+
+            from pisupervisor.link.attachments import Attachments
+
+            self._new = partial(Attachments, self._owner, self._options.network == "host")
+        return self._new
 
     def _need_cloudpickle(self) -> None:
         template = self._template()

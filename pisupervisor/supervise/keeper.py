@@ -25,6 +25,7 @@ from pisupervisor.supervise.turn import Turn
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pisupervisor.link.arenas import Arenas
     from pisupervisor.link.connection import Answerer
     from pisupervisor.supervise.lifecycle import Event, State
 
@@ -123,7 +124,7 @@ class Keeper:
         try:
             child = self._launch(None if until == _NEVER else until)
             connection = Connection(
-                child.link, int(self.options.limits.result), child.stdio(), self.answer, child.is_over
+                child.link, int(self.options.limits.result), child.stdio(), self.answer, child.is_over, self._arenas
             )
             self._begin(child, connection, None if until == _NEVER else until)
             self._adopt(child, connection, stops)
@@ -136,6 +137,17 @@ class Keeper:
             )
             sys.stderr.write(line)
             sys.stderr.flush()
+
+    def release(self, number: int) -> None:
+        """The child, if there is one, keeps what has this number no longer; told with the next call."""
+        connection = self.connection
+        if connection is not None and os.getpid() == self.owner:
+            connection.released.append(number)
+
+    def _arenas(self) -> Arenas:
+        from pisupervisor.link.arenas import arenas_for
+
+        return arenas_for(self.options)
 
     def _launch(self, deadline: float | None) -> Child:
         template = self.template
@@ -184,7 +196,7 @@ class Keeper:
                 connection.send(wire.CODE, code, deadline=deadline)
                 connection.sent.add(key)
             answer = connection.call(first.body, deadline)
-            unpack_answer(answer, self.reader)
+            unpack_answer(answer, self.reader, arenas=connection.arenas)
             if answer.kind == wire.STREAM:
                 raise OptionsError("it is a generator, which nobody would run")
         except DeadlinePassed:
@@ -242,6 +254,8 @@ class Keeper:
             if self.child is not child:
                 return info
             self.crashed = self.state != "stopping" and restart.is_crash(info, in_call=self.in_call)
+            if self.connection is not None:
+                self.connection.forget_arenas()
             self.child = self.connection = None
             self.last_exit, self.last_pid = info, child.pid
             crash = self._add_crash() if self.crashed and not self.closed.is_set() else 0

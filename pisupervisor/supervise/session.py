@@ -14,7 +14,7 @@ from pisupervisor.errors import (
     ProtocolError,
     SerializationError,
 )
-from pisupervisor.link.calls import pack_call, pack_code, unpack_answer
+from pisupervisor.link.calls import Attached, body_of, pack_code, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.sources import Code
 from pisupervisor.options import check_timeout
@@ -51,7 +51,7 @@ class Call(NamedTuple):
     ``streams`` whether it may be a generator.
     """
 
-    body: bytes
+    body: bytes | Attached
     code: Code | None
     limit: float | None
     deadline: float | None
@@ -82,7 +82,7 @@ class Session:
         """
         limit = self.options.call_timeout if timeout is None else check_timeout(timeout)
         deadline = None if limit is None else time.monotonic() + limit
-        body = pack_call(verb, capture, *arguments)
+        body = body_of(verb, capture, arguments)
         call = Call(body, code, limit, deadline, capture, returns, only_on, check, streams)
         if self.keeper.turn.is_mine():
             return self._call_from_callback(call)
@@ -130,7 +130,7 @@ class Session:
         try:
             before = child.meter.usage() if call.capture else _NOT_ASKED
             answer = self._exchange(call, child, connection)
-            value = self._value(answer, call)
+            value = self._value(answer, call, connection)
             return Outcome(value, answer, before, child.meter.usage() if call.capture else _NOT_ASKED, connection)
         except DeadlinePassed:
             message = f"the call was still running after {call.limit:g} s"
@@ -156,13 +156,24 @@ class Session:
                 connection.send(wire.CODE, pack_code(code), deadline=call.deadline)
                 connection.sent.add(code.key)
             kept = int(self.options.limits.output) if call.capture else None
-            answer = connection.call(call.body, call.deadline, kept)
+            answer = self._send(call, connection, kept)
         finally:
             self._under_way.pop()
         if self._under_way:
             connection.written = outer_wrote
         if answer.truncated:
             self.keeper.teller.output_limit(child)
+        return answer
+
+    def _send(self, call: Call, connection: Connection, kept: int | None) -> Answer:
+        if isinstance(call.body, bytes):
+            return connection.call(call.body, call.deadline, kept)
+        from pisupervisor.link import attachments
+
+        body, fds = attachments.send(call.body, connection, call.deadline)
+        answer = connection.call(body, call.deadline, kept, fds)
+        if answer.kind != wire.REFUSED:
+            connection.arenas().shared.update(memory.number for memory in call.body.payload.shared)
         return answer
 
     def _enter_call(self, child: Child) -> None:
@@ -178,10 +189,10 @@ class Session:
             keeper.enter_locked("call")
         child.meter.begin_call()
 
-    def _value(self, answer: Answer, call: Call) -> Any:
+    def _value(self, answer: Answer, call: Call, connection: Connection) -> Any:
         """Raises ProtocolError for a value that no honest child gives to such a call."""
         try:
-            value = unpack_answer(answer, self.keeper.reader, call.returns)
+            value = unpack_answer(answer, self.keeper.reader, call.returns, connection.arenas)
             if answer.kind == wire.STREAM and not call.streams:
                 if call.returns is None:
                     raise ProtocolError("a generator, where there can be none")

@@ -1,0 +1,154 @@
+"""Memory that the host made, and that both sides see: arguments come in arenas of one kind, results go out in the other.
+
+An array among the arguments is the arena's memory, not a copy. The arena is given back when nothing here refers to it
+any more, be that after the call or after many: until then the host writes into others.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pihost import wire
+from pihost.inside import callbacks
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import mmap
+    from typing import Any
+
+_CHUNK = 8 << 20  # bytes copied at once: other threads get their turn in between
+
+
+def open_map(fd: int, size: int) -> mmap.mmap:
+    """Memory of the host's, shared; the descriptor is closed (the map has a copy of its own)."""
+    import mmap  # a small C module, but most children never need it
+
+    try:
+        return mmap.mmap(fd, size)
+    finally:
+        os.close(fd)
+
+
+class Arena:
+    """One that arguments come in. Views of the map, and arrays built on them, are references to it that can be counted."""
+
+    def __init__(self, fd: int, size: int, kept: bool) -> None:
+        self.area, self.kept = open_map(fd, size), kept  # no name but this one refers to the map
+        self._idle = self._references()
+
+    def _references(self) -> int:
+        return sys.getrefcount(self.area)
+
+    def is_idle(self) -> bool:
+        return self._references() <= self._idle
+
+
+class Arguments:
+    """The arenas that arguments come in."""
+
+    def __init__(self) -> None:
+        self._arenas: dict[int, Arena] = {}  # those that are kept, and those of calls that have not loaded theirs
+        self._lent: dict[int, Arena] = {}
+
+    @property
+    def any_lent(self) -> bool:
+        return bool(self._lent)
+
+    def add(self, fd: int, number: int, size: int, kept: bool, dropped: list[int]) -> bool:
+        """Take one from the host, and let others go. False where that cannot be, for want of descriptors or room."""
+        for other in dropped:
+            self._arenas.pop(other, None)
+        try:
+            # Whoever touches a page first pays for it: here, so that the child's own limit counts it.
+            os.posix_fallocate(fd, 0, size)
+            self._arenas[number] = Arena(fd, size, kept)
+        except (OSError, ValueError, ImportError):
+            return False
+        return True
+
+    def views(self, number: int, lengths: list[int]) -> list[memoryview]:
+        """What the host has put into an arena. The views, and what is built on them, keep it from being given back."""
+        arena = self._arenas[number]
+        starts, _end = wire.place(lengths)
+        whole = memoryview(arena.area)
+        views = [whole[start : start + length] for start, length in zip(starts, lengths)]
+        self._viewed(number, arena)
+        return views
+
+    def _viewed(self, number: int, arena: Arena) -> None:
+        if arena.kept:
+            self._lent[number] = arena
+        else:
+            del self._arenas[number]
+
+    def give_back(self, own: list[int]) -> None:
+        """Those that nothing refers to any more. After each call, with what came for it, be it loaded or not."""
+        for number in own:
+            if number in self._arenas:
+                self._viewed(number, self._arenas[number])
+        for number, arena in list(self._lent.items()):
+            if arena.is_idle():
+                del self._lent[number]
+                arena.area[0] = wire.FREE
+
+
+class Results:
+    """The arenas that results go out in. The host is asked for one when a result needs it, and may refuse."""
+
+    def __init__(self) -> None:
+        self._maps: dict[int, mmap.mmap] = {}
+
+    def room(self, size: int) -> tuple[int, mmap.mmap] | None:
+        """An arena of at least ``size`` bytes that the host does not read from, marked as lent."""
+        fitting = [
+            (len(area), number) for number, area in self._maps.items() if len(area) >= size and area[0] == wire.FREE
+        ]
+        number = min(fitting)[1] if fitting else self._ask(size)
+        if number is None:
+            return None
+        area = self._maps[number]
+        area[0] = wire.LENT
+        return number, area
+
+    def _ask(self, size: int) -> int | None:
+        try:
+            said, fds = callbacks.host.ask_for_room(size)  # type: ignore[union-attr]
+        except Exception:  # this is not the thread that speaks with the host
+            return None
+        if len(said) < 16:
+            return None
+        number, length, *dropped = (int.from_bytes(said[at : at + 8], "little") for at in range(0, len(said), 8))
+        for other in dropped:
+            self._maps.pop(other, None)
+        if number in self._maps:
+            return number  # given back meanwhile
+        try:
+            self._maps[number] = open_map(fds[0], length)
+        except (LookupError, OSError, ValueError, ImportError):  # no descriptor, no room for the map
+            return None
+        return number
+
+
+def ship(text: bytes, buffers: list[Any]) -> tuple[int, list[Any]]:
+    """(kind, parts) of the answer with this value: through an arena where that is worth it and the host has one."""
+    lengths = [memoryview(buffer).nbytes for buffer in buffers]
+    if sum(lengths) >= wire.BIG:
+        starts, end = wire.place(lengths)
+        found = results.room(end)
+        if found is not None:
+            number, area = found
+            with memoryview(area) as target:
+                for start, buffer in zip(starts, buffers):
+                    _copy(target, start, memoryview(buffer).cast("B"))
+            return wire.MAPPED, wire.pack_mapped(number, text, lengths)
+    return wire.RESULT, wire.pack_value(text, buffers)
+
+
+def _copy(target: memoryview, start: int, source: memoryview) -> None:
+    for at in range(0, source.nbytes, _CHUNK):
+        piece = source[at : at + _CHUNK]
+        target[start + at : start + at + piece.nbytes] = piece
+
+
+arguments, results = Arguments(), Results()  # one child, one table of each

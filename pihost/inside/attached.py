@@ -1,0 +1,119 @@
+"""What comes with a call beside its pickle: descriptors, big buffers, and memory that is shared for good."""
+
+from __future__ import annotations
+
+import _pickle
+import _thread
+import os
+
+from pihost.inside import arenas
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import mmap
+    from collections.abc import Iterable
+    from typing import Any
+
+_call = _thread._local()  # ``fds``: of the call that this thread works on, None where one was taken
+_shared: dict[int, mmap.mmap] = {}  # by the host's number, for as long as the host has the array
+
+
+class Call:
+    """``with Call(call, fds):`` what came with a call belongs to it while it runs. What nobody took is closed after it.
+
+    Each element of ``call`` is plain, or a tuple as ``load`` takes it.
+    """
+
+    def __init__(self, call: tuple[Any, ...], fds: list[int]) -> None:
+        self._fds: list[int | None] = list(fds)
+        self._parts = [part for part in call if type(part) is tuple]
+        for part in self._parts:
+            _take_shared(self._fds, part[3])
+
+    def __enter__(self) -> None:
+        self._outer = getattr(_call, "fds", ())
+        _call.fds = self._fds
+
+    def __exit__(self, *_error: object) -> None:
+        _call.fds = self._outer
+        for fd in self._fds:
+            if fd is not None:
+                os.close(fd)
+        if self._parts or arenas.arguments.any_lent:
+            arenas.arguments.give_back([part[1] for part in self._parts])
+
+
+def _take_shared(fds: list[int | None], shared: list[tuple[int, int, int]]) -> None:
+    """Memory that comes for the first time. What cannot be mapped is missed when it is used."""
+    for index, number, size in shared:
+        fd = fds[index] if index < len(fds) else None
+        if fd is not None and number not in _shared:
+            fds[index] = None
+            try:
+                _shared[number] = arenas.open_map(fd, size)
+            except (OSError, ValueError, ImportError):
+                continue
+
+
+def take(index: int) -> int:
+    """A descriptor that came with the call; it belongs to the caller from now on."""
+    fds = _call.fds
+    if index >= len(fds):  # the kernel hands over as many as there is room for
+        raise OSError(24, "Too many open files in the child: not all that came with the call could be taken")
+    fd, fds[index] = fds[index], None
+    if fd is None:
+        raise ValueError("a descriptor that was taken before")
+    return fd  # type: ignore[no-any-return]
+
+
+def load(data: bytes | None, arena: int | None, regions: list[Any], _shared: list[tuple[int, int, int]]) -> Any:
+    """Unpickle arguments. ``regions``: lengths of what lies in the arena, or where there is none the bytes themselves; the
+    first is the pickle where ``data`` is None. ``_shared``: see ``_take_shared``.
+    """
+    views = regions if arena is None else arenas.arguments.views(arena, regions)
+    return _pickle.loads(views[0], buffers=views[1:]) if data is None else _pickle.loads(data, buffers=views)
+
+
+def forget(numbers: Iterable[int]) -> None:
+    """The host has no such arrays any more. Their memory goes with the last of what refers to it here."""
+    if _shared:
+        for number in numbers:
+            _shared.pop(number, None)
+
+
+# --- what pickles name -----------------------------------------------------------------------------------------------
+
+
+def memory(buffer: Any, form: str, shape: tuple[int, ...]) -> memoryview:
+    """A memoryview among the arguments."""
+    view = memoryview(buffer).cast("B")
+    return view if form == "B" and len(shape) == 1 else view.cast(form, shape)  # type: ignore[call-overload]
+
+
+def shared(number: int) -> mmap.mmap:
+    """The memory of a shared array."""
+    if number not in _shared:
+        raise OSError(24, "Too many open files in the child, or no room for the map: a shared array cannot be seen")
+    return _shared[number]
+
+
+def file(index: int, mode: str, text: tuple[Any, ...] | None, buffered: bool) -> Any:
+    """An open file or a pipe, as it was in the host. ``text``: encoding, errors, newline, line_buffering, write_through."""
+    import io
+
+    fd = take(index)
+    try:
+        opened = io.open(fd, mode + "b", -1 if buffered else 0)  # noqa: SIM115, UP020 - it belongs to the caller
+    except BaseException:
+        os.close(fd)
+        raise
+    return opened if text is None else io.TextIOWrapper(opened, *text)
+
+
+def socket(index: int, timeout: float | None) -> Any:
+    """A socket, as it was in the host."""
+    import socket
+
+    taken = socket.socket(fileno=take(index))
+    taken.settimeout(timeout)
+    return taken

@@ -1,0 +1,123 @@
+"""What of a call's arguments does not travel in their pickle: big buffers, open files, arrays that both sides see."""
+
+from __future__ import annotations
+
+from _pickle import PickleBuffer  # not pickle: that imports re
+
+from pihost import wire
+from pisupervisor.errors import SerializationError
+from pisupervisor.link.calls import pack_call, unpack_answer
+from pisupervisor.link.reader import DATA
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pisupervisor.link.arenas import Arena, Arenas
+    from pisupervisor.link.calls import Attached, Payload
+    from pisupervisor.link.connection import Connection
+    from pisupervisor.link.descriptors import Passed
+    from pisupervisor.shared import SharedMemory
+
+
+_SHARED = frozenset(("numpy", "pisupervisor.shared"))  # where classes of shared arrays are
+
+
+class Attachments:
+    """Collects them while one pickle is written. ``parts`` are that pickle's pieces; large bytes in it are not copied."""
+
+    def __init__(self, isolator: int, networked: bool) -> None:
+        self.isolator, self.networked = isolator, networked
+        self.parts: list[bytes] = []
+        self.write = self.parts.append  # what a pickler asks of a file
+        self.buffers: list[memoryview] = []
+        self.files: list[Passed] = []
+        self.shared: dict[int, SharedMemory] = {}
+
+    def buffer(self, buffer: PickleBuffer) -> bool:
+        """pickle's ``buffer_callback``: whether it stays in the pickle."""
+        raw = buffer.raw()
+        if raw.nbytes < wire.BIG:
+            return True
+        self.buffers.append(raw)
+        return False
+
+    def reduce(self, obj: Any) -> Any:
+        """How ``obj`` is pickled, NotImplemented for all that is nothing special."""
+        kind = type(obj)
+        if kind is memoryview:
+            return _reduce_memoryview(obj)
+        if kind.__module__ in _SHARED:
+            from pisupervisor import shared
+
+            return shared.reduce(obj, self.shared, self.isolator)
+        if getattr(kind, "fileno", None) is not None:
+            from pisupervisor.link import descriptors
+
+            return descriptors.reduce(obj, self.files, self.networked)
+        return NotImplemented
+
+    def payload(self) -> bytes | Payload:
+        """What was written, as bytes where that is all there is to it."""
+        size = sum(memoryview(part).nbytes for part in self.parts)  # a small buffer comes as it is
+        if size < wire.BIG and not (self.buffers or self.files or self.shared):
+            return b"".join(self.parts)
+        from pisupervisor.link.calls import Payload
+
+        return Payload(tuple(self.parts), size, tuple(self.buffers), tuple(self.files), tuple(self.shared.values()))
+
+
+def _reduce_memoryview(view: memoryview) -> Any:
+    from pihost.inside.attached import memory  # by name: the child has the other end
+
+    if not view.c_contiguous or len(view.format) != 1:
+        why = f"a memoryview of format {view.format!r} that is not one piece of memory" if len(view.format) == 1 else (
+            f"a memoryview of format {view.format!r}"
+        )  # fmt: skip
+        raise SerializationError(f"{why} cannot be sent; send bytes(...) of it", direction="to child")
+    return memory, (PickleBuffer(view.cast("B")), view.format, view.shape)
+
+
+def send(call: Attached, connection: Connection, deadline: float | None) -> tuple[bytes, tuple[int, ...]]:
+    """(body, descriptors) of a call whose arguments have attachments, with all that is big where the child finds it."""
+    payload, arenas = call.payload, connection.arenas()
+    regions: list[Any] = [[buffer] for buffer in payload.buffers]
+    lengths = [buffer.nbytes for buffer in payload.buffers]
+    data = None
+    if payload.size >= wire.BIG:
+        regions, lengths = [payload.pickle, *regions], [payload.size, *lengths]
+    else:
+        data = b"".join(payload.pickle)
+    arena = _fill(arenas, connection, regions, lengths, deadline) if regions else None
+    fds = [file.fd for file in payload.files]
+    shared = []
+    for memory in payload.shared:
+        if memory.number not in arenas.shared:
+            shared.append((len(fds), memory.number, memory.length))
+            fds.append(memory.fd)
+    if len(fds) > wire.MAX_DESCRIPTORS:
+        message = f"{len(fds)} descriptors with one call ({wire.MAX_DESCRIPTORS} are allowed)"
+        raise SerializationError(message, direction="to child")
+    where: list[Any] = [b"".join(region) for region in regions] if arena is None else lengths
+    packed = (data, None if arena is None else arena.number, where, shared)
+    arguments = [packed if part is payload else part for part in call.arguments]
+    return pack_call(call.verb, call.capture, *arguments), tuple(fds)
+
+
+def _fill(
+    arenas: Arenas, connection: Connection, regions: list[Any], lengths: list[int], deadline: float | None
+) -> Arena | None:
+    """The arena that they are in now, None where the child cannot take one: they are part of the call then."""
+    starts, end = wire.place(lengths)
+    arena, choice = arenas.take(end)
+    if choice.reuse is None:
+        body = pack_call("arena", False, arena.number, arena.size, choice.keep, [*choice.drop])
+        try:
+            answer = connection.call(body, deadline, fds=(arena.fd,))
+        finally:
+            arena.close_fd()
+        if unpack_answer(answer, DATA) is not True:
+            arenas.refused(arena)
+            return None
+    arena.write(regions, starts)
+    return arena
