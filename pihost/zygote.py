@@ -4,7 +4,9 @@
       | TemplatePlan ------------------> |  (twice: once for each stage)
       | <-------------- {"failed": step, "errno": n, "detail": text}   only where it cannot become one
       | ChildPlan + fds ---------------> |  fds: link, status, output, then the groups to join
-      | bytes that begin with IMPORT --> |  modules to keep warm for the next children
+      | WHEN_IDLE + ChildPlan + fds -> |  the same, for a child that nobody waits for yet
+      | HURRY ------------------------> |  now somebody does
+      | IMPORT + names ---------------> |  modules to keep warm for the next children
     on the child's status socket, host <-- zygote or PID 1:
       {"launched": pid} + pidfd   {"failed": ...}   {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
 
@@ -25,7 +27,7 @@ import struct
 import sys
 
 from pihost import confine, init, syscalls, wire
-from pihost.inside import serve
+from pihost.inside import rehearsal, serve
 from pihost.jsontext import dump
 from pihost.plan import ChildPlan, PlanError, TemplatePlan
 from pihost.root import StepFailed, await_plan, write_proc
@@ -33,16 +35,13 @@ from pihost.root import StepFailed, await_plan, write_proc
 if False:  # typing costs 5 ms, and only a type checker reads this
     from typing import Any
 
-IMPORT = b"import "
+IMPORT, WHEN_IDLE, HURRY = b"import ", b"when idle ", b"hurry"
 _MAX_FDS = 16
 _MAX_MESSAGE = 1 << 20
 _DEBUG = 10
-#: imported while nobody waits, so that children find them there. Not cloudpickle: it brings logging, whose fork hooks
-#: cost every child 0.35 ms; a host that sends closures asks for it (IMPORT).
-_WHEN_IDLE = ("pickle", "socket", "json", "traceback", "ast")
 _FREE_NETWORKS = 16
 _IDLE_AFTER = 3  # ms without a request
-_IMPORT_AFTER = 30  # the first child starts and answers in less: on a busy machine imports would take its time
+_FIRST_IDLE_AFTER = 30  # the first child starts and answers in less, and shall have the machine to itself
 
 
 def main(control: int, host: int) -> None:
@@ -100,7 +99,10 @@ class Zygote:
         self.control, self.host, self.plan = control, host, plan
         self.own_pidfd = os.pidfd_open(os.getpid())
         self.children: dict[int, tuple[_socket.socket, int]] = {}  # PID 1's pidfd -> status socket, network
-        self.idle_imports = list(_WHEN_IDLE)
+        self.idle_work = rehearsal.pieces(settle)
+        self.is_warm = False
+        self.launches = 0
+        self.postponed: tuple[bytes, list[int]] | None = None
         self.network = -1  # namespace that the next child will inherit; -1: none is ready
         self.free_networks: list[int] = []
         self.network_failed = False
@@ -110,11 +112,7 @@ class Zygote:
 
     def serve(self) -> None:
         while True:
-            if self.network < 0 and not self.network_failed:
-                patience: int | None = _IDLE_AFTER if self.idle_imports else 0
-            else:
-                patience = _IMPORT_AFTER if self.idle_imports else None
-            ready = self.poll.poll(patience)
+            ready = self.poll.poll(self.patience())
             if not ready:
                 self.use_idle_time()
             for fd, _events in ready:
@@ -125,15 +123,27 @@ class Zygote:
                 else:
                     self.report_end(fd)
 
-    def use_idle_time(self) -> None:
-        """The next child's network namespace first (0.4 ms that it then need not wait for), then imports."""
+    def patience(self) -> int | None:
+        """How many ms without a request are time to use; None: there is nothing to do."""
+        if self.postponed is not None:
+            return _IDLE_AFTER
         if self.network < 0 and not self.network_failed:
+            return 0 if self.is_warm else _IDLE_AFTER
+        if self.is_warm:
+            return None
+        return _IDLE_AFTER if self.launches > 1 else _FIRST_IDLE_AFTER
+
+    def use_idle_time(self) -> None:
+        """The child that nobody waits for, the next one's network namespace (0.4 ms), then what makes us warm."""
+        if self.postponed is not None:
+            self.launch_postponed()
+        elif self.network < 0 and not self.network_failed:
             try:
                 self.enter_network()
             except OSError:
                 self.network_failed = True  # the next launch tries again, and says why it cannot
-        elif self.idle_imports:
-            self.keep_warm([self.idle_imports.pop(0)])
+        else:
+            self.is_warm = next(self.idle_work, True)
 
     def enter_network(self) -> None:
         """A network namespace for the next child, which inherits it and, from its own user namespace, has no rights
@@ -168,23 +178,27 @@ class Zygote:
         if flags & _socket.MSG_CTRUNC:  # no room for all of them here: the host sees its sockets close
             for fd in fds:
                 os.close(fd)
+        elif data.startswith(WHEN_IDLE):
+            self.launch_postponed()
+            self.postponed = data[len(WHEN_IDLE) :], fds
+        elif data == HURRY:
+            self.launch_postponed()
         elif data.startswith(IMPORT):
-            self.keep_warm(data[len(IMPORT) :].decode().split())
+            rehearsal.keep(data[len(IMPORT) :].decode().split())
+            settle()
         else:
             self.launch(data, fds)
 
-    def keep_warm(self, names: list[str]) -> None:
-        for name in names:
-            try:
-                __import__(name)
-            except ImportError:
-                continue
-        settle()
+    def launch_postponed(self) -> None:
+        postponed, self.postponed = self.postponed, None
+        if postponed is not None:
+            self.launch(*postponed)
 
     def log(self, text: str) -> None:
         os.write(2, f"pihost[{os.getpid()}] DEBUG {text}\n".encode())
 
     def launch(self, data: bytes, fds: list[int]) -> None:
+        self.launches += 1
         link, status_fd, *others = fds
         status = _socket.socket(fileno=status_fd)
         go = say_go = -1

@@ -38,7 +38,7 @@ _defaults: dict[str | None, IsolationOptions] = {}
 
 
 class Template:
-    """Keeps the zygote for ``options`` warm while it is open, whether or not an isolator is.
+    """Keeps the zygote for ``options`` warm while it is open, whether or not an isolator is, and a child of it ready.
 
     Without one, the zygote lives from the first isolator with equal options to the last; a program that creates and
     closes isolators one after another pays its start (about 30 ms) each time.
@@ -47,6 +47,9 @@ class Template:
     def __init__(self, options: IsolationOptions | None = None, **changes: Any) -> None:
         self.options = _options(options, changes)
         self._template: templates.Template | None = acquire(self.options)
+        from pisupervisor.supervise import spare
+
+        spare.prepare(self._template, self.options)
 
     def create(self) -> ProcessIsolator:
         """A new isolator from this template."""

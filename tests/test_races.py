@@ -196,7 +196,7 @@ def test_a_fork_that_holds_the_childs_end_of_the_link(monkeypatch: pytest.Monkey
     held: list[int] = []
     original = zygote_module.Zygote.launch
 
-    def launch(self: Any, plan: Any, fds: list[int]) -> None:
+    def launch(self: Any, plan: Any, fds: list[int], **more: Any) -> None:
         held.append(os.dup(fds[0]))
         original(self, plan, fds)
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from helpers import descendants, in_fork, nothing_left, state_of, wait_until, zygote_of
+from helpers import descendants, in_fork, nothing_left, parent_of, state_of, wait_until, zygote_of
 
 from pisupervisor import (
     Filesystem,
@@ -125,18 +125,52 @@ def _seconds_to_create(options: IsolationOptions) -> float:
 
 def spare_of(template: Template) -> int:
     """How many processes wait in the template: PID 1 and payload of a spare child are two."""
+    return len(descendants(zygote_under(template)))
+
+
+def zygote_under(template: Template) -> int:
     assert template._template is not None
-    return len(descendants(template._template.zygote.pid))
+    return template._template.zygote.pid
 
 
 def test_a_spare_child_waits_while_a_template_is_open() -> None:
+    """From the first moment on, and again after a close."""
     with nothing_left(), Template() as template:
-        assert spare_of(template) == 0, "nothing is made ahead before anybody came"
-        template.create().close()
-        assert wait_until(lambda: spare_of(template) == 2)
-        with template.create() as isolator:
-            assert isolator.run_source("1").value == 1
-            assert spare_of(template) == 2, "it was the spare one that was handed out"
+        for _ in range(3):
+            assert wait_until(lambda: spare_of(template) == 2)
+            [payload] = [pid for pid in descendants(zygote_under(template)) if parent_of(pid) != zygote_under(template)]
+            with template.create() as isolator:
+                assert isolator.pid == payload
+                assert isolator.run_source("1").value == 1
+
+
+def test_who_opens_one_after_the_other_finds_the_next_ready() -> None:
+    """Without closing any: the zygote launches it as soon as nobody wants anything."""
+    with nothing_left(), ProcessIsolator.create() as first, ProcessIsolator.create() as second:
+        zygote = zygote_of(first)
+        known = set(descendants(zygote))
+        assert wait_until(lambda: len(set(descendants(zygote)) - known) == 2)
+        with ProcessIsolator.create() as third:
+            assert third.pid in set(descendants(zygote)) - known
+            assert len({first.pid, second.pid, third.pid}) == 3
+
+
+def test_who_does_not_wait_for_the_spare_gets_it_at_once() -> None:
+    """It is still to be launched when it is wanted."""
+    with nothing_left(), Template() as template:
+        isolators = [template.create() for _ in range(6)]
+        assert [isolator.run_source("6 * 7").value for isolator in isolators] == [42] * 6
+        assert len({isolator.pid for isolator in isolators}) == 6
+        for isolator in isolators:
+            isolator.close()
+
+
+def test_a_single_isolator_has_no_spare() -> None:
+    with nothing_left(), ProcessIsolator.create() as only:
+        only.restart()
+        only.restart()
+        time.sleep(0.1)
+        assert len(descendants(zygote_of(only))) == 2
 
 
 def test_there_is_one_at_the_most() -> None:

@@ -46,6 +46,10 @@ class Library:
         if payload[0] not in self._units:
             self._units[payload[0]] = Unit(payload)
 
+    def close(self) -> None:
+        """Take its modules out of the interpreter."""
+        self._importer.remove()
+
     def unit(self, key: str) -> Unit:
         """The code that was added under ``key``. Raises NotFound."""
         if key not in self._units:

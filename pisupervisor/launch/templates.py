@@ -37,6 +37,7 @@ class Template:
         self.users = 0
         self.closed = False
         self.spare: Spare | None = None  # a child made ready while nobody waited; see supervise.spare
+        self.opened_last = False  # whether the last that happened is that an isolator opened
         self.reader: Any = None  # the isolators' CodeReader
         self.ids: IdBlock | None = None
         self._warmed = False

@@ -80,17 +80,26 @@ class Zygote:
                 ) from None
             # else it has ended already, and the first launch will say why
 
-    def launch(self, plan: ChildPlan, fds: list[int]) -> None:
-        """Ask for a child. ``fds``: its end of the link, of the status socket, then its groups' ``tasks`` files."""
+    def launch(self, plan: ChildPlan, fds: list[int], *, when_idle: bool = False) -> None:
+        """Ask for a child. ``fds``: its end of the link, of the status socket, then its groups' ``tasks`` files.
+        ``when_idle``: nobody waits for it, until ``hurry``.
+        """
         if os.getpid() != self.owner:
             raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
         try:
             rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
-            self.control.sendmsg([plan.dump()], [rights])
+            self.control.sendmsg([b"when idle ", plan.dump()] if when_idle else [plan.dump()], [rights])
         except TimeoutError:
             raise LaunchError("the zygote takes no requests", step="start_timeout", remedy="is it stopped?") from None
         except OSError as error:
             raise self.explain_end(error.errno) from error
+
+    def hurry(self) -> None:
+        """Somebody waits for the child that was to be launched when there is time. Best effort: it is launched anyway."""
+        try:
+            self.control.send(b"hurry")
+        except OSError:
+            pass
 
     def warm(self, modules: list[str]) -> None:
         """Have ``modules`` imported for the children to come. Best effort."""

@@ -71,11 +71,17 @@ class Child:
 
     # --- launch -----------------------------------------------------------------------------------------------
 
-    def request(self, without: tuple[str, ...] = ()) -> None:
-        """The first half: make the group, hand the plan to the zygote, do not wait."""
+    def request(self, without: tuple[str, ...] = (), *, when_idle: bool = False) -> None:
+        """The first half: make the group, hand the plan to the zygote, do not wait. ``when_idle``: see ``hurry``."""
+        self._when_idle = when_idle
         with self._undone_on_failure():
             self._request(without)
         self.requesting = False
+
+    def hurry(self) -> None:
+        """Somebody waits for it now."""
+        if self._when_idle:
+            self._zygote.hurry()
 
     def complete(self, deadline: float | None) -> None:
         """The second half: wait until it is ready, and read back what holds."""
@@ -174,7 +180,7 @@ class Child:
         self._asked = True
         try:
             fds = [theirs.fileno(), reports.fileno(), *self._output.fds(), *self._attach_fds()]
-            zygote.launch(plan, fds)
+            zygote.launch(plan, fds, when_idle=self._when_idle)
         finally:
             theirs.close()
             reports.close()

@@ -128,6 +128,8 @@ class Keeper:
             )
             self._begin(child, connection, None if until == _NEVER else until)
             self._adopt(child, connection, stops)
+            if not self.without:
+                spare.opened(child.template, self.options)
         except BaseException as error:
             self._start_failed(child, error, stops)
             raise
@@ -358,8 +360,8 @@ class Keeper:
 
     def _close_child(self, child: Child, template: Template | None) -> None:
         child.kill(ExitReason.KILLED, "the isolator was closed")
-        if template is not None and template.users > 1 and not self.without:
-            spare.prepare(template, self.options)  # launched while the old one dies
+        if template is not None and not self.without:
+            spare.closing(template, self.options)
         self.bury(child)
 
 

@@ -1,7 +1,9 @@
-"""The next child, made ready while nobody waits: its launch is asked for when an isolator closes, taken by the next one.
+"""The next child, made ready while nobody waits, and taken by the next isolator.
 
-Only a template that others still hold open keeps one, and only one: programs that open an isolator for each request
-get a child that is there already, all others pay nothing. No thread is needed: the zygote works by itself.
+It is asked for when a ``Template`` is made, when an isolator closes, and when a second one opens with none closed between
+(the zygote then waits for a moment in which nobody wants anything). Only a template that others still hold open keeps
+one, and only one: programs that open isolators again and again get a child that is there already, all others pay nothing.
+No thread is needed: the zygote works by itself.
 """
 
 from __future__ import annotations
@@ -20,17 +22,35 @@ _NOT_OF_THE_LAUNCH = {
 _OF_THE_LAUNCH = tuple(sorted({f.name for f in fields(IsolationOptions)} - _NOT_OF_THE_LAUNCH))
 
 
-def prepare(template: Template, options: IsolationOptions) -> None:
+def opened(template: Template, options: IsolationOptions) -> None:
+    """An isolator has its child. Who opens one after the other and closes none shall find the next one ready."""
+    again, template.opened_last = template.opened_last, True
+    if again and template.users > 1:
+        prepare(template, options, when_idle=True)
+
+
+def closing(template: Template, options: IsolationOptions) -> None:
+    """An isolator closes: the next child is launched while the old one dies."""
+    template.opened_last = False
+    if template.users > 1:
+        prepare(template, options)
+
+
+def prepare(template: Template, options: IsolationOptions, *, when_idle: bool = False) -> None:
     """Ask for a spare child, unless there is one. It is a favour: what goes wrong here goes wrong for nobody."""
     if options.debug or not template.zygote.alive():
         return
     child = Child(options, template)
     with template.lock:
-        if template.spare is not None:
-            return
-        template.spare = child
+        present = template.spare
+        if present is None:
+            template.spare = child
+    if isinstance(present, Child):
+        if not when_idle and not present.requesting:
+            present.hurry()
+        return
     try:
-        child.request()
+        child.request(when_idle=when_idle)
     except (IsolationError, OSError):
         with template.lock:
             template.spare = None
@@ -50,6 +70,7 @@ def take(template: Template, options: IsolationOptions, deadline: float | None) 
         child.discard("its zygote is gone")
         return None
     try:
+        child.hurry()
         child.complete(deadline)
     except IsolationError:
         return None
