@@ -85,7 +85,8 @@ class TemplatePlan(Plan):
 class ChildPlan(Plan):
     """What one child is.
 
-    namespaces   flags for clone3; NEWCGROUP and NEWTIME are entered later, see ``confine``
+    namespaces   flags for clone3; NEWCGROUP and NEWTIME are entered later, see ``confine``. With INTO_CGROUP the first fd
+                 of ``cgroups`` is the directory of the v2 group to begin in
     uid_map      lines for /proc/PID/uid_map, as the zygote's user namespace sees it; gid_map likewise
     uid, gid     ids inside
     hostname     what uname says inside
@@ -96,7 +97,7 @@ class ChildPlan(Plan):
     landlock_fs, landlock_net, landlock_scopes   what the ruleset handles
     output       how many fds follow for what it writes: 2 are pipes for stdout and stderr, which the host reads; 3 are a
                  file in which PID 1 keeps the end of stderr, and the two ends of the pipe by which it learns of that
-    cgroups      how many ``tasks`` fds follow after that, to be joined by writing ``0``
+    cgroups      how many fds of groups follow after that: ``tasks`` files, to be joined by writing ``0``
     limits       what the inside must know: ``result`` bytes, ``pickle`` allowed, ``modules`` can be asked of the host
     debug        stop before user code
     without      names of steps left out: only the ablation tests say any

@@ -23,6 +23,7 @@ CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
+CLONE_INTO_CGROUP = 0x200000000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
@@ -69,14 +70,15 @@ class _CloneArgs(ctypes.Structure):
         "set_tid", "set_tid_size", "cgroup")]  # fmt: skip
 
 
-def clone(flags: int) -> tuple[int, int]:
+def clone(flags: int, group: int = 0) -> tuple[int, int]:
     """Fork this single-threaded process into new namespaces: (pid, pidfd) in the parent, (0, -1) in the child.
+    With CLONE_INTO_CGROUP, the child begins in the v2 group on whose directory ``group`` is open.
 
     CPython is told as os.fork() would tell it. glibc is not, so its cached thread id is stale in the child until
     the next real fork; nothing but our own launch code runs before that one.
     """
     pidfd = ctypes.c_int(-1)
-    arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=17)
+    arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=17, cgroup=group)
     ctypes.pythonapi.PyOS_BeforeFork()
     pid = _libc.syscall(ctypes.c_long(_SYS_CLONE3), ctypes.byref(arguments), ctypes.sizeof(arguments))
     number = ctypes.get_errno()

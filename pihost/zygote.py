@@ -214,7 +214,8 @@ class Zygote:
                 self.enter_network()
             self.network_failed = False
             step = "clone"
-            pid, pidfd = syscalls.clone(plan.namespaces)
+            into = plan.namespaces & syscalls.CLONE_INTO_CGROUP
+            pid, pidfd = syscalls.clone(plan.namespaces, cgroups[0] if into else 0)
             if pid == 0:
                 held = confine.Fds(link, status_fd, go, self.host, self.own_pidfd, output, cgroups)
                 self.become_child(plan, held)

@@ -32,8 +32,8 @@ class Recorder:
         if name == self.failing:
             raise OSError(self.number, os.strerror(self.number), name)
 
-    def clone(self, flags: int) -> tuple[int, int]:
-        self.note("clone", flags)
+    def clone(self, flags: int, group: int = 0) -> tuple[int, int]:
+        self.note("clone", flags, group)
         return 4711, NEW_FD
 
     def close_range(self, first: int, last: int) -> None:

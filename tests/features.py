@@ -22,6 +22,7 @@ MARKERS = {
     "linux": ("userns", "seccomp", "landlock"),
     "root": ("root", "cgroups"),
     "rootless": ("rootless",),
+    "v2": ("v2",),
 }
 
 
@@ -53,6 +54,15 @@ def _landlock() -> str:
 def _cgroups() -> str:
     trouble = [f"{name}: {reason}" for name in ("memory", "cpu", "pids") if (reason := _try_cgroup(name))]
     return "; ".join(trouble)
+
+
+def _v2() -> str:
+    from pisupervisor.limits.detect import detect
+
+    host = detect()
+    if host.mode != "v2":
+        return f"cgroups are {host.mode} here"
+    return "; ".join(f"{name}: {place.why}" for name, place in host.places.items() if place.why)
 
 
 def _testsuite() -> str:
@@ -115,6 +125,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "rootless": _rootless,
     "userns": _userns,
     "cgroups": _cgroups,
+    "v2": _v2,
     "seccomp": _seccomp,
     "landlock": _landlock,
     "testsuite": _testsuite,

@@ -82,7 +82,7 @@ def test_limits_that_no_group_can_hold_are_all_named_at_once() -> None:
         planning.lacking_limits(IsolationOptions(), host)
     assert caught.value.feature in ("memory", "cpus", "pids")
     for name in ("memory", "swap", "cpus", "pids"):
-        assert f"{name}: no right to make a group there" in str(caught.value)
+        assert name in str(caught.value).partition(": no right to make a group there")[0]
         assert repr(name) in caught.value.remedy
     accepted = planning.lacking_limits(IsolationOptions(degrade=["memory", "swap", "cpus", "pids"]), host)
     assert set(accepted) == {"memory", "swap", "cpus", "pids"}

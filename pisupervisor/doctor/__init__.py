@@ -91,7 +91,7 @@ def missing_here(features: Features) -> dict[str, Finding]:
     lacking = {
         one.feature: _missing(one.feature, one.why, one.remedy) for one in cgroups.missing(features.cgroups, everything)
     }
-    io = features.cgroups.places["blkio"]
+    io = cgroups.place_of(features.cgroups, "io")
     if not io.usable:
         lacking["io"] = _missing("io", io.why, cgroups.remedy(features.cgroups, "io"))
     while (error := _refusal(features, tuple(lacking))) is not None:

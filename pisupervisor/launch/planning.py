@@ -10,7 +10,7 @@ from pihost.plan import ChildPlan, TemplatePlan
 from pisupervisor.errors import FeatureUnavailable, OptionsError
 from pisupervisor.launch.features import Features
 from pisupervisor.launch.interpreter import Interpreter
-from pisupervisor.limits.cgroups import CgroupHost, missing, wanted_limits
+from pisupervisor.limits.cgroups import CgroupHost, Missing, missing, wanted_limits
 from pisupervisor.options import IsolationOptions, Limits
 
 TYPE_CHECKING = False
@@ -68,14 +68,21 @@ def lacking_limits(options: IsolationOptions, host: CgroupHost) -> dict[str, str
     lacking = missing(host, wanted_limits(options.limits))
     refused = [entry for entry in lacking if entry.feature not in options.degrade]
     if refused:
-        reasons = "; ".join(f"{entry.feature}: {entry.why}" for entry in refused)
+        reasons = "; ".join(f"{', '.join(names)}: {why}" for why, names in _by_cause(refused).items())
         names = tuple(dict.fromkeys(entry.feature for entry in refused))
-        fixes = "\n          ".join(dict.fromkeys(entry.remedy for entry in refused))
+        fixes = "\n          ".join(dict.fromkeys(entry.fix for entry in refused))
         raise FeatureUnavailable(
             f"limits that cannot be enforced here: {reasons}", feature=refused[0].feature,
             remedy=f"{fixes}\n          or accept all of that: IsolationOptions(degrade={names!r})",
         )  # fmt: skip
     return {entry.feature: entry.why for entry in lacking}
+
+
+def _by_cause(refused: list[Missing]) -> dict[str, list[str]]:
+    causes: dict[str, list[str]] = {}
+    for entry in refused:
+        causes.setdefault(entry.why, []).append(entry.feature)
+    return causes
 
 
 def template_plan(
@@ -112,12 +119,15 @@ def template_plan(
 
 def child_plan(
     options: IsolationOptions, features: Features, *, interpreter: Interpreter, outer_id: int | None,
-    rlimits: list[tuple[int, int, int]], cgroups: int, output: int = 1, without: tuple[str, ...] = (),
+    rlimits: list[tuple[int, int, int]], cgroups: int, clone_flags: int = 0, output: int = 1,
+    without: tuple[str, ...] = (),
 ) -> ChildPlan:  # fmt: skip
-    """What one child is. ``outer_id`` is its own id outside when the host is root, None for the user's single one."""
+    """What one child is. ``outer_id`` is its own id outside when the host is root, None for the user's single one;
+    ``clone_flags`` are those of its group.
+    """
     user, outer = options.security.user, 0 if outer_id is None else outer_id
     abi = features.landlock_abi if options.security.landlock else 0
-    flags = 0
+    flags = clone_flags
     for name, flag in CLONE_FLAGS.items():
         skip = NAMESPACE_LINKS[name] not in features.namespaces
         flags |= 0 if skip or f"{name} namespace" in without else flag

@@ -2,7 +2,8 @@
 
 ``detect`` looks at the host once; ``missing`` says what cannot hold there and what to do about it; ``create_group``
 makes the group of one child with all limits written. The child enters by itself: it writes ``0`` to each of
-``attach_fds`` (46 to 77 us), because a pid written from outside stalls 5 to 19 ms on a quiet machine.
+``attach_fds`` (46 to 77 us), because a pid written from outside stalls 5 to 19 ms on a quiet machine. On v2 it is born
+in its group, whose directory is then the one attach fd.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pisupervisor.records import NamedTuple, Protocol
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pisupervisor.limits.cpuset import CpuSet
+    from pisupervisor.limits.freezer import Freezer
     from pisupervisor.options import IoLimit, Limits
     from pisupervisor.results import Applied
 
@@ -69,11 +71,16 @@ class GroupIo(NamedTuple):
 
 
 class Missing(NamedTuple):
-    """A protection (a name of ``options.PROTECTIONS``) that cannot hold here, why, and exactly what helps."""
+    """A protection (a name of ``options.PROTECTIONS``) that cannot hold here, why, and exactly what helps (``fix``)."""
 
     feature: str
     why: str
-    remedy: str
+    fix: str
+
+    @property
+    def remedy(self) -> str:
+        """The fix, or how to do without."""
+        return f'{self.fix}; or do without it: IsolationOptions(degrade=("{self.feature}",))'
 
 
 class ChildGroup(Protocol):
@@ -81,6 +88,8 @@ class ChildGroup(Protocol):
 
     attach_fds: tuple[int, ...]
     """Open ``tasks`` files. The child itself writes ``b"0"`` to each, in this order, while single-threaded."""
+    clone_flags: int
+    """CLONE_INTO_CGROUP where the one attach fd is the directory of a v2 group; else 0."""
 
     def close_attach_fds(self) -> None:
         """Close them in this process; again is harmless."""
@@ -102,6 +111,9 @@ class ChildGroup(Protocol):
 
     def read_back(self) -> dict[str, Applied]:
         """What the kernel's files say now of each protection that was asked for."""
+
+    def freezer(self) -> Freezer | None:
+        """What pauses the whole group, PID 1 of the sandbox too; None where the group cannot."""
 
     def kill_at_once(self) -> None:
         """SIGKILL to all members in one write, where the kernel has that (``cgroup.kill``); else nothing happens."""
@@ -140,7 +152,11 @@ def create_group(host: CgroupHost, limits: GroupLimits, name: str) -> ChildGroup
     What cannot be held here at all is left out: ``missing`` tells it beforehand. Raises LaunchError(step="cgroup")
     when the kernel refuses something, OptionsError for CPUs or devices that are not there; nothing is left then.
     """
-    from pisupervisor.limits import v1  # the kind of hierarchy is known only at run time
+    if host.mode == "v2":  # the kind of hierarchy is known only at run time
+        from pisupervisor.limits import v2
+
+        return v2.create(host, limits, name)
+    from pisupervisor.limits import v1
 
     return v1.create(host, limits, name)
 
@@ -169,54 +185,62 @@ def missing(host: CgroupHost, wanted: GroupLimits) -> list[Missing]:
     gone = [
         Missing(feature, place.why, remedy(host, feature))
         for feature, value in asked.items()
-        if value is not None and not (place := host.places[CONTROLLER_OF[feature]]).usable
+        if value is not None and not (place := place_of(host, feature)).usable
     ]
-    return gone + _missing_memory_high(wanted) + _missing_swap(host, wanted)
+    return gone + _missing_memory_high(host, wanted) + _missing_swap(host, wanted)
 
 
-#: The v1 controller that holds each protection.
+def place_of(host: CgroupHost, feature: str) -> Place:
+    """Where the groups that hold this protection go. Not for ``devices``, which v2 has no controller for."""
+    return host.places[controller_of(host, feature)]
+
+
+def controller_of(host: CgroupHost, feature: str) -> str:
+    """The kernel's word for what holds this protection."""
+    return "io" if host.mode == "v2" and feature == "io" else CONTROLLER_OF[feature]
+
+
+#: The v1 controller that holds each protection. On v2 only that of ``io`` has another name.
 CONTROLLER_OF = {
     "memory": "memory", "swap": "memory", "cpus": "cpu", "cpu_weight": "cpu", "cpuset": "cpuset", "pids": "pids",
     "io": "blkio", "devices": "devices",
 }  # fmt: skip
 
 
-def _missing_memory_high(wanted: GroupLimits) -> list[Missing]:
-    if wanted.memory_high is None:
+def _missing_memory_high(host: CgroupHost, wanted: GroupLimits) -> list[Missing]:
+    if wanted.memory_high is None or host.mode == "v2":  # there it is one with memory
         return []
     why = "memory_high needs cgroup v2; a v1 memory group has no such threshold"
-    return [Missing("memory", why, f"leave memory_high out and rely on memory; {_accept('memory')}")]
+    return [Missing("memory", why, "leave memory_high out and rely on memory")]
 
 
 def _missing_swap(host: CgroupHost, wanted: GroupLimits) -> list[Missing]:
     if wanted.swap is None or not host.swap_on:
         return []  # no swap on the host: none can be used
-    place = host.places["memory"]
+    place = place_of(host, "swap")
     if not place.usable:
         return [Missing("swap", place.why, f"{remedy(host, 'swap')}; or turn it off on the host: swapoff -a")]
     if not host.memsw:
         fix = "boot with swapaccount=1, or turn swap off on the host: swapoff -a"
-        return [Missing("swap", "this kernel does not account swap to groups", f"{fix}; {_accept('swap')}")]
-    if wanted.memory is None:
+        return [Missing("swap", "this kernel does not account swap to groups", fix)]
+    if wanted.memory is None and host.mode != "v2":
         why = "cgroup v1 limits memory and swap together only"
-        return [Missing("swap", why, f"give a memory limit too; {_accept('swap')}")]
+        return [Missing("swap", why, "give a memory limit too")]
     return []
 
 
 def remedy(host: CgroupHost, feature: str) -> str:
     """What to do so that ``feature`` can hold on ``host``: exact commands, as one line."""
-    controller = CONTROLLER_OF[feature]
-    place = host.places[controller]
-    return f"{enable(host, controller, place)}; {_accept(feature)}"
+    return enable(host, controller_of(host, feature), place_of(host, feature))
 
 
 def enable(host: CgroupHost, controller: str, place: Place) -> str:
     """The command or step that removes ``place.errno``, or a missing hierarchy, for ``controller``."""
     from errno import EACCES, EPERM, EROFS
 
+    if place.remedy:
+        return place.remedy
     if place.directory is None:
-        if host.mode == "v2":
-            return "boot with systemd.unified_cgroup_hierarchy=0 SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"
         mount = f"/sys/fs/cgroup/{controller}"
         return f"as root, mount it: mkdir -p {mount} && mount -t cgroup -o {controller} cgroup {mount}"
     if place.errno == EROFS:
@@ -236,7 +260,3 @@ def delegation(controller: str, base: str, uid: int) -> str:
 def inherited_files(controller: str) -> tuple[str, ...]:
     """Files that a new group starts with empty and cannot be used without; the parent's values are copied."""
     return ("cpuset.cpus", "cpuset.mems") if controller == "cpuset" else ()
-
-
-def _accept(feature: str) -> str:
-    return f'or do without it: IsolationOptions(degrade=("{feature}",))'

@@ -23,12 +23,14 @@ IsDir = Callable[[str], bool]
 class Place(NamedTuple):
     """Where groups of one controller would go. ``errno`` and ``why`` say what is in the way; both empty: nothing.
 
-    ``directory`` is the supervisor's own group, None where the controller is not there at all.
+    ``directory`` is the supervisor's own group, None where the controller is not there at all. ``remedy``: what helps,
+    where more is known than ``errno`` tells.
     """
 
     directory: str | None
     errno: int | None = None
     why: str = ""
+    remedy: str = ""
 
     @property
     def usable(self) -> bool:
@@ -40,8 +42,9 @@ class CgroupHost(NamedTuple):
     """What this machine offers to this process: one Place per controller, and facts about swap.
 
     ``memsw``: memory groups can limit swap; ``swap_on``: the host has swap; ``uid``: who asked. ``unified``: our own
-    group on the v2 hierarchy, which has ``cgroup.freeze`` on hybrid hosts too; None: there is none, or no group can be
-    made in it. ``kills``: its groups have ``cgroup.kill`` (Linux 5.14), and a child may enter them.
+    group on the v2 hierarchy, which has ``cgroup.freeze`` on hybrid hosts too; None: there is none, no group can be made
+    in it, or (mode "v2") children have their own there. ``kills``: its groups have ``cgroup.kill`` (Linux 5.14), and a
+    child may enter them. ``how``: by what right there are groups, in words; v2 only.
     """
 
     mode: Mode
@@ -51,6 +54,7 @@ class CgroupHost(NamedTuple):
     uid: int
     unified: str | None = None
     kills: bool = False
+    how: str = ""
 
     def directories(self) -> list[str]:
         """The distinct directories in which groups can be made (co-mounted controllers share one)."""
@@ -71,6 +75,10 @@ def detect() -> CgroupHost:
         cgroup, mountinfo = own.read(), mounts.read()
     mode, found = find_groups(cgroup, mountinfo)
     name = directories.group_name(time.monotonic_ns())  # once: it reads our own /proc/PID/stat, 50 us
+    if mode == "v2":
+        from pisupervisor.limits import delegation
+
+        return delegation.detect(cgroup, mountinfo, name, _has_swap())
     host = describe_host(mode, found, _has_swap(), lambda base: probe_group(base, name), os.geteuid())
     unified = find_unified(cgroup, mountinfo)
     if unified is None or (probe := probe_group(unified, name)).error is not None:
@@ -92,8 +100,7 @@ def describe_host(
 
 def _describe_place(controller: str, mode: Mode, found: Mapping[str, str], probes: Mapping[str, Probe]) -> Place:
     if controller not in found:
-        only_v2 = "this host has cgroup v2 only, and this version makes its groups on v1 hierarchies"
-        return Place(None, None, only_v2 if mode == "v2" else f"there is no cgroup v1 {controller} hierarchy")
+        return Place(None, None, f"there is no cgroup {'v1 ' if mode != 'none' else ''}{controller} hierarchy")
     directory = found[controller]
     error = probes[directory].error
     if error is not None:

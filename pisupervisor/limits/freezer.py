@@ -1,4 +1,4 @@
-"""Pausing a child: ``cgroup.freeze`` where a v2 group can be made (on hybrid hosts too), SIGSTOP elsewhere.
+"""Pausing a child: ``cgroup.freeze`` of its own v2 group, or of one made for it (on hybrid hosts), SIGSTOP elsewhere.
 
 A process frozen by the v1 freezer ignores SIGKILL until it is thawed; one frozen by v2 dies of it, and one that is
 stopped does too. So the v1 freezer is no choice: a paused child must end with its host.
@@ -45,17 +45,16 @@ def make_freezer(host: CgroupHost, name: str, pids: Callable[[], list[int]]) -> 
     return SignalFreezer(pids)
 
 
-class V2Freezer:
-    """A v2 group made for the pause. Moving processes there takes up to 20 ms each, which a launch need not pay for."""
+class GroupFreezer:
+    """The v2 group in which everything that is to stop lives already."""
 
-    def __init__(self, path: str, pids: Callable[[], list[int]]) -> None:
-        self._path, self._pids = path, pids
+    def __init__(self, path: str) -> None:
+        self._path = path
 
     def pause(self) -> None:
         try:
-            directories.write(
-                f"{self._path}/cgroup.freeze", b"1"
-            )  # first, so that what is moved cannot run on and fork
+            # first, so that what is moved cannot run on and fork
+            directories.write(f"{self._path}/cgroup.freeze", b"1")
             self._gather()
             self._await_frozen()
         except OSError as error:
@@ -63,17 +62,7 @@ class V2Freezer:
             raise IsolationError(f"cannot pause: {error.filename or self._path}: {error.strerror}") from error
 
     def _gather(self) -> None:
-        for _ in range(_ROUNDS):
-            inside = {int(pid) for pid in directories.read(f"{self._path}/cgroup.procs").split()}
-            outside = [pid for pid in self._pids() if pid not in inside]
-            if not outside:
-                return
-            for pid in outside:
-                try:
-                    directories.write(f"{self._path}/cgroup.procs", b"%d" % pid)
-                except ProcessLookupError:
-                    continue  # dead already
-        raise OSError(0, "processes appear faster than they can be frozen", self._path)
+        pass  # they are there
 
     def _await_frozen(self) -> None:
         deadline = time.monotonic() + _PATIENCE
@@ -93,6 +82,30 @@ class V2Freezer:
             directories.write(f"{self._path}/cgroup.kill", b"1")
         except OSError:
             pass  # an older kernel, or removed: the end of PID 1 is the end of them all
+
+    def remove(self) -> None:
+        pass  # it goes with the child
+
+
+class V2Freezer(GroupFreezer):
+    """A v2 group made for the pause. Moving processes there takes up to 20 ms each, which a launch need not pay for."""
+
+    def __init__(self, path: str, pids: Callable[[], list[int]]) -> None:
+        super().__init__(path)
+        self._pids = pids
+
+    def _gather(self) -> None:
+        for _ in range(_ROUNDS):
+            inside = {int(pid) for pid in directories.read(f"{self._path}/cgroup.procs").split()}
+            outside = [pid for pid in self._pids() if pid not in inside]
+            if not outside:
+                return
+            for pid in outside:
+                try:
+                    directories.write(f"{self._path}/cgroup.procs", b"%d" % pid)
+                except ProcessLookupError:
+                    continue  # dead already
+        raise OSError(0, "processes appear faster than they can be frozen", self._path)
 
     def remove(self) -> None:
         directories.remove(self._path, _PATIENCE)

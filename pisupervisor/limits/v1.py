@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import _signal as signal  # signal imports enum for names that nobody needs here
 import os
 import time
 
@@ -11,6 +10,7 @@ from pisupervisor.limits import cgroups, directories
 from pisupervisor.limits.cgroups import CgroupHost, GroupEvents, GroupIo, GroupLimits, GroupUsage, Place
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.detect import CONTROLLERS
+from pisupervisor.limits.killing import kill_members
 from pisupervisor.limits.v1_files import FileWrite, file_writes, io_writes
 from pisupervisor.limits.v1_readback import io_in, read_back
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
     from pisupervisor.results import Applied
 
-_PID_BATCH = 256  # pidfds held open at once
 _POLL = 0.0005
 _BUSY = 0.5  # seconds that remove() waits for exiting tasks
 _UNIFIED = "unified"  # beside the controllers: a group on the v2 hierarchy of a hybrid host, which can kill
@@ -84,6 +83,8 @@ class _Directory:
 
 class V1Group:
     """A ChildGroup; see there. ``paths`` has one directory per controller that it joined, and for ``unified``."""
+
+    clone_flags = 0
 
     def __init__(self, host: CgroupHost, limits: GroupLimits) -> None:
         self.attach_fds: tuple[int, ...] = ()
@@ -198,6 +199,9 @@ class V1Group:
     def read_back(self) -> dict[str, Applied]:
         return read_back(self._host, self._limits, self.paths, self.tolerated)
 
+    def freezer(self) -> None:
+        return None  # what the v1 freezer holds ignores SIGKILL
+
     # ending
 
     def kill_at_once(self) -> None:
@@ -208,11 +212,9 @@ class V1Group:
         while True:
             self.kill_at_once()
             self._stop_forks()
-            members = self.pids()
-            if not members:
+            if not self.pids():
                 return True
-            for start in range(0, len(members), _PID_BATCH):
-                self._kill_members(members[start : start + _PID_BATCH])
+            kill_members(self.pids)
             self.let_die()
             if time.monotonic() >= deadline:
                 return not self.pids()
@@ -240,21 +242,6 @@ class V1Group:
             except OSError:
                 pass  # removed meanwhile; what this was to bring about is checked by pids()
 
-    def _kill_members(self, pids: list[int]) -> None:
-        fds: dict[int, int] = {}
-        try:
-            for pid in pids:
-                try:
-                    fds[pid] = os.pidfd_open(pid)
-                except ProcessLookupError:
-                    pass
-            members = set(self.pids())  # asked again: a pid may have been reused before its pidfd was open
-            for pid in members & fds.keys():
-                _send_kill(fds[pid])
-        finally:
-            for fd in fds.values():
-                os.close(fd)
-
     def remove(self) -> bool:
         self.close_attach_fds()
         if not self.pids():
@@ -264,13 +251,6 @@ class V1Group:
         left = {path for path in paths if not directories.remove(path, deadline - time.monotonic())}
         self.paths = {controller: path for controller, path in self.paths.items() if path in left}
         return not left
-
-
-def _send_kill(pidfd: int) -> None:
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass  # dead already; or not ours to kill, which kill() reports by returning False
 
 
 def _joined(host: CgroupHost, limits: GroupLimits) -> dict[str, str]:

@@ -129,7 +129,8 @@ class Child:
         self._plan = planning.child_plan(
             self.options, self.template.features, interpreter=self.template.interpreter, outer_id=self._outer_id,
             rlimits=rlimits.rlimit_plan(self.options.limits), output=len(self._output.fds()),
-            cgroups=len(self._attach_fds()), without=without,
+            cgroups=len(self._attach_fds()), clone_flags=self._group.clone_flags if self._group is not None else 0,
+            without=without,
         )  # fmt: skip
         self._zygote = self.template.usable_zygote()
         try:
@@ -370,7 +371,10 @@ class Child:
             if self.ended:
                 raise IsolationError("there is nothing to pause: the child has ended")
             if self._freezer is None:
-                self._freezer = make_freezer(self.template.features.cgroups, _next_name(), self.meter.frozen_pids)
+                own = self._group.freezer() if self._group is not None else None
+                self._freezer = own or make_freezer(
+                    self.template.features.cgroups, _next_name(), self.meter.frozen_pids
+                )
             self._freezer.pause()
 
     def resume(self) -> None:

@@ -1,0 +1,227 @@
+"""Pure cgroup v2: where this process may make groups, by whose leave, and making it so.
+
+Nobody may make groups wherever the file rights happen to allow it: systemd owns the tree, and takes controllers away
+again from a group that it did not delegate. So a group is ours when systemd says so (``Delegate=yes``), or when no
+systemd runs here (a container, a machine without it).
+
+A group with processes cannot hand controllers down ("no internal processes"). In a group that is ours, everything in it
+therefore moves into a leaf, once: ``<group>/pisupervisor-host``; children go to ``<group>/pisupervisor/<name>``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from errno import EACCES, EBUSY, EPERM, EROFS, ESRCH
+
+from pisupervisor.limits import directories, systemd
+from pisupervisor.limits.detect import CgroupHost, Place, find_unified
+from pisupervisor.records import NamedTuple
+
+#: in the order in which they are turned on: those of memory and io refuse a group with processes (EBUSY), the others make
+#: it a threaded one, in which memory can then never be had (EOPNOTSUPP; seen on 6.1)
+CONTROLLERS = ("memory", "io", "pids", "cpu", "cpuset")
+LEAF = "pisupervisor-host"
+_FILES = {
+    "pids": "pids.max", "memory": "memory.max", "cpu": "cpu.max", "cpuset": "cpuset.cpus", "io": "io.max",
+}  # fmt: skip
+_ROUNDS = 100  # processes may fork while they are moved
+_UNIT_SUFFIXES = (".service", ".scope")
+
+
+class Claim(NamedTuple):
+    """A group that is ours, or ``why`` there is none. ``how``: by what right; ``top``: where handing down begins;
+    ``remedy``: what helps where the rights are missing.
+    """
+
+    base: str
+    top: str = ""
+    how: str = ""
+    why: str = ""
+    remedy: str = ""
+
+
+def detect(cgroup: str, mountinfo: str, name: str, swap_on: bool) -> CgroupHost:
+    """The CgroupHost of a v2 machine. Moves this process into the leaf, if its own group is ours and it is not there
+    yet; makes and removes one group called ``name``.
+    """
+    own = find_unified(cgroup, mountinfo)
+    uid = os.geteuid()
+    if own is None:
+        nothing = Place(None, None, "the cgroup v2 hierarchy is mounted nowhere that this process sees", _MOUNT)
+        return CgroupHost("v2", dict.fromkeys(CONTROLLERS, nothing), memsw=False, swap_on=swap_on, uid=uid)
+    claim = find_claim(own, mount_of(own), systemd.has_delegated, systemd_runs=systemd.runs(), uid=uid)
+    if claim.why:
+        places = dict.fromkeys(CONTROLLERS, Place(claim.base, None, claim.why, claim.remedy))
+        return CgroupHost("v2", places, memsw=False, swap_on=swap_on, uid=uid)
+    places, memsw = try_claim(claim, name)
+    return CgroupHost("v2", places, memsw=memsw, swap_on=swap_on, uid=uid, how=claim.how)
+
+
+_MOUNT = "as root: mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup"
+
+
+# --- deciding -----------------------------------------------------------------------------------------------------
+
+
+def find_claim(own: str, mount: str, is_delegated: Callable[[str], bool], *, systemd_runs: bool, uid: int) -> Claim:
+    """By what right this process may make groups beside or below its ``own`` one. Pure but for ``is_delegated``."""
+    base = os.path.dirname(own) if os.path.basename(own) == LEAF else own
+    if not systemd_runs:
+        remedy = f"as root: chown {uid} {base} {base}/cgroup.procs {base}/cgroup.subtree_control"
+        return Claim(base, top=mount, how="the own group (no systemd here)", remedy=remedy)
+    unit, remedy = unit_of(base, mount), systemd.start_delegated(uid)
+    if unit and is_delegated(unit):
+        return Claim(base, top=unit, how=f"delegated by systemd to {os.path.basename(unit)}", remedy=remedy)
+    whose = f"systemd has not delegated {unit} to it" if unit else f"{own} is no part of a unit of systemd"
+    return Claim(base, why=f"this process has no group of its own: {whose}", remedy=remedy)
+
+
+def unit_of(path: str, mount: str) -> str:
+    """The directory of the systemd unit that ``path`` is, or lies in; empty where there is none.
+
+    The nearest one: user@1000.service is delegated as a whole, but to the user's systemd, which then owns what is below.
+    """
+    while path.startswith(mount + "/"):
+        if path.endswith(_UNIT_SUFFIXES):
+            return path
+        path = os.path.dirname(path)
+    return ""
+
+
+def mount_of(path: str) -> str:
+    """The mount point above ``path``."""
+    while not os.path.ismount(path) and path != "/":
+        path = os.path.dirname(path)
+    return path
+
+
+# --- making it so -------------------------------------------------------------------------------------------------
+
+
+def try_claim(claim: Claim, name: str) -> tuple[dict[str, Place], bool]:
+    """Hand controllers down to the children-to-be of ``claim.base``, make a group there, look, remove it.
+
+    Returns a Place for each controller, and whether memory groups can limit swap.
+    """
+    try:
+        hand_down(claim.top, claim.base)
+        path = make_group(claim.base, name)
+    except OSError as error:
+        why = f"cannot make a group in {claim.base}: {error.strerror}"
+        place = Place(claim.base, error.errno, why, refusal_remedy(error) or claim.remedy)
+        return dict.fromkeys(CONTROLLERS, place), False
+    try:
+        files = frozenset(os.listdir(path))
+    finally:
+        directories.remove(path)
+    return {controller: _place(controller, claim.base, files) for controller in CONTROLLERS}, "memory.swap.max" in files
+
+
+def _place(controller: str, base: str, files: frozenset[str]) -> Place:
+    if _FILES[controller] in files:
+        return Place(base)
+    return Place(base, None, f"the {controller} controller is not handed down to {base}", _hand_down_remedy(controller))
+
+
+def _hand_down_remedy(controller: str) -> str:
+    folder = "/etc/systemd/system/user@.service.d"
+    return (
+        f"for a user's own systemd, as root: mkdir -p {folder} && printf '[Service]\\nDelegate=cpu cpuset io memory pids\\n'"
+        f" > {folder}/delegate.conf && systemctl daemon-reload && systemctl restart user@UID.service; for a container,"
+        f" have its engine enable {controller}; see /sys/fs/cgroup/cgroup.controllers for what the kernel has"
+    )
+
+
+def refusal_remedy(error: OSError) -> str:
+    """What helps against a refused write to the tree, where the error alone tells."""
+    if error.errno == EROFS:
+        return (
+            "give the container a writable cgroup tree of its own: podman run --security-opt unmask=/sys/fs/cgroup,"
+            " docker run --privileged --cgroupns=private; or, with CAP_SYS_ADMIN in it: mount -o remount,rw /sys/fs/cgroup"
+        )
+    if error.errno == EBUSY:
+        return "start the application in a group of its own: processes that it cannot see or move live in this one"
+    return ""
+
+
+def hand_down(top: str, base: str) -> None:
+    """Turn controllers on for what lies below ``base``, beginning at ``top``. Raises OSError.
+
+    Above ``base`` only what is possible: its processes, and its rights, are not ours.
+    """
+    for path in _levels(top, base)[:-1]:
+        try:
+            if not _is_occupied(path):
+                enable(path)
+        except OSError:
+            continue
+    for _ in range(_ROUNDS):
+        if _is_occupied(base):
+            move_into_leaf(base)
+        try:
+            enable(base)
+            return
+        except OSError as error:
+            if error.errno != EBUSY:
+                raise
+    raise OSError(EBUSY, "processes appear faster than they can be moved", base)
+
+
+def _is_occupied(path: str) -> bool:
+    """Whether processes keep it from handing controllers down. The root of the whole tree may have some: it is the only
+    group without ``cgroup.type``.
+    """
+    return os.path.exists(f"{path}/cgroup.type") and bool(directories.read(f"{path}/cgroup.procs"))
+
+
+def _levels(top: str, base: str) -> list[str]:
+    """``("/a", "/a/b/c")`` -> ["/a", "/a/b", "/a/b/c"]."""
+    names = base[len(top) :].strip("/").split("/") if base != top else []
+    return [top, *("/".join([top, *names[: number + 1]]) for number in range(len(names)))]
+
+
+def enable(path: str) -> None:
+    """Hand down every controller that ``path`` has and we know. Raises OSError, EBUSY where processes are in the way."""
+    have = directories.read(f"{path}/cgroup.controllers").decode().split()
+    given = directories.read(f"{path}/cgroup.subtree_control").decode().split()
+    for controller in CONTROLLERS:  # one by one: a refused one must not take the others with it
+        if controller in have and controller not in given:
+            _enable(path, controller)
+
+
+def _enable(path: str, controller: str) -> None:
+    try:
+        directories.write(f"{path}/cgroup.subtree_control", b"+" + controller.encode())
+    except OSError as error:
+        if error.errno in (EACCES, EPERM, EROFS, EBUSY):
+            raise
+        # This controller cannot be had here (cpu: while there are realtime processes); that no file appears tells so.
+
+
+def move_into_leaf(base: str) -> None:
+    """Move every process of ``base`` to the leaf, ourselves among them. Raises OSError."""
+    leaf = f"{base}/{LEAF}"
+    try:
+        os.mkdir(leaf)
+    except FileExistsError:
+        pass
+    for pid in directories.read(f"{base}/cgroup.procs").split():
+        if pid == b"0":
+            raise OSError(EBUSY, "a process from outside of this namespace is in it", base)
+        try:
+            directories.write(f"{leaf}/cgroup.procs", pid)
+        except OSError as error:
+            if error.errno != ESRCH:  # it has ended
+                raise
+
+
+def make_group(base: str, name: str) -> str:
+    """Make the group ``name`` with the files of every controller that ``base`` hands down; its path. Raises OSError."""
+    path = directories.make(base, name)
+    try:
+        enable(os.path.dirname(path))  # only now is the parent sure to stay
+    except OSError:
+        directories.remove(path)
+        raise
+    return path
