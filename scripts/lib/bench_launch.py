@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pisupervisor import IsolationError, ProcessIsolator
+from pisupervisor import IsolationError, IsolationOptions, ProcessIsolator
 
 IMPORTS = (
     "import socket, pickle, json, struct, select, signal, ctypes, fcntl, resource, traceback, ast"  # what a child has
 )
 PLUGIN = "def answer():\n    return 42\n"
 SPACING = 0.005
+LONGER = 0.02  # a zygote waits for 3 ms of quiet before it launches a child that nobody has asked for yet
 BURST = 4
 
 # The bound: the same interpreter with the same imports and no walls. A message in: fork; the child answers with a byte,
@@ -48,7 +49,7 @@ while message := os.read(0, 4096):
     os.write(1, b"r")
 """
 
-SPACED, ROW, FRESH = "spaced", "in a row", "spaced, no spare"
+SPACED, ROW, OPEN, FRESH = "spaced", "in a row", "none closed", "no spare"
 FIRST = "create + first result"
 BARE, IMPORT, WHOLE = "python -I -c pass", "python -I -c 'import pisupervisor'", "empty process to result and exit"
 BWRAP = "bwrap + python to first output"
@@ -57,6 +58,7 @@ BWRAP = "bwrap + python to first output"
 RATIOS = (
     (f"isolator {SPACED}: {FIRST}", BWRAP, 0.15),
     (f"isolator {ROW}: {FIRST}", BWRAP, 0.15),
+    (f"isolator {OPEN}: {FIRST}", BWRAP, 0.15),
     (f"isolator {FRESH}: {FIRST}", BWRAP, 0.15),
     (f"isolator {FRESH}: {FIRST}", f"plain fork {SPACED}: first byte", 3.5),
     (f"isolator {FRESH}: {FIRST}", f"plain fork {SPACED}: first result", None),
@@ -71,10 +73,19 @@ RATIOS = (
 Samples = dict[str, list[float]]
 
 
-def open_isolator(plugin: str, name: str, samples: Samples) -> ProcessIsolator:
+def create_without_spare() -> ProcessIsolator:
+    """Launched on demand from beginning to end: who leaves out a step (here one that there is not) gets no spare."""
+    isolator = ProcessIsolator(IsolationOptions(), without=("spare",))
+    isolator._start()
+    return isolator
+
+
+def open_isolator(
+    plugin: str, name: str, samples: Samples, create: Callable[[], ProcessIsolator] = ProcessIsolator.create
+) -> ProcessIsolator:
     """One child on a warm zygote, up to its first result."""
     start = time.perf_counter()
-    isolator = ProcessIsolator.create()
+    isolator = create()
     created = time.perf_counter()
     value = isolator.invoke_method(plugin, "answer")
     done = time.perf_counter()
@@ -93,12 +104,15 @@ def measure_isolator(plugin: str, name: str, samples: Samples) -> None:
     samples.setdefault(f"isolator {name}: close", []).append(time.perf_counter() - start)
 
 
-def measure_fresh(plugin: str, samples: Samples) -> None:
-    """Children that are surely launched on demand: nothing is closed in between, so only the first may get a spare."""
-    opened = [open_isolator(plugin, FRESH, {})]
+def measure_open(plugin: str, samples: Samples) -> None:
+    """One after the other without closing any; and the same launched on demand."""
+    opened = [open_isolator(plugin, OPEN, {})]
     for _ in range(BURST):
-        time.sleep(SPACING)
-        opened.append(open_isolator(plugin, FRESH, samples))
+        time.sleep(LONGER)
+        opened.append(open_isolator(plugin, OPEN, samples))
+    for _ in range(BURST):
+        time.sleep(LONGER)
+        opened.append(open_isolator(plugin, FRESH, samples, create_without_spare))
     for isolator in opened:
         isolator.close()
 
@@ -163,7 +177,7 @@ def run_rounds(rounds: int, python: str, plugin: str) -> tuple[Samples, list[str
         keeper.invoke_method(plugin, "answer")
         for _ in range(rounds):
             repeat(measure_isolator, plugin, samples)
-            measure_fresh(plugin, samples)
+            measure_open(plugin, samples)
             repeat(measure_fork, server, samples)
             for name, command in commands.items():
                 measure_process(name, command, samples, until_exit=name != BWRAP)
@@ -212,7 +226,7 @@ def show(result: dict[str, Any]) -> None:
     """The same for people."""
     print(f"Linux {result['kernel']}, Python {result['python']}, {result['cpu']}")
     print(f"All processes pinned to cpu {result['pinned_to_cpu'][0]}; {result['rounds']} interleaved rounds")
-    print(f"Except under '{FRESH}', an isolator may be handed a spare child that was launched since the last close")
+    print(f"Except under '{FRESH}', an isolator may be handed a spare child that was launched since the last one")
     print(f"Every isolator holds: {' '.join(result['isolator_holds'])}\n")
     print(f"{'milliseconds':46}{'median':>9}{'min':>9}{'max':>9}{'n':>6}")
     for name, row in result["milliseconds"].items():
