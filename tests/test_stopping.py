@@ -375,6 +375,28 @@ def test_an_ordinary_user_pauses_by_signals(monkeypatch: pytest.MonkeyPatch) -> 
         assert future.result(1) == 3
 
 
+def test_where_moving_is_refused_it_is_stopped_by_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group can be made there, and frozen, but no process moved into it."""
+    from pisupervisor.limits import directories
+
+    original = directories.write
+
+    def write(path: str, *values: bytes) -> None:
+        if path.endswith("cgroup.procs"):
+            raise PermissionError(13, "Permission denied", path)
+        original(path, *values)
+
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        monkeypatch.setattr(directories, "write", write)
+        isolator.pause()
+        assert wait_until(lambda: state_of(isolator.pid or 0) == "T")
+        future = isolator.submit(len, "abc")
+        time.sleep(0.1)
+        assert not future.done()
+        isolator.resume()
+        assert future.result(1) == 3
+
+
 def _without_v2(isolator: ProcessIsolator) -> object:
     from dataclasses import replace
 

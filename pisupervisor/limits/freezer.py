@@ -88,11 +88,28 @@ class GroupFreezer:
 
 
 class V2Freezer(GroupFreezer):
-    """A v2 group made for the pause. Moving processes there takes up to 20 ms each, which a launch need not pay for."""
+    """A v2 group made for the pause. Moving processes there takes up to 20 ms each, which a launch need not pay for.
+
+    Where that fails they are stopped: the right to make a group is not yet that to move processes into it.
+    """
 
     def __init__(self, path: str, pids: Callable[[], list[int]]) -> None:
         super().__init__(path)
         self._pids = pids
+        self._stopped: SignalFreezer | None = None
+
+    def pause(self) -> None:
+        try:
+            super().pause()
+        except IsolationError:
+            self._stopped = SignalFreezer(self._pids)
+            self._stopped.pause()
+
+    def resume(self) -> None:
+        super().resume()
+        stopped, self._stopped = self._stopped, None
+        if stopped is not None:
+            stopped.resume()
 
     def _gather(self) -> None:
         for _ in range(_ROUNDS):
