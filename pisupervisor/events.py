@@ -106,7 +106,9 @@ class Exited(Event):
 
 @dataclass(kw_only=True)
 class LimitReached(Event):
-    """A limit was reached ``count`` times since the last such event: "memory", "pids", "cpus", "output" or "cpu_time"."""
+    """A limit was reached ``count`` times since the last such event: "memory", "memory_high" (cgroup v2),
+    "pids", "cpus", "output" or "cpu_time".
+    """
 
     kind: ClassVar[str] = "limit"
     limit: str

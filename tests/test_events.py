@@ -29,6 +29,8 @@ from pisupervisor import (
     RestartPolicy,
 )
 from pisupervisor.events import Event
+from pisupervisor.limits.cgroups import GroupEvents
+from pisupervisor.supervise.watch import reached
 
 pytestmark = linux
 
@@ -264,6 +266,20 @@ def test_a_captured_calls_stderr_is_its_tail() -> None:
 
 
 # --- limits --------------------------------------------------------------------------------------------------------
+
+
+def test_every_counter_that_grew_is_told_once() -> None:
+    before = GroupEvents(oom_kills=1, pids_max=2, throttled=3, throttled_time=0.5, memory_high=4)
+    assert reached(before, before) == []
+    now = GroupEvents(oom_kills=2, pids_max=4, throttled=6, throttled_time=0.75, memory_high=8)
+    told = {name: (count, words) for name, count, words in reached(before, now)}
+    assert {name: count for name, (count, _words) in told.items()} == {
+        "memory": 1,
+        "memory_high": 4,
+        "pids": 2,
+        "cpus": 3,
+    }
+    assert told["cpus"][1] == "held back for 0.25 s"
 
 
 @pytest.mark.root

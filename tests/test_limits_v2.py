@@ -16,8 +16,16 @@ import pytest
 from helpers import wait_until
 
 from pihost import syscalls
-from pisupervisor import ExitReason, IsolationOptions, Limits, MemoryLimitExceeded, ProcessIsolator
+from pisupervisor import (
+    ExitReason,
+    IsolationEvents,
+    IsolationOptions,
+    Limits,
+    MemoryLimitExceeded,
+    ProcessIsolator,
+)
 from pisupervisor.errors import LaunchError, OptionsError
+from pisupervisor.events import LimitReached
 from pisupervisor.limits import blockdev, cgroups, directories
 from pisupervisor.limits.cgroups import CgroupHost, GroupLimits, create_group, group_name
 from pisupervisor.limits.cpuset import CpuSet
@@ -181,12 +189,21 @@ class TestMemory:
     def test_high_throttles_and_kills_nobody(self, new_group: Callable[..., V2Group]) -> None:
         group = new_group(memory=96 * MIB, memory_high=16 * MIB, swap=0)
         pid = start(group, lambda: touch(64 * MIB))
-        assert wait_until(lambda: b"high 0" not in directories.read(f"{group.path}/memory.events").splitlines(), 20)
+        assert wait_until(lambda: group.events().memory_high > 0, 20)
         assert os.waitpid(pid, os.WNOHANG) == (0, 0)
         assert (group.usage().memory or 0) < 32 * MIB
         assert group.events().oom_kills == 0
         assert group.kill()
         finish(pid)
+
+    def test_high_is_an_event(self) -> None:
+        """parity: 33"""
+        told: list[LimitReached] = []
+        limits = Limits(memory="96M", memory_high="24M")
+        with ProcessIsolator.create(events=IsolationEvents(limit=told.append), limits=limits) as isolator:
+            future = isolator.submit_call(isolator.run_source, f"x = bytearray({64 * MIB})")
+            assert wait_until(lambda: any(event.limit == "memory_high" for event in told), 20)
+            future.cancel()
 
 
 class TestPids:

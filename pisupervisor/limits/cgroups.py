@@ -41,13 +41,14 @@ class GroupLimits(NamedTuple):
 
 
 class GroupEvents(NamedTuple):
-    """How often a limit was reached since the group was made. ``throttled_time`` is in seconds."""
+    """How often a limit was reached since the group was made. ``throttled_time`` is in seconds, ``memory_high`` 0 on v1."""
 
     oom_kills: int = 0
     pids_max: int = 0
     throttled: int = 0
     throttled_time: float = 0.0
     memory_failcnt: int = 0
+    memory_high: int = 0
 
     def since(self, before: GroupEvents) -> GroupEvents:
         """The same, less the ``oom_kills`` and ``pids_max`` that were counted before."""

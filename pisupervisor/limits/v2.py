@@ -115,6 +115,7 @@ class V2Group:
             throttled=cpu.get(b"nr_throttled", 0),
             throttled_time=cpu.get(b"throttled_usec", 0) / 1e6,
             memory_failcnt=memory.get(b"max", 0),
+            memory_high=memory.get(b"high", 0),
         )
 
     def refusals(self) -> GroupEvents:

@@ -45,6 +45,7 @@ def reached(before: GroupEvents, now: GroupEvents) -> list[tuple[str, int, str]]
     throttled = now.throttled_time - before.throttled_time
     rows = [
         ("memory", now.oom_kills - before.oom_kills, "the kernel killed a process at the memory limit"),
+        ("memory_high", now.memory_high - before.memory_high, "slowed down, and made to give memory back"),
         ("pids", now.pids_max - before.pids_max, "a process or thread was refused"),
         ("cpus", now.throttled - before.throttled, f"held back for {max(0.0, throttled):.2f} s"),
     ]
