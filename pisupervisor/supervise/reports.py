@@ -34,10 +34,15 @@ class Reports:
 
         CMSG_LEN, not CMSG_SPACE: there is room for one descriptor, and no second leaks.
         """
-        data, ancillary, _flags, _address = self.sock.recvmsg(65536, socket.CMSG_LEN(4))
+        data, ancillary, _flags, _address = self.sock.recvmsg(65536, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
         rights = [content for _level, kind, content in ancillary if kind == socket.SCM_RIGHTS]
         fds = [fd for content in rights for (fd,) in struct.iter_unpack("i", content)]
-        return (jsontext.load(data) if data else None), fds
+        try:
+            return (jsontext.load(data) if data else None), fds
+        except ValueError:
+            for fd in fds:
+                os.close(fd)
+            raise
 
     @property
     def is_gone(self) -> bool:
