@@ -1,81 +1,61 @@
-"""One supervised child: launch, read back, kill, and the account of its end. Owns its link, status socket and group."""
+"""One supervised child: from its launch to the account of its end. Owns its link, status socket and group."""
 
 from __future__ import annotations
 
 import _signal as signal  # signal and socket import enum for names that nobody needs here: 5 ms of a start
 import _socket as socket
-import itertools
 import os
 import select
-import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
-from pihost import wire
 from pisupervisor.errors import IsolationError, LaunchError
-from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
-from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended, host_failure
-from pisupervisor.limits import cgroups, rlimits
+from pisupervisor.launch.zygote import has_ended, host_failure
+from pisupervisor.limits import cgroups
 from pisupervisor.limits.freezer import Freezer, make_freezer
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import metrics
+from pisupervisor.supervise.birth import LAUNCH_GRACE, Birth, next_name
 from pisupervisor.supervise.exits import explain_exit, limits_matter
-from pisupervisor.supervise.output import Line, OutputPipes, StderrTail
-from pisupervisor.supervise.reports import Reports, send_kill
+from pisupervisor.supervise.output import Line
+from pisupervisor.supervise.reports import send_kill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    pass
 
-_CREDENTIALS = struct.Struct("3i")
 END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
-_LAUNCH_GRACE = 0.2  # the same for a launch that failed: a zygote that hangs must not hold the caller as well
 _DISCARD_GRACE = 1.0  # the same for a child that nobody has used
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 
 
-class Child:
-    """A running child. ``launch`` makes one; ``link`` is the socket that calls go over."""
+class Child(Birth):
+    """A running child. ``request`` and ``complete`` make it; ``link`` is the socket that calls go over."""
 
     def __init__(self, options: IsolationOptions, template: Template) -> None:
-        self.options, self.template = options, template
-        self.pid = 0  # of the payload, as this process numbers it
-        self.init_pidfd = self.payload_pidfd = -1
-        self.init_pid = 0  # PID 1 of the sandbox, as this process numbers it
+        super().__init__(options, template)
         self.applied: dict[str, Applied] = {}
-        self.pipes: OutputPipes | None = None  # where the application wants to see what is written
         self.last_events = cgroups.GroupEvents()  # the counters at its end
         self.last_lines: list[Line] = []  # what it wrote last
         self.requesting = True  # until the plan is with the zygote
         self.exit_info: ExitInfo | None = None
         self.is_killed = False  # whether we have: it may take a moment to die
         self.started = time.monotonic()
-        self._ordered: tuple[ExitReason, str] | None = None
-        self._reports: Reports
         self._lock = threading.Lock()
-        self._outer_id: int | None = None
-        self._group: cgroups.ChildGroup | None = None
-        self.meter = metrics.Meter()
         self._freezer: Freezer | None = None
         self._pausing = threading.Lock()  # taken before _lock, never after
-        self._output: OutputPipes | StderrTail
-        self.link: socket.socket
         self._farewell = ""
-        self._asked = False  # whether the zygote was given the plan
-        self._cleanup: list[Callable[[], object]] = []
 
     # --- launch -----------------------------------------------------------------------------------------------
 
     def request(self, without: tuple[str, ...] = (), *, when_idle: bool = False) -> None:
         """The first half: make the group, hand the plan to the zygote, do not wait. ``when_idle``: see ``hurry``."""
-        self._when_idle = when_idle
         with self._undone_on_failure():
-            self._request(without)
+            self._request(without, when_idle)
         self.requesting = False
 
     def hurry(self) -> None:
@@ -95,149 +75,21 @@ class Child:
                 raise
             self.started = time.monotonic()
 
-    def _read_back(self) -> dict[str, Applied]:
-        readings = attest.read(self.pid, self.template.host_links)
-        self.meter.open(self._group, self.pid, self.init_pid)
-        groups = self._group.read_back() if self._group is not None else {}
-        filtered = bool(self.template.plan.seccomp)
-        return attest.verify(
-            self._plan, self.options, readings, filtered=filtered, groups=groups, missing=self._missing
-        )
-
     @contextmanager
     def _undone_on_failure(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            self.discard("its launch failed", _LAUNCH_GRACE)
+            self.discard("its launch failed", LAUNCH_GRACE)
             raise host_failure(error) from error
         except BaseException:
-            self.discard("its launch failed", _LAUNCH_GRACE)
+            self.discard("its launch failed", LAUNCH_GRACE)
             raise
 
     def discard(self, why: str, grace: float = _DISCARD_GRACE) -> ExitInfo:
         """Kill it and give everything back. Nobody asks how it ended, and a stopped zygote is not waited for."""
         self.kill(ExitReason.KILLED, why)
         return self.finish(grace)
-
-    def _request(self, without: tuple[str, ...]) -> None:
-        self._missing = self._make_group(without)
-        self._make_output()
-        if self.template.ids is not None:
-            self._outer_id = outer = self.template.ids.take()
-            self._cleanup.append(partial(self.template.ids.give_back, outer))
-        self._plan = planning.child_plan(
-            self.options, self.template.features, interpreter=self.template.interpreter, outer_id=self._outer_id,
-            rlimits=rlimits.rlimit_plan(self.options.limits), output=len(self._output.fds()),
-            cgroups=len(self._attach_fds()), clone_flags=self._group.clone_flags if self._group is not None else 0,
-            without=without,
-        )  # fmt: skip
-        self._zygote = self.template.usable_zygote()
-        try:
-            self._send_plan(self._zygote, self._plan)
-        except LaunchError as error:
-            # It was dying when it was asked: killed, but not yet seen to have ended. Once, with another.
-            pidfd = self._zygote.pidfd  # -1: another thread has closed and replaced it
-            if error.step != "zygote" or (pidfd >= 0 and not has_ended(pidfd, _LAUNCH_GRACE)):
-                raise
-            self._zygote = self.template.usable_zygote()
-            self._send_plan(self._zygote, self._plan)
-
-    def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:
-        """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
-        host = self.template.features.cgroups
-        lacking = planning.lacking_limits(self.options, host)
-        if "limits" not in without and host.directories():
-            self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), _next_name())
-        return lacking
-
-    def _make_output(self) -> None:
-        events = self.options.events
-        if events is not None and events.wanted() & {"stdout", "stderr"}:
-            self._output = self.pipes = OutputPipes()
-        else:
-            self._output = StderrTail()
-        self._cleanup.append(self._output.close)
-
-    def stdio(self) -> tuple[int, ...]:
-        """Where its stdout and stderr (or stderr alone) go outside of captured calls."""
-        return self._output.stdio()
-
-    def _attach_fds(self) -> tuple[int, ...]:
-        return self._group.attach_fds if self._group is not None else ()
-
-    def _send_plan(self, zygote: Zygote, plan: Any) -> None:
-        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._cleanup.append(self.link.close)
-        try:
-            status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError:
-            theirs.close()
-            raise
-        self._reports = Reports(status)
-        self._cleanup.append(status.close)
-        # The kernel then tells who sends READY: the payload's pid as we number it, which the child cannot forge.
-        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
-        self._asked = True
-        try:
-            fds = [theirs.fileno(), reports.fileno(), *self._output.fds(), *self._attach_fds()]
-            zygote.launch(plan, fds, when_idle=self._when_idle)
-        finally:
-            theirs.close()
-            reports.close()
-        self._output.launched()
-        if self._group is not None:
-            self._group.close_attach_fds()
-
-    def _await_ready(self, zygote: Zygote, deadline: float | None) -> None:
-        poll = select.poll()
-        for sock in (self._reports.sock, self.link):
-            poll.register(sock, select.POLLIN)
-        while not self.pid or self.init_pidfd < 0:
-            left = deadline_left(deadline)
-            ready = {fd for fd, _event in poll.poll(None if left is None else left * 1000)}
-            if self._ordered is not None:
-                raise LaunchError(self._ordered[1], step="stopped")
-            if not ready:
-                remedy = "raise start_timeout, or look at what the machine is busy with"
-                message = f"no answer within start_timeout={self.options.start_timeout} s"
-                raise LaunchError(message, step="start_timeout", remedy=remedy)
-            if self._reports.sock.fileno() in ready:
-                self._read_launch_report(zygote)
-            elif self.link.fileno() in ready and not self._read_ready():
-                poll.unregister(self.link)  # closed: the status socket will say why
-        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-
-    def _read_launch_report(self, zygote: Zygote) -> None:
-        message, fds = self._reports.read()
-        if message is None:
-            raise zygote.explain_end()
-        if "launched" in message and fds:
-            self.init_pidfd, self.init_pid = fds[0], int(message["launched"])
-            self._cleanup.append(partial(os.close, fds[0]))
-        elif "failed" in message:
-            raise failure(message)
-        else:
-            self._reports.known.update(message)
-            raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
-
-    def _read_ready(self) -> bool:
-        data, ancillary, _flags, _address = self.link.recvmsg(
-            wire.HEADER.size + 1, socket.CMSG_SPACE(_CREDENTIALS.size)
-        )
-        if not data:
-            return False
-        _check_ready(data)
-        for _level, kind, content in ancillary:
-            if kind == socket.SCM_CREDENTIALS:
-                pid = _CREDENTIALS.unpack(content)[0]
-                try:
-                    self.payload_pidfd = os.pidfd_open(pid)
-                except ProcessLookupError:
-                    return False  # killed since
-                self._cleanup.append(partial(os.close, self.payload_pidfd))
-                self.pid = pid
-        return True
 
     # --- death ------------------------------------------------------------------------------------------------
 
@@ -372,9 +224,7 @@ class Child:
                 raise IsolationError("there is nothing to pause: the child has ended")
             if self._freezer is None:
                 own = self._group.freezer() if self._group is not None else None
-                self._freezer = own or make_freezer(
-                    self.template.features.cgroups, _next_name(), self.meter.frozen_pids
-                )
+                self._freezer = own or make_freezer(self.template.features.cgroups, next_name(), self.meter.frozen_pids)
             self._freezer.pause()
 
     def resume(self) -> None:
@@ -387,21 +237,3 @@ class Child:
             freezer, self._freezer = self._freezer, None
             if freezer is not None:
                 freezer.remove()
-
-
-_numbers = itertools.count(1)
-
-
-def _check_ready(data: bytes) -> None:
-    """Its first word, in the one version of the protocol that this host speaks. Raises LaunchError."""
-    try:
-        if len(data) == wire.HEADER.size + 1 and wire.unpack_header(data)[0] == wire.READY:
-            return
-    except wire.BadFrame as error:
-        raise LaunchError(f"the child said {error}, and not that it is ready", step="payload") from None
-    raise LaunchError("the child said something else than that it is ready", step="payload")
-
-
-def _next_name() -> str:
-    """A group name of this process: owner pid, its start time, a number. Sweeping reads the owner from it."""
-    return cgroups.group_name(next(_numbers))

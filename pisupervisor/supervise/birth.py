@@ -1,0 +1,199 @@
+"""How a child comes to be: its group and sockets made, the plan handed to the zygote, its word awaited, its walls read back."""
+
+from __future__ import annotations
+
+import _socket as socket  # socket imports enum for names that nobody needs here: 4 ms of a start
+import itertools
+import os
+import select
+import struct
+from collections.abc import Callable
+from functools import partial
+
+from pihost import wire
+from pisupervisor.errors import LaunchError
+from pisupervisor.launch import attest, planning
+from pisupervisor.launch.templates import Template
+from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
+from pisupervisor.limits import cgroups, rlimits
+from pisupervisor.options import IsolationOptions
+from pisupervisor.results import Applied, ExitReason
+from pisupervisor.supervise import metrics
+from pisupervisor.supervise.output import OutputPipes, StderrTail
+from pisupervisor.supervise.reports import Reports
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+LAUNCH_GRACE = (
+    0.2  # seconds to end, for what belongs to a launch that failed: a zygote that hangs must not hold the caller
+)
+_CREDENTIALS = struct.Struct("3i")
+_numbers = itertools.count(1)
+
+
+class Birth:
+    """The part of a ``Child`` that launches it. What is made on the way is in ``_cleanup``, to be given back by the rest."""
+
+    def __init__(self, options: IsolationOptions, template: Template) -> None:
+        self.options, self.template = options, template
+        self.link: socket.socket
+        self.pid = 0  # of the payload, as this process numbers it
+        self.init_pidfd = self.payload_pidfd = -1
+        self.init_pid = 0  # PID 1 of the sandbox, as this process numbers it
+        self.meter = metrics.Meter()
+        self.pipes: OutputPipes | None = None  # where the application wants to see what is written
+        self._output: OutputPipes | StderrTail
+        self._reports: Reports
+        self._group: cgroups.ChildGroup | None = None
+        self._when_idle = False
+        self._asked = False  # whether the zygote was given the plan
+        self._ordered: tuple[ExitReason, str] | None = None  # an end that somebody wanted, and why
+        self._cleanup: list[Callable[[], object]] = []
+
+    def _request(self, without: tuple[str, ...], when_idle: bool) -> None:
+        """Make the group, the output and the sockets, and hand the plan to the zygote."""
+        self._when_idle = when_idle
+        self._missing = self._make_group(without)
+        self._make_output()
+        outer = None
+        if self.template.ids is not None:
+            outer = self.template.ids.take()
+            self._cleanup.append(partial(self.template.ids.give_back, outer))
+        self._plan = planning.child_plan(
+            self.options, self.template.features, interpreter=self.template.interpreter, outer_id=outer,
+            rlimits=rlimits.rlimit_plan(self.options.limits), output=len(self._output.fds()),
+            cgroups=len(self._attach_fds()), clone_flags=self._group.clone_flags if self._group is not None else 0,
+            without=without,
+        )  # fmt: skip
+        self._zygote = self.template.usable_zygote()
+        try:
+            self._send_plan(self._zygote, self._plan)
+        except LaunchError as error:
+            # It was dying when it was asked: killed, but not yet seen to have ended. Once, with another.
+            pidfd = self._zygote.pidfd  # -1: another thread has closed and replaced it
+            if error.step != "zygote" or (pidfd >= 0 and not has_ended(pidfd, LAUNCH_GRACE)):
+                raise
+            self._zygote = self.template.usable_zygote()
+            self._send_plan(self._zygote, self._plan)
+
+    def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:
+        """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
+        host = self.template.features.cgroups
+        lacking = planning.lacking_limits(self.options, host)
+        if "limits" not in without and host.directories():
+            self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), next_name())
+        return lacking
+
+    def _make_output(self) -> None:
+        events = self.options.events
+        if events is not None and events.wanted() & {"stdout", "stderr"}:
+            self._output = self.pipes = OutputPipes()
+        else:
+            self._output = StderrTail()
+        self._cleanup.append(self._output.close)
+
+    def stdio(self) -> tuple[int, ...]:
+        """Where its stdout and stderr (or stderr alone) go outside of captured calls."""
+        return self._output.stdio()
+
+    def _attach_fds(self) -> tuple[int, ...]:
+        return self._group.attach_fds if self._group is not None else ()
+
+    def _send_plan(self, zygote: Zygote, plan: Any) -> None:
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._cleanup.append(self.link.close)
+        try:
+            status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            theirs.close()
+            raise
+        self._reports = Reports(status)
+        self._cleanup.append(status.close)
+        # The kernel then tells who sends READY: the payload's pid as we number it, which the child cannot forge.
+        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+        self._asked = True
+        try:
+            fds = [theirs.fileno(), reports.fileno(), *self._output.fds(), *self._attach_fds()]
+            zygote.launch(plan, fds, when_idle=self._when_idle)
+        finally:
+            theirs.close()
+            reports.close()
+        self._output.launched()
+        if self._group is not None:
+            self._group.close_attach_fds()
+
+    def _await_ready(self, zygote: Zygote, deadline: float | None) -> None:
+        poll = select.poll()
+        for sock in (self._reports.sock, self.link):
+            poll.register(sock, select.POLLIN)
+        while not self.pid or self.init_pidfd < 0:
+            left = deadline_left(deadline)
+            ready = {fd for fd, _event in poll.poll(None if left is None else left * 1000)}
+            if self._ordered is not None:
+                raise LaunchError(self._ordered[1], step="stopped")
+            if not ready:
+                remedy = "raise start_timeout, or look at what the machine is busy with"
+                message = f"no answer within start_timeout={self.options.start_timeout} s"
+                raise LaunchError(message, step="start_timeout", remedy=remedy)
+            if self._reports.sock.fileno() in ready:
+                self._read_launch_report(zygote)
+            elif self.link.fileno() in ready and not self._read_ready():
+                poll.unregister(self.link)  # closed: the status socket will say why
+        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+
+    def _read_launch_report(self, zygote: Zygote) -> None:
+        message, fds = self._reports.read()
+        if message is None:
+            raise zygote.explain_end()
+        if "launched" in message and fds:
+            self.init_pidfd, self.init_pid = fds[0], int(message["launched"])
+            self._cleanup.append(partial(os.close, fds[0]))
+        elif "failed" in message:
+            raise failure(message)
+        else:
+            self._reports.known.update(message)
+            raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
+
+    def _read_ready(self) -> bool:
+        data, ancillary, _flags, _address = self.link.recvmsg(
+            wire.HEADER.size + 1, socket.CMSG_SPACE(_CREDENTIALS.size)
+        )
+        if not data:
+            return False
+        _check_ready(data)
+        for _level, kind, content in ancillary:
+            if kind == socket.SCM_CREDENTIALS:
+                pid = _CREDENTIALS.unpack(content)[0]
+                try:
+                    self.payload_pidfd = os.pidfd_open(pid)
+                except ProcessLookupError:
+                    return False  # killed since
+                self._cleanup.append(partial(os.close, self.payload_pidfd))
+                self.pid = pid
+        return True
+
+    def _read_back(self) -> dict[str, Applied]:
+        readings = attest.read(self.pid, self.template.host_links)
+        self.meter.open(self._group, self.pid, self.init_pid)
+        groups = self._group.read_back() if self._group is not None else {}
+        filtered = bool(self.template.plan.seccomp)
+        return attest.verify(
+            self._plan, self.options, readings, filtered=filtered, groups=groups, missing=self._missing
+        )
+
+
+def _check_ready(data: bytes) -> None:
+    """Its first word, in the one version of the protocol that this host speaks. Raises LaunchError."""
+    try:
+        if len(data) == wire.HEADER.size + 1 and wire.unpack_header(data)[0] == wire.READY:
+            return
+    except wire.BadFrame as error:
+        raise LaunchError(f"the child said {error}, and not that it is ready", step="payload") from None
+    raise LaunchError("the child said something else than that it is ready", step="payload")
+
+
+def next_name() -> str:
+    """A group name of this process: owner pid, its start time, a number. Sweeping reads the owner from it."""
+    return cgroups.group_name(next(_numbers))
