@@ -61,6 +61,12 @@ class Call(NamedTuple):
     check: Callable[[Any], bool] | None
     streams: bool
 
+    def close(self) -> None:
+        """It will not be tried again: the copies of descriptors that were for the child are closed."""
+        if isinstance(self.body, Attached):
+            for file in self.body.payload.files:
+                file.close()
+
 
 class Session:
     """One call at a time, and within it those that its callbacks make; the thread that calls does the waiting."""
@@ -101,6 +107,7 @@ class Session:
                     self._end_turn(child)
         finally:
             self.keeper.turn.give()
+            call.close()
 
     def _call_from_callback(self, call: Call) -> Outcome:
         """The child waits for a callback's answer, and serves calls meanwhile. It is never replaced in the middle, and the
@@ -120,6 +127,8 @@ class Session:
             return self._attempt(call, child, connection)
         except LinkClosed:
             raise termination(self.keeper.bury(child, truncated=False), connection.written) from None
+        finally:
+            call.close()
 
     # --- one try ----------------------------------------------------------------------------------------------
 
