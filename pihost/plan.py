@@ -98,7 +98,8 @@ class ChildPlan(Plan):
     output       how many fds follow for what it writes: 2 are pipes for stdout and stderr, which the host reads; 3 are a
                  file in which PID 1 keeps the end of stderr, and the two ends of the pipe by which it learns of that
     cgroups      how many fds of groups follow after that: ``tasks`` files, to be joined by writing ``0``
-    limits       what the inside must know: ``result`` bytes, ``pickle`` allowed, ``modules`` can be asked of the host
+    limits       what the inside must know: ``result`` bytes, ``pickle`` allowed, ``modules`` can be asked of the host,
+                 ``concurrency`` of calls
     debug        stop before user code
     without      names of steps left out: only the ablation tests say any
     """

@@ -7,6 +7,7 @@
       | STDIO   id n, stdout and stderr ---->|   (no answer; where they go outside of such a call; the body says how many)
       | RELEASE id n, numbers of objects --->|   (no answer; they are kept no longer)
       | CALL    id n, what to run ---------->|
+      | INNER   id n, id m, what to run ---->|   (a call that the callback of call m makes)
       | <---------------- CALLBACK, CALLBACK_RAW  id m, a name and arguments: for a function of the host
       | ANSWER  id m ----------------------->|   before it, other calls may be made and answered in turn
       | <------------------------- ROOM    id n, bytes needed: for a big answer that has no arena to lie in
@@ -15,12 +16,12 @@
       | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
       | <------------------------- one of RESULT, MAPPED, PICKLED, STREAM, RAISED, REFUSED  id n, the (last part of the) answer
 
-Descriptors ride on the body of OUTPUT, STDIO, CALL and ANSWER, and on nothing that a child sends.
+Descriptors ride on OUTPUT, STDIO, CALL, INNER and ANSWER, where their kind says so (RIDING), and on nothing that a child
+sends.
 A frame is a 16-byte header (magic, version, kind, id, length; little endian) and ``length`` bytes, 1 at the least.
 Host to child the body is a pickle: the host is trusted. Child to host it is never one, unless the caller asked for
-``results="pickle"``: PICKLED is a packed value (see ``pack_value``) with a pickle in the place of the text, RESULT is a
-packed value, MAPPED either whose buffers lie in an arena (see ``place``), STREAM the number of a generator, RAISED and
-REFUSED are JSON.
+``results="pickle"`` (PICKLED): RESULT is a packed value (see ``pack_value``), MAPPED one whose buffers lie in an arena
+(see ``place``), STREAM the number of a generator, RAISED and REFUSED are JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ PIECE_SIZE = 1 << 20
 STDERR_TAIL = 4096  #: bytes of the end of stderr that PID 1 keeps where nobody reads it
 MAX_BUFFERS = 1000  #: binary buffers beside the text of one value
 
-CODE, CALL, OUTPUT, EXIT, STDIO, RELEASE, ANSWER = 1, 2, 3, 4, 5, 6, 7
+CODE, CALL, OUTPUT, EXIT, STDIO, RELEASE, ANSWER, INNER = 1, 2, 3, 4, 5, 6, 7, 8
+RIDING = 32  #: added to the kind of a frame with which descriptors come
 READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM = 64, 65, 66, 67, 68, 69, 70, 71, 72
 MAPPED, ROOM = 73, 74
 FROM_CHILD = frozenset((READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM, MAPPED, ROOM))
@@ -52,6 +54,7 @@ MAX_DESCRIPTORS = 64  #: with one call
 
 _COUNTS = struct.Struct("<II")
 _NUMBER = struct.Struct("<Q")
+OUTER = struct.Struct("<Q")  #: what the body of INNER begins with
 
 
 class BadFrame(ValueError):

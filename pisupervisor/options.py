@@ -193,6 +193,8 @@ class IsolationOptions:
     call_timeout         default for calls that give no ``timeout``
     idle_timeout         seconds without a call after which the child is ended; the next call starts another
     max_calls            answered calls after which the child is replaced by another
+    max_concurrency      calls that run side by side in the child, each in a thread of its own there; what captures its
+                         output runs one at a time all the same
     callback_rate        calls of registered callbacks in a second; what is more gets an error in the child
     callback_bytes       bytes of what registered callbacks are called with in a second; likewise
     callback_depth       how deep calls from callbacks from calls may be nested
@@ -222,6 +224,7 @@ class IsolationOptions:
     call_timeout: float | None = None
     idle_timeout: float | None = None
     max_calls: int | None = None
+    max_concurrency: int = 1
     callback_rate: float | None = 10_000.0
     callback_bytes: int | str | None = "64M"
     callback_depth: int = 16
@@ -251,6 +254,9 @@ class IsolationOptions:
         _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, LONGEST))
         _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))
         _integer(self.max_calls, "max_calls", 1, 1 << 62)
+        if self.max_concurrency is None:
+            raise OptionsError("max_concurrency: None is not a whole number from 1 to 1000")
+        _integer(self.max_concurrency, "max_concurrency", 1, 1000)
         _store(self, "callback_rate", _number(self.callback_rate, "callback_rate", 0.001, 1e9))
         _store(self, "callback_bytes", _size_or_none(self.callback_bytes, "callback_bytes"))
         _integer(self.callback_depth, "callback_depth", 0, 50)

@@ -25,7 +25,7 @@ LARGEST = 1 << 20
 def pair(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Connection, socket.socket]]:
     """A connection whose calls are numbered from 1, and the peer."""
     numbers = itertools.count(1)
-    monkeypatch.setattr(os, "urandom", lambda size: next(numbers).to_bytes(size, "little"))
+    monkeypatch.setattr(Connection, "new_ident", lambda _self: next(numbers))
     ours, theirs = socket.socketpair()
     with ours, theirs:
         yield Connection(ours, LARGEST), theirs
@@ -76,7 +76,7 @@ def test_nobody_can_answer_a_call_before_it_is_made() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         link = Connection(ours, LARGEST)
-        idents = {link.send(wire.CALL, b"x") for _ in range(100)}
+        idents = {link.new_ident() for _ in range(100)}
     assert len(idents) == 100
     assert max(idents) > 1 << 60
 

@@ -6,7 +6,7 @@ any more, be that after the call or after many: until then the host writes into 
 
 from __future__ import annotations
 
-import _pickle
+import _thread
 import os
 import sys
 
@@ -81,7 +81,7 @@ class Arguments:
         if arena.kept:
             self._lent[number] = arena
         else:
-            del self._arenas[number]
+            self._arenas.pop(number, None)
 
     def give_back(self, own: list[int]) -> None:
         """Those that nothing refers to any more. After each call, with what came for it, be it loaded or not."""
@@ -90,7 +90,7 @@ class Arguments:
                 self._viewed(number, self._arenas[number])
         for number, arena in list(self._lent.items()):
             if arena.is_idle():
-                del self._lent[number]
+                self._lent.pop(number, None)  # another thread may look at the same time
                 arena.area[0] = wire.FREE
 
 
@@ -99,9 +99,14 @@ class Results:
 
     def __init__(self) -> None:
         self._maps: dict[int, mmap.mmap] = {}
+        self._lock = _thread.allocate_lock()  # where calls run side by side, also while the host is asked
 
     def room(self, size: int) -> tuple[int, mmap.mmap] | None:
         """An arena of at least ``size`` bytes that the host does not read from, marked as lent."""
+        with self._lock:
+            return self._room(size)
+
+    def _room(self, size: int) -> tuple[int, mmap.mmap] | None:
         fitting = [
             (len(area), number) for number, area in self._maps.items() if len(area) >= size and area[0] == wire.FREE
         ]
@@ -114,7 +119,7 @@ class Results:
 
     def _ask(self, size: int) -> int | None:
         try:
-            said, fds = callbacks.host.ask_for_room(size)  # type: ignore[union-attr]
+            said, fds = callbacks.this_host().ask_for_room(size)
         except Exception:  # this is not the thread that speaks with the host
             return None
         if len(said) < 16:
@@ -144,21 +149,6 @@ def ship(text: bytes, buffers: list[Any]) -> tuple[int, list[Any]]:
                     _copy(target, start, memoryview(buffer).cast("B"))
             return wire.MAPPED, wire.pack_mapped(number, text, lengths)
     return wire.RESULT, wire.pack_value(text, buffers)
-
-
-def ship_pickled(value: object) -> tuple[int, list[Any]]:
-    """The same for a host that trusts this child's pickles."""
-    buffers: list[memoryview] = []
-
-    def stays(buffer: Any) -> bool:
-        raw = buffer.raw()
-        if raw.nbytes < wire.BIG or len(buffers) == wire.MAX_BUFFERS:
-            return True
-        buffers.append(raw)
-        return False
-
-    kind, parts = ship(_pickle.dumps(value, 5, buffer_callback=stays), buffers)
-    return wire.PICKLED if kind == wire.RESULT else kind, parts
 
 
 def _copy(target: memoryview, start: int, source: memoryview) -> None:

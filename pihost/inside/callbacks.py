@@ -1,7 +1,7 @@
 """``pihost.call_host`` and ``pihost.call_host_raw``: from code in the child to a function that the host has registered.
 
 The host answers, or asks something itself first: until the answer is there, calls that arrive are served here, so that
-host and child may call each other in turn. One thread only: it is the one that reads the link.
+host and child may call each other in turn. Only the thread that runs the call may ask.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pihost.inside.serve import Link
+    from pihost.inside.link import Link
+    from pihost.inside.threads import Inbox
 
+    Frame = tuple[int, int, bytes]
+
+_NOT_THIS_THREAD = "the host can be called only by the thread that runs the call, and in no fork of it"
 VALUE, RAW, FAILED, UNKNOWN = 0, 1, 2, 3  # the first byte of an answer
 
 
@@ -35,9 +39,13 @@ class UnknownCallback(LookupError):
 class Host:
     """The way back to the host while a call runs."""
 
-    def __init__(self, link: Link, serve_one: Callable[[tuple[int, int, bytes]], None], limit: int) -> None:
+    def __init__(
+        self, link: Link, serve_one: Callable[[Frame], None], limit: int, inbox: Link | Inbox | None = None
+    ) -> None:  # fmt: skip
         self._link, self._serve_one, self._limit = link, serve_one, limit
+        self._inbox = inbox or link  # whoever reads the link hands over what is for this thread
         self._owner = (os.getpid(), _thread.get_ident())
+        self.waiting: dict[int, Any] = {}  # by the call that waits: where its answer is to be left
         self.call_id = 0  # of the call that is worked on: an answer is to that, and none between two calls
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -53,22 +61,24 @@ class Host:
 
     def ask_for_room(self, size: int) -> tuple[bytes, list[int]]:
         """What the host says, and the descriptors that ride on it."""
-        return self._ask(wire.ROOM, [size.to_bytes(8, "little")]), self._link.take_fds()
+        return self._ask(wire.ROOM, [size.to_bytes(8, "little")]), self._inbox.take_fds()
 
     def _ask(self, kind: int, parts: list[Any]) -> Any:
         if self._owner != (os.getpid(), _thread.get_ident()):
-            raise RuntimeError("the host can be called only by the thread that runs the call, and in no fork of it")
+            raise RuntimeError(_NOT_THIS_THREAD)
         if sum(memoryview(part).nbytes for part in parts) > wire.MAX_FRAME:
             raise ValueError(
                 f"arguments for the host of more than {wire.MAX_FRAME} bytes; return them, or send them in parts"
             )
         own = self.call_id
+        self.waiting[own] = self._inbox
         self._link.send_whole(kind, own, parts)
         while True:
-            frame = self._link.receive()
+            frame = self._inbox.receive()
             if frame is None:
                 os._exit(0)  # the host is gone, and so are we in a moment
             if frame[0] == wire.ANSWER and frame[1] == own:
+                self.waiting.pop(own, None)
                 return frame[2] if kind == wire.ROOM else _understand(frame[2])
             self._serve_one(frame)
             self.call_id = own
@@ -85,19 +95,22 @@ def _understand(body: bytes) -> Any:
 
 
 host: Host | None = None  # set by the call loop
+of_threads: dict[int, Host] = {}  # by thread, where calls run side by side
 
 
 def call_host(name: str, /, *args: Any, **kwargs: Any) -> Any:
     """Call the function that the host has registered as ``name``; arguments travel as data, like results."""
-    return _host().call(name, args, kwargs)
+    return this_host().call(name, args, kwargs)
 
 
 def call_host_raw(name: str, /, *parts: bytes) -> bytes:
     """The same with bytes as they are, without any encoding: bytes in, bytes out."""
-    return _host().call_raw(name, parts)
+    return this_host().call_raw(name, parts)
 
 
-def _host() -> Host:
-    if host is None:
-        raise RuntimeError("this process has no host to call")
-    return host
+def this_host() -> Host:
+    """Of the call that this thread runs. Raises RuntimeError."""
+    found = of_threads.get(_thread.get_ident(), host)
+    if found is None:
+        raise RuntimeError("this process has no host to call" if not of_threads else _NOT_THIS_THREAD)
+    return found

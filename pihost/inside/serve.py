@@ -1,25 +1,27 @@
-"""The call loop: receive, resolve, run, reply. One call at a time, in the main thread, without a thread switch."""
+"""The call loop: receive, resolve, run, reply. One call at a time, in the main thread, without a thread switch; for calls
+side by side see ``threads``.
+"""
 
 from __future__ import annotations
 
 # The C modules behind socket, pickle and signal: the packages would import enum and re, most of a zygote's start.
 import _pickle
 import _signal
-import _socket
 import os
 import struct
 
 from pihost import wire
 from pihost.inside import arenas, attached, awaiting, callbacks, encode, objects, raised, resolve, run, taught
 from pihost.inside.capture import Capture, redirect
+from pihost.inside.link import Link as Link
 from pihost.jsontext import dump
 
 if False:  # typing costs 5 ms, and only a type checker reads this
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import Any
 
-_BUFFER = 1 << 16
-_FD_SPACE = _socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
+    from pihost.inside.threads import Inbox
+
 _HIDDEN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen importlib")
 
 
@@ -28,74 +30,20 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
     if debug:
         os.kill(os.getpid(), _signal.SIGSTOP)
     worker = Worker(link, limits)
-    callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
     if limits["modules"]:
         from pihost.inside import asking
 
         asking.install()
+    if limits["concurrency"] > 1:
+        from pihost.inside.threads import Threads
+
+        return Threads(worker, limits["concurrency"]).serve()
+    worker.host = callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
     while True:
         frame = link.receive()
         if frame is None:
             return 0
         worker.serve_one(frame)
-
-
-class Link:
-    """The socket to the host: whole frames in, whole frames out, large ones in pieces."""
-
-    def __init__(self, fd: int) -> None:
-        self.sock = _socket.socket(fileno=fd)  # socket.socket would turn its numbers into enums at every start
-        self.pending = bytearray()
-        self.fds: list[int] = []
-
-    def receive(self) -> tuple[int, int, bytes] | None:
-        """The next frame, None at the end. The host's frames may be as long as their header says."""
-        pending = self.pending
-        need = wire.HEADER.size
-        while len(pending) < need:
-            if not self._read(_BUFFER):
-                return None
-        kind, ident, length = wire.unpack_header(pending, 0, 1 << 32)
-        need += length
-        while len(pending) < need:
-            if not self._read(max(_BUFFER, min(need - len(pending), 1 << 24))):
-                return None
-        body = bytes(memoryview(pending)[wire.HEADER.size : need])
-        del pending[:need]
-        return kind, ident, body
-
-    def _read(self, size: int) -> bool:
-        # Always recvmsg: a plain recv would drop descriptors that ride on the bytes it takes.
-        data, ancillary, _flags, _address = self.sock.recvmsg(size, _FD_SPACE)
-        for _level, _kind, content in ancillary:
-            self.fds += [fd for (fd,) in struct.iter_unpack("i", content)]
-        self.pending += data
-        return bool(data)
-
-    def take_fds(self) -> list[int]:
-        fds, self.fds = self.fds, []
-        return fds
-
-    def send_whole(self, kind: int, ident: int, parts: list[bytes]) -> None:
-        total = sum(memoryview(part).nbytes for part in parts)
-        self.sock.sendall(b"".join((wire.pack_header(kind, ident, total), *parts)))
-
-    def send(self, kind: int, ident: int, parts: list[bytes]) -> None:
-        if sum(memoryview(part).nbytes for part in parts) <= wire.PIECE_SIZE:
-            self.send_whole(kind, ident, parts)
-            return
-        for piece, last in _pieces(parts):
-            self.sock.sendall(wire.pack_header(kind if last else wire.PIECE, ident, len(piece)))
-            self.sock.sendall(piece)
-
-
-def _pieces(parts: list[bytes]) -> Iterator[tuple[memoryview, bool]]:
-    """(piece, is it the last) over the concatenation of ``parts``, without building it."""
-    views = [view for view in (memoryview(part).cast("B") for part in parts) if view.nbytes]
-    for number, view in enumerate(views):
-        for start in range(0, view.nbytes, wire.PIECE_SIZE):
-            piece = view[start : start + wire.PIECE_SIZE]
-            yield piece, number == len(views) - 1 and start + piece.nbytes == view.nbytes
 
 
 class Worker:
@@ -104,36 +52,52 @@ class Worker:
     def __init__(self, link: Link, limits: dict[str, int]) -> None:
         self.link, self.limits = link, limits
         self.own_pid = os.getpid()
+        self.inbox: Link | Inbox = link  # where frames come from: the link, or whoever reads that for all
+        self.host: callbacks.Host | None = None  # the way back to it, for what runs here
         self.loop = awaiting.Loop()
+        self.loops = [self.loop]
         self.released: list[int] = []
-        self.output: list[int] = []
+        self.output: list[int] = []  # pipes for what the next call writes, if that is captured
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
+
+    def twin(self) -> Worker:
+        """Another one, for another thread, with the same modules, objects and namespace."""
+        twin = type(self).__new__(type(self))
+        twin.__dict__.update(self.__dict__, loop=awaiting.Loop(), released=[], output=[])
+        self.loops.append(twin.loop)
+        return twin
 
     def serve_one(self, frame: tuple[int, int, bytes]) -> None:
         """Do what one frame says. Also while user code waits for the host: see ``callbacks``."""
         kind, ident, body = frame
-        if kind == wire.CALL:
-            if callbacks.host is not None:
-                callbacks.host.call_id = ident
-            call = _pickle.loads(body)
-            with attached.Call(call, self.link.take_fds()):
-                self.drop_released()
+        if kind == wire.CALL or kind == wire.INNER:
+            if self.host is not None:
+                self.host.call_id = ident
+            call = _pickle.loads(body if kind == wire.CALL else body[wire.OUTER.size :])
+            with attached.Call(call, self.inbox.take_fds()):
+                if self.released:
+                    self.drop_released()
                 answer = self.answer(call)
             if os.getpid() != self.own_pid:
                 os._exit(0)  # user code forked and let the copy return: only the original may answer
             self.link.send(answer[0], ident, answer[1])
-        elif kind == wire.OUTPUT:
-            self.output = self.link.take_fds()
         elif kind == wire.CODE:
             self.library.add(_pickle.loads(body))
+        elif kind == wire.OUTPUT:
+            self.output = self.inbox.take_fds()
         elif kind == wire.STDIO:
-            redirect(self.link.take_fds(), body[0])
+            redirect(self.inbox.take_fds(), body[0])
         elif kind == wire.RELEASE:
             self.released += struct.unpack(f"<{len(body) // 8}Q", body)
         elif kind == wire.EXIT:
             callbacks.host = None  # nobody listens any more
-            os._exit(run.leave(self.loop.close))
+            callbacks.of_threads.clear()
+            os._exit(run.leave(self.close_loops))
+
+    def close_loops(self) -> None:
+        for loop in self.loops:
+            loop.close()
 
     def drop_released(self) -> None:
         """Only when a call has been read whole: what ends with an object may call the host, which then listens."""
@@ -173,9 +137,9 @@ class Worker:
 
     def pack(self, value: object) -> tuple[int, list[bytes]]:
         if awaiting.is_stream(value):
-            return wire.STREAM, [struct.pack("<Q", objects.kept.keep(value))]
+            return wire.STREAM, [struct.pack("<Q", objects.kept.keep(self.loop.bound(value)))]
         if self.limits["pickle"]:
-            return arenas.ship_pickled(value)
+            return wire.PICKLED, [_pickle.dumps(value, 5)]
         text, buffers = encode.encode(value, self.limits["result"])
         return arenas.ship(text, buffers)
 

@@ -142,7 +142,7 @@ def child_plan(
         output=output, cgroups=cgroups,
         limits={
             "result": int(options.limits.result), "pickle": int(options.results == "pickle"),
-            "modules": int(bool(options.modules)),
+            "modules": int(bool(options.modules)), "concurrency": options.max_concurrency,
         },
         debug=options.debug, without=sorted({*without, *absent}),
     )  # fmt: skip

@@ -51,7 +51,7 @@ class Attachments:
             from pisupervisor import shared
 
             return shared.reduce(obj, self.shared, self.isolator)
-        if getattr(kind, "fileno", None) is not None or kind.__module__ == "tempfile":
+        if getattr(kind, "fileno", None) is not None:
             from pisupervisor.link import descriptors
 
             return descriptors.reduce(obj, self.files, self.networked)
@@ -78,7 +78,9 @@ def _reduce_memoryview(view: memoryview) -> Any:
     return memory, (PickleBuffer(view.cast("B")), view.format, view.shape)
 
 
-def send(call: Attached, connection: Connection, deadline: float | None) -> tuple[bytes, tuple[int, ...]]:
+def send(
+    call: Attached, connection: Connection, deadline: float | None, within: int = 0
+) -> tuple[bytes, tuple[int, ...]]:
     """(body, descriptors) of a call whose arguments have attachments, with all that is big where the child finds it."""
     payload, arenas = call.payload, connection.arenas()
     regions: list[Any] = [[buffer] for buffer in payload.buffers]
@@ -88,7 +90,7 @@ def send(call: Attached, connection: Connection, deadline: float | None) -> tupl
         regions, lengths = [payload.pickle, *regions], [payload.size, *lengths]
     else:
         data = b"".join(payload.pickle)
-    arena = _fill(arenas, connection, regions, lengths, deadline) if regions else None
+    arena = _fill(arenas, connection, regions, lengths, deadline, within) if regions else None
     fds = [file.fd for file in payload.files]
     shared = []
     for memory in payload.shared:
@@ -105,20 +107,24 @@ def send(call: Attached, connection: Connection, deadline: float | None) -> tupl
 
 
 def _fill(
-    arenas: Arenas, connection: Connection, regions: list[Any], lengths: list[int], deadline: float | None
+    arenas: Arenas,
+    connection: Connection,
+    regions: list[Any],
+    lengths: list[int],
+    deadline: float | None,
+    within: int,
 ) -> Arena | None:
     """The arena that they are in now, None where the child cannot take one: they are part of the call then."""
     starts, end = wire.place(lengths)
     arena, choice = arenas.take(end)
-    try:
-        if choice.reuse is None:
-            body = pack_call("arena", False, arena.number, arena.size, choice.keep, [*choice.drop])
-            if unpack_answer(connection.call(body, deadline, fds=(arena.fd,)), DATA) is not True:
-                arenas.refused(arena)
-                return None
-            if choice.keep:
-                arena.open_lent()
-        arena.write(regions, starts)
-    finally:
-        arena.close_fd()
+    if choice.reuse is None:
+        body = pack_call("arena", False, arena.number, arena.size, choice.keep, [*choice.drop])
+        try:
+            answer = connection.call(body, deadline, fds=(arena.fd,), within=within)
+        finally:
+            arena.close_fd()
+        if unpack_answer(answer, DATA) is not True:
+            arenas.refused(arena)
+            return None
+    arena.write(regions, starts)
     return arena

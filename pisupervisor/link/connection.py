@@ -6,16 +6,24 @@ import _socket  # not socket: with its enum members it costs 4 ms of a start
 import os
 import select
 import struct
+import threading
 import time
 
 from pihost import wire
-from pisupervisor.errors import IsolationError, ProtocolError
+from pisupervisor.errors import ProtocolError
+from pisupervisor.link.bells import Bell, PollBell
+from pisupervisor.link.frames import READ, Answer, Frames, Pending
+from pisupervisor.link.output import Output
+from pisupervisor.link.readers import Readers
 from pisupervisor.records import NamedTuple
 
-_READ = 1 << 16
 _LOOK_AROUND = 1.0  # seconds without a word
 _FRAME_TIME = 10.0  # seconds that a child may take from the first byte of a frame to its last
+_FINE = 0.005  # seconds that a deadline may be overrun by for the sake of a system call
+_IDENTS = struct.Struct("<32Q")
+_AT_ONCE = _socket.MSG_DONTWAIT
 
+__all__ = ["Answer", "Broken", "Connection", "DeadlinePassed", "LinkClosed", "NeverSent"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -26,228 +34,395 @@ if TYPE_CHECKING:
     Answerer = Callable[[int, bytes], bytes]
 
 
-class LinkClosed(Exception):
+class Broken(Exception):
+    """``written``: what a captured call wrote until then: stdout, stderr, and whether there was more."""
+
+    written: tuple[bytes, bytes, bool] = (b"", b"", False)
+
+
+class LinkClosed(Broken):
     """The other end is gone. Who owns the child knows why."""
 
 
-class DeadlinePassed(Exception):
+class NeverSent(LinkClosed):
+    """It was gone before it had anything of the call."""
+
+
+class DeadlinePassed(Broken):
     """The call's time is up."""
 
 
-class Answer(NamedTuple):
-    """A reply: its kind (see ``wire``), its body, and what the call wrote meanwhile, where that was asked for."""
+class Request(NamedTuple):
+    """A call as it is sent. ``within`` is the id of the one whose callback makes it, or 0."""
 
-    kind: int
     body: bytes
-    stdout: bytes = b""
-    stderr: bytes = b""
-    truncated: bool = False
+    fds: tuple[int, ...] = ()
+    within: int = 0
 
 
 class Connection:
-    """One call at a time, and within it those that its callbacks make. ``largest`` bounds one answer, in bytes, however
-    many pieces it comes in; ``stdio`` is where the child's stdout and stderr (or stderr alone) go outside of captured
-    calls.
+    """The calls into one child. ``largest`` bounds one answer, in bytes; ``stdio`` is where the child's stdout and stderr
+    (or stderr alone) go outside of captured calls. ``shared``: several threads may call at once; one of those that wait
+    reads for all.
     """
 
     def __init__(
         self, link: _socket.socket, largest: int, stdio: tuple[int, ...] = (), answer: Answerer | None = None,
-        is_over: Callable[[], bool] | None = None, make_arenas: Callable[[], Arenas] | None = None,
+        is_over: Callable[[], bool] | None = None, make_arenas: Callable[[], Arenas] | None = None, *, shared: bool = False,
     ) -> None:  # fmt: skip
         self.link = link
-        self._is_over = is_over or _never
-        # A fork of the application made while the link was made holds the other end: then it never closes, and whoever
-        # waits must look around now and then. By the kernel's timer, because poll before each recv would cost 1 us.
-        link.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, struct.pack("ll", int(_LOOK_AROUND), 0))
-        self._answer = answer  # for what the child asks while it works on a call: kind and body in, body out
-        self._depth = 0
-        self._outputs: list[_Output] = []  # of the calls under way that are captured, the innermost last
-        self.released: list[int] = []  # objects that nobody holds any more
         self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
-        self._stdio, self._displaced = stdio, False
-        self._pending = bytearray()
+        self.calls: dict[int, Pending] = {}  # under way, by their ids
         self.sent: set[str] = set()  # keys of the code that the child has
+        self.released: list[int] = []  # objects that nobody holds any more
+        self._is_over = is_over or _never
+        self._answer = answer  # for what the child asks while it works on a call: kind and body in, body out
+        self._stdio, self._displaced = stdio, False
+        self._outputs: list[Output] = []  # of the calls under way that are captured, the innermost last
+        self._frames = Frames()
+        self._began = 0.0  # when the frame began that is not whole yet
+        self._idents: list[int] = []
+        self._sending = threading.RLock()
+        self._readers = Readers() if shared else None
+        self._lock = threading.Lock()  # of the readers
+        self._is_broken = False
         self._make_arenas = make_arenas
         self._arenas: Arenas | None = None
-        self.written = (b"", b"", False)  # by the last call whose output was asked for: stdout, stderr, truncated
+        # A fork of the application made while the link was made holds the other end: then it never closes, and whoever
+        # waits must look around now and then. By the kernel's timer, because poll before each recv would cost 1 us.
+        self._slice = 0.0
+        self._set_slice(_LOOK_AROUND)
 
     def arenas(self) -> Arenas:
         """The memory that both sides see, made when it is first needed."""
-        if self._arenas is None:
-            from pisupervisor.link.arenas import Arenas
+        with self._lock:
+            if self._arenas is None:
+                from pisupervisor.link.arenas import Arenas
 
-            self._arenas = self._make_arenas() if self._make_arenas is not None else Arenas(0, 0, False)
-        return self._arenas
+                self._arenas = self._make_arenas() if self._make_arenas is not None else Arenas(0, 0, False)
+            return self._arenas
 
     def forget_arenas(self) -> None:
         """The child is gone. Handles may keep this connection, and results that were lent keep their own memory."""
         self._arenas = None
 
-    def send(
-        self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None, ident: int = 0
-    ) -> int:
-        """Send one frame; its id. Descriptors ride on the body, which the child always reads with room for them."""
-        if kind == wire.CALL:
-            ident = int.from_bytes(os.urandom(8), "little")  # an answer given before its call cannot guess it
-        header = wire.pack_header(kind, ident, len(body))
-        try:
-            self._set_timeout(deadline)
-            if fds:
-                self.link.sendall(header)
-                rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
-                sent = self.link.sendmsg([body], [rights])
-                if sent < len(body):
-                    self.link.sendall(memoryview(body)[sent:])
-            else:
-                self.link.sendall(header + body if len(body) < _READ else header)
-                if len(body) >= _READ:
-                    self.link.sendall(body)
-        except TimeoutError:
-            raise DeadlinePassed from None
-        except OSError as error:
-            raise LinkClosed from error
-        return ident
+    # --- calls ------------------------------------------------------------------------------------------------
 
     def call(
-        self, body: bytes, deadline: float | None = None, output: int | None = None, fds: tuple[int, ...] = ()
-    ) -> Answer:
-        """Send a call and wait for its answer. ``output``: bytes to keep of each of stdout and stderr, None for neither.
-        ``fds`` ride on it.
+        self, body: bytes, deadline: float | None = None, output: int | None = None, fds: tuple[int, ...] = (),
+        ident: int = 0, within: int = 0,
+    ) -> Answer:  # fmt: skip
+        """Send a call and wait for its answer. ``output``: bytes to keep of each of stdout and stderr, None for neither;
+        ``fds`` ride on it; ``ident``: from ``new_ident``; ``within``: the id of the call whose callback makes this one.
 
         Raises LinkClosed, DeadlinePassed (the child is then in an unknown state: kill it) or ProtocolError (likewise).
         """
-        nested, self._depth = self._depth > 0, self._depth + 1
+        if output is not None:
+            return self._call_captured(Request(body, fds, within), deadline, output, ident)
+        if self._displaced or self.released:
+            self.tidy(deadline)
+        pending = Pending(ident or self.new_ident(), self.largest, None if self._readers is None else Bell())
+        self.begin(pending, Request(body, fds, within), deadline)
+        return self._wait(pending, deadline, None)
+
+    def begin(self, pending: Pending, request: Request, deadline: float | None = None) -> None:
+        """Send a call, do not wait."""
+        self.calls[pending.ident] = pending  # before it is sent: another thread may read its answer
+        body, fds, within = request
+        if within:
+            self.send(wire.INNER, wire.OUTER.pack(within) + body, fds, deadline, pending.ident)
+        else:
+            self.send(wire.CALL, body, fds, deadline, pending.ident)
+
+    def _call_captured(self, request: Request, deadline: float | None, output: int, ident: int) -> Answer:
+        bell = PollBell() if self._readers is not None else None
+        pending = Pending(ident or self.new_ident(), self.largest, bell)
         try:
-            return self._call(body, deadline, output, nested, fds)
+            with Output(output) as captured:
+                return self._capture(pending, request, deadline, captured)
         finally:
-            self._depth -= 1
+            self.calls.pop(pending.ident, None)
+            if bell is not None:
+                bell.close()
 
-    def _call(
-        self, body: bytes, deadline: float | None, output: int | None, nested: bool, fds: tuple[int, ...]
-    ) -> Answer:
+    def _capture(self, pending: Pending, request: Request, deadline: float | None, captured: Output) -> Answer:
         self._release(deadline)
-        if output is None:
-            self.restore_stdio(deadline)
-            return self._receive(self.send(wire.CALL, body, fds, deadline), deadline)
-        with _Output(output) as captured:
-            self._outputs.append(captured)
-            self.send(wire.OUTPUT, b"\0", captured.writers, deadline)
-            try:
-                answer = self._receive(self.send(wire.CALL, body, fds, deadline), deadline)
-            finally:
-                captured.drain()
-                self.written = (captured.text(0), captured.text(1), captured.truncated)
-                self._outputs.pop()
-                self._displaced = True
-            self.restore_stdio(deadline, at_once=nested)
-            return answer._replace(stdout=captured.text(0), stderr=captured.text(1), truncated=captured.truncated)
+        self._outputs.append(captured)
+        try:
+            with self._sending:  # the pipes are for the call that comes next
+                self.send(wire.OUTPUT, b"\0", captured.writers, deadline)
+                self.begin(pending, request, deadline)
+            answer = self._wait(pending, deadline, captured)
+        except (LinkClosed, DeadlinePassed) as error:
+            captured.drain()
+            error.written = captured.written()
+            raise
+        finally:
+            self._outputs.pop()
+            self._displaced = True
+        captured.drain()
+        if request.within or self._readers is not None:  # somebody goes on at once
+            self._restore_stdio(deadline)
+        stdout, stderr, truncated = captured.written()
+        return answer._replace(stdout=stdout, stderr=stderr, truncated=truncated)
 
-    def restore_stdio(self, deadline: float | None = None, *, at_once: bool = True) -> None:
-        """After a captured call, and before anything else runs: its pipes were put in the place of stdout and stderr.
-
-        Around it there may be another call, whose callback made this one: that goes on at once.
+    def tidy(self, deadline: float | None = None) -> None:
+        """What the child is to know before anything else runs: objects that nobody holds any more, and where its output goes
+        after a captured call, whose pipes were put in the place of stdout and stderr.
         """
+        self._release(deadline)
+        self._restore_stdio(deadline)
+
+    def _restore_stdio(self, deadline: float | None) -> None:
         stdio = self._outputs[-1].writers if self._outputs else self._stdio
-        if self._displaced and stdio and at_once:
+        if self._displaced and stdio:
             self._displaced = False
             self.send(wire.STDIO, bytes((len(stdio),)), stdio, deadline)
 
     def _release(self, deadline: float | None) -> None:
-        if self.released:
-            numbers, self.released = self.released, []
+        numbers = self.released[:]
+        if numbers:
+            del self.released[: len(numbers)]  # others may have added some since
             self.send(wire.RELEASE, struct.pack(f"<{len(numbers)}Q", *numbers), deadline=deadline)
 
-    def _receive(self, ident: int, deadline: float | None) -> Answer:
-        whole, pieces, asked = bytearray(), 0, False
-        most = self.largest // wire.PIECE_SIZE + wire.MAX_BUFFERS + 8  # an honest child begins a piece for each part
-        while True:
-            kind, answered, body = self._frame(deadline, self._outputs[-1] if self._outputs else None)
-            if kind in (wire.CALLBACK, wire.CALLBACK_RAW) and answered == ident:
-                self._callback(kind, answered, body, deadline)
-                continue
-            if kind == wire.ROOM and answered == ident and not asked:
-                asked = True
-                self._give_room(answered, body, deadline)
-                continue
-            if answered != ident:
-                raise ProtocolError(f"an answer to call {answered}, where {ident} is the one under way")
-            if kind in (wire.READY, wire.ROOM):
-                raise ProtocolError("ready said twice" if kind == wire.READY else "room asked for twice")
-            if len(whole) + len(body) > self.largest:
-                raise ProtocolError(f"an answer of more than {self.largest} bytes")
-            if kind != wire.PIECE:
-                return Answer(kind, bytes(whole + body) if whole else body)
-            whole += body
-            pieces += 1
-            if pieces > most:
-                raise ProtocolError(f"an answer in more than {most} pieces")
+    def waits_for_host(self, ident: int) -> bool:
+        """Whether that call is in a callback."""
+        pending = self.calls.get(ident)
+        return pending is not None and pending.asked is not None
 
-    def _callback(self, kind: int, ident: int, body: bytes, deadline: float | None) -> None:
-        if self._answer is None:
-            raise ProtocolError("a callback where there are none")
-        answer = self._answer(kind, body)  # may call into the child in turn
+    def new_ident(self) -> int:
+        """Random: an answer given before its call cannot guess it. Drawn by the dozen, a system call each is half a
+        microsecond.
+        """
+        while True:
+            try:
+                return self._idents.pop()
+            except IndexError:
+                self._idents += _IDENTS.unpack(os.urandom(_IDENTS.size))
+
+    # --- out --------------------------------------------------------------------------------------------------
+
+    def send(
+        self, kind: int, body: bytes, fds: tuple[int, ...] = (), deadline: float | None = None, ident: int = 0
+    ) -> None:
+        """Send one frame. Descriptors ride on it, which the child always reads with room for them."""
+        header = wire.pack_header(kind | wire.RIDING if fds else kind, ident, len(body))
+        with self._sending:
+            if fds or len(body) >= READ:
+                self._send_large(header, body, fds, deadline)
+                return
+            data = header + body
+            sent = self._send_some(data, NeverSent)
+            if sent < len(data):
+                self._push(memoryview(data)[sent:], deadline)
+
+    def _send_large(self, header: bytes, body: bytes, fds: tuple[int, ...], deadline: float | None) -> None:
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
+        while True:
+            try:
+                sent = self.link.sendmsg([header, body], rights, _AT_ONCE)
+                break
+            except BlockingIOError:
+                self._make_room(deadline)
+            except OSError as error:
+                raise NeverSent from error
+        self._push(memoryview(header)[sent:], deadline)
+        self._push(memoryview(body)[max(0, sent - len(header)) :], deadline)
+
+    def _send_some(self, data: bytes | memoryview, gone: type[LinkClosed] = LinkClosed) -> int:
+        try:
+            return self.link.send(data, _AT_ONCE)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise gone from error
+
+    def _push(self, data: memoryview, deadline: float | None) -> None:
+        """The rest, as fast as the child takes it."""
+        while data:
+            sent = self._send_some(data)
+            data = data[sent:]
+            if not sent:
+                self._make_room(deadline)
+
+    def _make_room(self, deadline: float | None) -> None:
+        """Wait until the child takes more. It may be stuck in turn with answers to calls that others wait for."""
+        poll = select.poll()
+        reads = self._readers is None and bool(self.calls)
+        poll.register(self.link, select.POLLOUT | (select.POLLIN if reads else 0))
+        until = min(deadline or float("inf"), time.monotonic() + _LOOK_AROUND)
+        ready = poll.poll(max(0.0, until - time.monotonic()) * 1000)
+        if not ready:
+            self._look_around(None, deadline)
+        elif reads and ready[0][1] & select.POLLIN:
+            try:
+                self._feed(self.link.recv(READ, _AT_ONCE))
+            except OSError as error:
+                raise LinkClosed from error
+            while (frame := self._frames.next()) is not None:
+                self.dispatch(frame)
+
+    # --- in ---------------------------------------------------------------------------------------------------
+
+    def wait(self, pending: Pending, deadline: float | None = None) -> Answer:
+        """For the answer to a call that was begun. Raises what ``call`` raises."""
+        return self._wait(pending, deadline, None)
+
+    def _wait(self, pending: Pending, deadline: float | None, captured: Output | None) -> Answer:
+        try:
+            if self._readers is not None:
+                self._wait_with_others(pending, deadline, captured)
+            while pending.answer is None:
+                if pending.asked is None:
+                    self._read(deadline, captured)
+                else:
+                    self._callback(pending, deadline)
+            return pending.answer
+        finally:
+            self.calls.pop(pending.ident, None)
+
+    def _wait_with_others(self, pending: Pending, deadline: float | None, captured: Output | None) -> None:
+        try:
+            while pending.answer is None:
+                if self._is_broken:
+                    raise LinkClosed
+                if pending.asked is not None:
+                    self._leave(pending)  # the application's function may take its time
+                    self._callback(pending, deadline)
+                elif self._may_read(pending):
+                    self._read(deadline, captured)
+                else:
+                    self._sleep(pending, deadline, captured)
+        finally:
+            self._leave(pending)
+
+    def _may_read(self, pending: Pending) -> bool:
+        with self._lock:
+            return self._readers is not None and self._readers.may_read(pending)
+
+    def _leave(self, pending: Pending) -> None:
+        with self._lock:
+            successor = self._readers.leave(pending) if self._readers is not None else None
+        if isinstance(successor, Pending):
+            successor.ring()
+
+    def _sleep(self, pending: Pending, deadline: float | None, captured: Output | None) -> None:
+        """Until whoever reads has something for this caller, or reads no more."""
+        bell = pending.bell
+        if captured is not None and isinstance(bell, PollBell):
+            captured.wait_for(bell.fileno(), deadline)
+            bell.clear()
+        elif isinstance(bell, Bell):
+            bell.wait(deadline)
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlinePassed
-        self.send(wire.ANSWER, answer, deadline=deadline, ident=ident)
 
-    def _give_room(self, ident: int, body: bytes, deadline: float | None) -> None:
+    def give_up(self) -> None:
+        """The child is dead: nobody waits any more, whatever became of the one who read."""
+        self._is_broken = True
+        for pending in tuple(self.calls.values()):
+            pending.ring()
+
+    def _callback(self, pending: Pending, deadline: float | None) -> None:
+        asked = pending.asked
+        if asked is not None and asked[0] == wire.ROOM:
+            self._give_room(pending, asked[1], deadline)
+            return
+        if self._answer is None or asked is None:
+            raise ProtocolError("a callback where there are none")
+        answer = self._answer(*asked)  # may call into the child in turn
+        if deadline is not None and time.monotonic() >= deadline:
+            raise DeadlinePassed
+        self._tell(pending, answer, (), deadline)
+
+    def _give_room(self, pending: Pending, body: bytes, deadline: float | None) -> None:
         if len(body) != 8:
             raise ProtocolError("room asked for without a size")
         answer, arena = self.arenas().room(int.from_bytes(body, "little"))
         try:
-            self.send(wire.ANSWER, answer, () if arena is None else (arena.fd,), deadline, ident)
+            self._tell(pending, answer, () if arena is None else (arena.fd,), deadline)
         finally:
             if arena is not None:
                 arena.close_fd()
 
-    def _frame(self, deadline: float | None, captured: _Output | None) -> tuple[int, int, bytes]:
-        """The next whole frame. The time for one runs from its first byte, so that a slow writer cannot hold a caller."""
-        pending, need = self._pending, wire.HEADER.size
-        frame_deadline: float | None = deadline
-        started = bool(pending)
-        header: tuple[int, int, int] | None = None
-        while len(pending) < need or header is None:
-            if len(pending) >= need and header is None:
-                header = self._header(pending)
-                need += header[2]
-                continue
-            if started and frame_deadline is deadline:
-                frame_deadline = min(deadline or float("inf"), time.monotonic() + _FRAME_TIME)
-            self._read_more(need - len(pending), frame_deadline, deadline, captured)
-            started = True
-        body = bytes(memoryview(pending)[wire.HEADER.size : need])
-        del pending[:need]
-        return header[0], header[1], body
-
-    def _header(self, pending: bytearray) -> tuple[int, int, int]:
+    def _tell(self, pending: Pending, answer: bytes, fds: tuple[int, ...], deadline: float | None) -> None:
+        pending.asked = None
         try:
-            header = wire.unpack_header(pending)
-        except wire.BadFrame as error:
-            raise ProtocolError(f"the child sent {error}") from None
-        if header[0] not in wire.FROM_CHILD:
-            raise ProtocolError(f"a frame of kind {header[0]}, which no child may send")
-        return header
+            self.send(wire.ANSWER, answer, fds, deadline, pending.ident)
+        except NeverSent as error:
+            raise LinkClosed from error  # the call itself has begun
 
-    def _read_more(self, missing: int, until: float | None, deadline: float | None, captured: _Output | None) -> None:
-        size = max(_READ, min(missing, wire.MAX_FRAME))
+    def dispatch(self, frame: tuple[int, int, bytes]) -> None:
+        """Give a frame to the call that it is about."""
+        kind, ident, body = frame
+        pending = self.calls.get(ident)
+        if pending is None:
+            others = ", ".join(map(str, [*self.calls][:3])) or "none"
+            raise ProtocolError(f"an answer to call {ident}, where {others} is under way")
+        if pending.take(kind, body):
+            if pending.answer is not None:
+                self.calls.pop(ident, None)  # nothing more may come for it
+            if pending.bell is not None:
+                pending.bell.ring()
+
+    def _read(self, deadline: float | None, captured: Output | None) -> None:
+        """Wait for a frame and dispatch it."""
+        try:
+            frame = self._frames.next()
+            while frame is None:
+                self._feed(self._receive(deadline, captured))
+                frame = self._frames.next()
+            self._began = 0.0
+            self.dispatch(frame)
+        except ProtocolError:
+            self._is_broken = True  # nobody reads on behind that
+            raise
+
+    def _feed(self, data: bytes) -> None:
+        if not data:
+            raise LinkClosed
+        self._frames.feed(data)
+
+    def _receive(self, deadline: float | None, captured: Output | None) -> bytes:
+        """What comes next. The time for one frame runs from its first byte, so that a slow writer cannot hold a caller."""
+        until, size = deadline, READ
+        if self._frames.partial:
+            now = time.monotonic()
+            self._began = self._began or now
+            until = min(deadline or float("inf"), self._began + _FRAME_TIME)
+            size = max(READ, min(self._frames.missing, wire.MAX_FRAME))
         while True:
-            sliced = None
-            if until is not None or captured is not None:
-                sliced = min(until or float("inf"), time.monotonic() + _LOOK_AROUND)
             try:
-                if captured is not None:
-                    captured.wait_for(self.link, sliced)
-                self._set_timeout(sliced)
-                data = self.link.recv(size)  # plain recv: the kernel drops any fds
-            except (TimeoutError, BlockingIOError):
+                if until is None and captured is None and self._slice >= _LOOK_AROUND / 2:
+                    return self.link.recv(size)  # plain recv: the kernel drops any fds
+                return self._receive_until(size, until, captured)
+            except BlockingIOError:
                 self._look_around(until, deadline)
-                continue
             except OSError as error:
                 raise LinkClosed from error
-            if not data:
-                raise LinkClosed
-            self._pending += data
+
+    def _receive_until(self, size: int, until: float | None, captured: Output | None) -> bytes:
+        now = time.monotonic()
+        left = _LOOK_AROUND if until is None else min(_LOOK_AROUND, until - now)
+        if left <= 0:
+            raise BlockingIOError
+        if captured is None:
+            self._set_slice(left)
+            return self.link.recv(size)
+        fd = self.link.fileno()
+        if fd < 0:
+            raise LinkClosed
+        if not captured.wait_for(fd, now + left):
+            raise BlockingIOError
+        return self.link.recv(size, _AT_ONCE)
+
+    def _set_slice(self, seconds: float) -> None:
+        """How long the kernel waits in one recv. Set anew where that matters: the deadlines of calls are much alike."""
+        if self._slice - _FINE <= seconds <= 2 * self._slice:
             return
+        self._slice = max(0.001, seconds)  # 0 would be for ever
+        value = struct.pack("ll", int(self._slice), int(self._slice % 1 * 1e6))
+        self.link.setsockopt(_socket.SOL_SOCKET, _socket.SO_RCVTIMEO, value)
 
     def _look_around(self, until: float | None, deadline: float | None) -> None:
         """Nothing came for a while. Raises where that means something."""
@@ -259,95 +434,6 @@ class Connection:
         if self._is_over():
             raise LinkClosed
 
-    def _set_timeout(self, until: float | None) -> None:
-        left = None if until is None else until - time.monotonic()
-        if left is not None and left <= 0:
-            raise TimeoutError
-        if self.link.gettimeout() != left:
-            self.link.settimeout(left)
-
 
 def _never() -> bool:
     return False
-
-
-class _Output:
-    """Two pipes for one call. What is over the bound is read and thrown away, so that the writer never hangs."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.truncated = limit, False
-        self.kept = (bytearray(), bytearray())
-        self.readers: tuple[int, ...] = ()
-        self.writers: tuple[int, ...] = ()
-        try:
-            for _stream in ("stdout", "stderr"):
-                reader, writer = os.pipe()
-                self.readers, self.writers = (*self.readers, reader), (*self.writers, writer)
-        except OSError as error:
-            self.__exit__()
-            raise IsolationError(
-                f"no pipe for what the call writes: {error.strerror} (remedy: raise ulimit -n)"
-            ) from None
-        for reader in self.readers:
-            os.set_blocking(reader, False)
-        self.poll = select.poll()
-        self._open = set(self.readers)
-        self._link = -1
-
-    def __enter__(self) -> _Output:
-        for reader in self.readers:
-            self.poll.register(reader, select.POLLIN)
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close_writers()
-        for reader in self.readers:
-            os.close(reader)
-
-    def close_writers(self) -> None:
-        for writer in self.writers:
-            os.close(writer)
-        self.writers = ()
-
-    def wait_for(self, link: _socket.socket, until: float | None) -> None:
-        """Read output until the link has something to say or ``until`` has passed."""
-        if self._link < 0:
-            self._link = link.fileno()
-            if self._link < 0:
-                raise LinkClosed
-            self.poll.register(self._link, select.POLLIN)
-        while True:
-            if link.fileno() != self._link:
-                raise LinkClosed  # by another thread; the number may be somebody else's by now
-            left = None if until is None else max(0.0, (until - time.monotonic()) * 1000)
-            ready = {fd for fd, _event in self.poll.poll(left)}
-            for fd in ready & self._open:
-                self._read(fd)
-            late = until is not None and time.monotonic() >= until  # a flood may keep the pipes ready for ever
-            if not ready or self._link in ready or late:
-                return
-
-    def drain(self) -> None:
-        """What was written before the answer is in the pipes by now: read until they are empty, a flood notwithstanding."""
-        for fd in tuple(self._open):
-            for _ in range(64):  # a pipe holds 64 KiB; who goes on writing after the answer is not waited for
-                if not self._read(fd):
-                    break
-
-    def _read(self, fd: int) -> bool:
-        try:
-            data = os.read(fd, _READ)
-        except BlockingIOError:
-            return False
-        if not data:
-            self.poll.unregister(fd)
-            self._open.discard(fd)
-            return False
-        kept = self.kept[self.readers.index(fd)]
-        room = self.limit - len(kept)
-        kept += data[:room] if room > 0 else b""
-        self.truncated |= len(data) > room
-        return True
-
-    def text(self, which: int) -> bytes:
-        return bytes(self.kept[which])

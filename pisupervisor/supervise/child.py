@@ -43,6 +43,7 @@ class Child(Birth):
         self.last_lines: list[Line] = []  # what it wrote last
         self.requesting = True  # until the plan is with the zygote
         self.exit_info: ExitInfo | None = None
+        self.calls = 0  # under way in it
         self.is_killed = False  # whether we have: it may take a moment to die
         self.started = time.monotonic()
         self._lock = threading.Lock()

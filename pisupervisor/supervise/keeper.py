@@ -10,9 +10,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from pihost import wire
-from pisupervisor.errors import IsolationError, IsolatorClosed, LaunchError, OptionsError
+from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, OptionsError
 from pisupervisor.launch.templates import Template, release
-from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
+from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed, NeverSent
 from pisupervisor.link.reader import reader_for
 from pisupervisor.options import IsolationOptions
 from pisupervisor.records import NamedTuple
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
 _LIVED_ON = "it closed its link and lived on"
 _NEVER = float("inf")
+_FRESH = 0.001  # seconds after an answer in which a child counts as alive; if it is not, its link tells before a call is sent
 
 
 class FirstCall(NamedTuple):
@@ -59,9 +60,9 @@ class Keeper:
         self.reader = reader_for(options)
         self.first_calls: list[FirstCall] = []  # that each new child gets
         self.answer: Answerer | None = None  # what a child asks of the host is answered by this
-        self.in_call = False
         self.idle_since = time.monotonic()
-        self.turn = Turn()
+        self.turn = Turn(options.max_concurrency)
+        self._replacing = threading.Lock()  # by one of the calls that have seen the child die
         self.lock = threading.RLock()  # held for a change of state
         self.changed = threading.Condition(self.lock)  # of the state, or of what somebody wants
         self.closed = threading.Event()
@@ -124,8 +125,9 @@ class Keeper:
         try:
             child = self._launch(None if until == _NEVER else until)
             connection = Connection(
-                child.link, int(self.options.limits.result), child.stdio(), self.answer, child.is_over, self._arenas
-            )
+                child.link, int(self.options.limits.result), child.stdio(), self.answer, child.is_over, self._arenas,
+                shared=self.options.max_concurrency > 1,
+            )  # fmt: skip
             self._begin(child, connection, None if until == _NEVER else until)
             self._adopt(child, connection, stops)
             if not self.without:
@@ -227,18 +229,57 @@ class Keeper:
 
     # --- restart ----------------------------------------------------------------------------------------------
 
+    def usable_child(self) -> tuple[Child, Connection] | None:
+        """The child for the next call, where there is one that lives."""
+        child, connection = self.child, self.connection
+        if child is None or connection is None or child.is_killed:
+            return None
+        if time.monotonic() - self.idle_since > _FRESH and child.payload_ended:
+            return None
+        return child, connection
+
     def ready_child(self, deadline: float | None, wanted: Callable[[], bool]) -> tuple[Child, Connection]:
-        """The child for the next call, started anew where the last one has died. Called with the turn held."""
-        child = self.child
-        if child is not None and (child.payload_ended or child.is_killed):
-            self.bury(child)
-        if self.child is None:
-            replacing.replace(self, deadline, wanted)
+        """The same, started anew where the last one has died. Called with a turn held."""
+        if not self._replacing.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise CallTimeout("another child was still being started at the deadline; the call was not begun")
+        try:
+            child = self.child
+            if child is not None and (child.payload_ended or child.is_killed):
+                self.bury(child)
+            if self.child is None:
+                replacing.replace(self, deadline, wanted)
+        finally:
+            self._replacing.release()
         child, connection = self.child, self.connection
         if child is None or connection is None:
             self.check_open()
             raise IsolatorClosed("the isolator was stopped before the call began")
         return child, connection
+
+    # --- calls ------------------------------------------------------------------------------------------------
+
+    @property
+    def in_call(self) -> bool:
+        child = self.child
+        return child is not None and child.calls > 0
+
+    def begin_call(self, child: Child) -> bool:
+        """True. Raises NeverSent where that is no longer the child."""
+        with self.lock:
+            if self.child is not child:
+                raise NeverSent  # stopped or closed by another thread in this very moment
+            child.calls += 1
+            if child.calls == 1 and not self.closed.is_set():
+                self.state = next_state(self.state, "call")  # nobody waits for that
+        child.meter.begin_call()
+        return True
+
+    def end_call(self, child: Child) -> None:
+        with self.lock:
+            child.calls -= 1
+            if not child.calls and self.child is child and not self.closed.is_set():
+                self.state = next_state(self.state, "answered")
+        self.idle_since = time.monotonic()
 
     # --- death ------------------------------------------------------------------------------------------------
 
@@ -251,18 +292,20 @@ class Keeper:
             self._let_the_caller_go_first(child)
         if not child.wait(_DEATH_GRACE):
             child.kill(ExitReason.PROTOCOL, _LIVED_ON)
-        info = child.finish(in_call=self.in_call and child is self.child, truncated=bool(truncated))
+        info = child.finish(in_call=child.calls > 0 and child is self.child, truncated=bool(truncated))
         with self.lock:
             if self.child is not child:
                 return info
-            self.crashed = self.state != "stopping" and restart.is_crash(info, in_call=self.in_call)
-            if self.connection is not None:
-                self.connection.forget_arenas()
+            connection = self.connection
+            self.crashed = self.state != "stopping" and restart.is_crash(info, in_call=child.calls > 0)
             self.child = self.connection = None
             self.last_exit, self.last_pid = info, child.pid
             crash = self._add_crash() if self.crashed and not self.closed.is_set() else 0
             due = restart.permits(self.options.restart, info, crashed=self.crashed)
             self.enter_locked("child_died" if due else "ended")
+        if connection is not None:
+            connection.give_up()
+            connection.forget_arenas()
         self.teller.ended(child, crash)
         self._wake_watch()
         return info
@@ -275,7 +318,7 @@ class Keeper:
 
     def _let_the_caller_go_first(self, child: Child) -> None:
         deadline = time.monotonic() + _DEATH_GRACE
-        while self.in_call and self.child is child and time.monotonic() < deadline:
+        while child.calls and self.child is child and time.monotonic() < deadline:
             time.sleep(0.001)  # it is reading from the link, and sees its end now
 
     def end(self, child: Child, reason: ExitReason, message: str, *, truncated: bool | None = None) -> ExitInfo:
@@ -305,7 +348,7 @@ class Keeper:
     def notice(self) -> None:
         """See whether the child has died while nobody was looking."""
         child = self.child
-        if child is not None and os.getpid() == self.owner and not self.in_call and child.ended:
+        if child is not None and os.getpid() == self.owner and not child.calls and child.ended:
             self.bury(child)
 
     def _settle(self, kind: str, crash: int, handled: bool) -> None:

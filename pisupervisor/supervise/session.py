@@ -1,4 +1,8 @@
-"""Calls into one isolator's child: whose turn it is, and what a call gets when the child dies under it."""
+"""Calls into one isolator's child: whose turn it is, and what a call gets when the child dies under it.
+
+The way of a call is written once, as a coroutine. Whatever may take time on it is asked of ``Io``: ``Blocking`` does it on the
+spot, so that the coroutine never waits and runs through in the calling thread; an event loop has its own (see ``onloop``).
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,13 @@ from pisupervisor.errors import (
     ProtocolError,
     SerializationError,
 )
-from pisupervisor.link.calls import Attached, body_of, pack_code, unpack_answer
-from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
+from pisupervisor.link.calls import body_of, pack_code, unpack_answer
+from pisupervisor.link.connection import Answer, Broken, Connection, DeadlinePassed, LinkClosed, NeverSent
 from pisupervisor.link.sources import Code
 from pisupervisor.options import check_timeout
 from pisupervisor.records import NamedTuple
 from pisupervisor.results import ExitReason, Usage
+from pisupervisor.supervise.blocking import Blocking, run_through
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.keeper import Keeper
@@ -29,8 +34,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pisupervisor.link.calls import Attached
+    from pisupervisor.supervise.blocking import Io
+
 
 _NOT_ASKED = Usage()
+_NOT_WANTED = "the call was cancelled before it ran"
 
 
 class Outcome(NamedTuple):
@@ -60,146 +69,146 @@ class Call(NamedTuple):
     only_on: Connection | None
     check: Callable[[Any], bool] | None
     streams: bool
-
-    def close(self) -> None:
-        """It will not be tried again: the copies of descriptors that were for the child are closed."""
-        if isinstance(self.body, Attached):
-            for file in self.body.payload.files:
-                file.close()
+    idempotent: bool
 
 
 class Session:
-    """One call at a time, and within it those that its callbacks make; the thread that calls does the waiting."""
+    """So many calls at once as the options say, and within each those that its callbacks make; the thread that calls does the
+    waiting.
+    """
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper, self.options = keeper, keeper.options
-        self._under_way: list[Call] = []  # of the thread whose turn it is: a callback may call in turn
-        self._unwanted: set[int] = set()  # threads whose present call was cancelled while it waited
+        self._under_way: dict[
+            int, list[tuple[Call, int]]
+        ] = {}  # by caller, with their ids: a callback may call in turn
+        self._unwanted: set[int] = set()  # callers whose present call was cancelled while it waited
         self._calls = 0  # that the present child has answered
         self._caller: Child | None = None  # the child they were counted on
+        self._blocking = Blocking()
 
-    def call(
+    def call(self, verb: str, *arguments: Any, **settings: Any) -> Outcome:
+        """Have one call done, on a new child where the last has died, and its answer understood: ``settings`` are those of
+        ``prepare``. Raises what the call raised, CallTimeout, ChildTerminated, ProtocolError, RestartLimitReached,
+        IsolatorClosed, LaunchError.
+        """
+        done: Outcome = run_through(self.run(self.prepare(verb, *arguments, **settings), self._blocking))
+        return done
+
+    def prepare(
         self, verb: str, *arguments: Any, code: Code | None = None, timeout: float | None = None, idempotent: bool = False,
         capture: bool = False, returns: Any = None, only_on: Connection | None = None,
         check: Callable[[Any], bool] | None = None, streams: bool = False,
-    ) -> Outcome:  # fmt: skip
-        """Have one call done, on a new child where the last has died, and its answer understood. Raises what the call
-        raised, CallTimeout, ChildTerminated, ProtocolError, RestartLimitReached, IsolatorClosed, LaunchError.
-        """
+    ) -> Call:  # fmt: skip
+        """A call whose time runs from now on."""
         limit = self.options.call_timeout if timeout is None else check_timeout(timeout)
         deadline = None if limit is None else time.monotonic() + limit
         body = body_of(verb, capture, arguments)
-        call = Call(body, code, limit, deadline, capture, returns, only_on, check, streams)
-        if self.keeper.turn.is_mine():
-            return self._call_from_callback(call)
-        self._take_turn(deadline)
-        try:
-            self._begin()
-            while True:
-                child, connection = self.keeper.ready_child(deadline, self._is_wanted)
-                try:
-                    return self._attempt(call, child, connection)
-                except LinkClosed:
-                    info = self.keeper.bury(child, truncated=connection.written[2])
-                    if not idempotent or info.reason is ExitReason.KILLED:
-                        raise termination(info, connection.written) from None
-                finally:
-                    self._end_turn(child)
-        finally:
-            self.keeper.turn.give()
-            call.close()
+        return Call(body, code, limit, deadline, capture, returns, only_on, check, streams, idempotent)
 
-    def _call_from_callback(self, call: Call) -> Outcome:
+    async def run(self, call: Call, io: Io) -> Outcome:
+        """The way of one call."""
+        keeper, caller = self.keeper, io.caller()
+        if keeper.turn.has(caller):
+            return await self._run_from_callback(call, caller, io)
+        await self._take_turn(call, caller, io)
+        try:
+            stops = keeper.stops
+            while True:
+                child, connection = keeper.usable_child() or await io.do(
+                    keeper.ready_child, call.deadline, lambda: caller not in self._unwanted
+                )
+                begun = False
+                try:
+                    begun = keeper.begin_call(child)
+                    return await self._attempt(call, child, connection, caller, io)
+                except LinkClosed as gone:
+                    _forget_frames(gone)
+                    info = await io.do(keeper.bury, child, truncated=gone.written[2])
+                    was_stopped = keeper.stops != stops or keeper.closed.is_set() or caller in self._unwanted
+                    if not may_repeat(call, gone, info.reason, was_stopped=was_stopped):
+                        raise termination(info, gone.written) from None
+                finally:
+                    if begun:
+                        keeper.end_call(child)
+                    await self._after(child, io)
+        finally:
+            keeper.turn.give(caller)
+
+    async def _run_from_callback(self, call: Call, caller: int, io: Io) -> Outcome:
         """The child waits for a callback's answer, and serves calls meanwhile. It is never replaced in the middle, and the
         time of the outer call is the most that the inner one gets.
         """
-        if not self._under_way:
-            raise IsolationError("the child is not ready yet: a callback of on_start cannot call into it")
-        outer = self._under_way[-1]
-        if outer.deadline is not None and (call.deadline is None or outer.deadline < call.deadline):
-            call = call._replace(deadline=outer.deadline, limit=outer.limit)
-        if len(self._under_way) > self.options.callback_depth:
-            raise CallError(f"callbacks and calls are nested more than {self.options.callback_depth} deep")
+        under_way = self._under_way.get(caller)
         child, connection = self.keeper.child, self.keeper.connection
+        if not under_way:
+            raise IsolationError("the child is not ready yet: a callback of on_start cannot call into it")
         if child is None or connection is None:
             raise IsolatorClosed("the child whose callback this is has ended")
+        outer, ident = under_way[-1]
+        if not connection.waits_for_host(ident):
+            raise IsolationError("this thread is in the middle of a call into that child, and not in a callback of it")
+        if outer.deadline is not None and (call.deadline is None or outer.deadline < call.deadline):
+            call = call._replace(deadline=outer.deadline, limit=outer.limit)
+        if len(under_way) > self.options.callback_depth:
+            raise CallError(f"callbacks and calls are nested more than {self.options.callback_depth} deep")
         try:
-            return self._attempt(call, child, connection)
-        except LinkClosed:
-            raise termination(self.keeper.bury(child, truncated=False), connection.written) from None
-        finally:
-            call.close()
+            return await self._attempt(call, child, connection, caller, io)
+        except LinkClosed as gone:
+            raise termination(await io.do(self.keeper.bury, child, truncated=False), gone.written) from None
 
     # --- one try ----------------------------------------------------------------------------------------------
 
-    def _attempt(self, call: Call, child: Child, connection: Connection) -> Outcome:
+    async def _attempt(self, call: Call, child: Child, connection: Connection, caller: int, io: Io) -> Outcome:
         """Raises LinkClosed when the child dies of it, else what the call comes to."""
-        if call.only_on not in (None, connection):
+        if call.only_on is not None and call.only_on is not connection:
             raise ObjectReleased("the child in which the object lived has ended")
+        keeper = self.keeper
         try:
             before = child.meter.usage() if call.capture else _NOT_ASKED
-            answer = self._exchange(call, child, connection)
-            value = self._value(answer, call, connection)
+            answer = await self._exchange(call, connection, caller, io)
+            if answer.truncated:
+                keeper.teller.output_limit(child)
+            value = self.value(answer, call, connection)
             return Outcome(value, answer, before, child.meter.usage() if call.capture else _NOT_ASKED, connection)
-        except DeadlinePassed:
+        except DeadlinePassed as late:
+            _forget_frames(late)
             message = f"the call was still running after {call.limit:g} s"
-            info = self.keeper.end(child, ExitReason.TIMEOUT, message, truncated=connection.written[2])
-            raise _timeout(message, info).with_output(*connection.written) from None
+            info = await io.do(keeper.end, child, ExitReason.TIMEOUT, message, truncated=late.written[2])
+            raise _timeout(message, info).with_output(*late.written) from None
         except ProtocolError as error:
-            self.keeper.end(child, ExitReason.PROTOCOL, str(error), truncated=False)
+            await io.do(keeper.end, child, ExitReason.PROTOCOL, str(error), truncated=False)
             raise
         except (IsolationError, LinkClosed):
             raise  # the call's own outcome
         except BaseException as error:  # such as KeyboardInterrupt: an answer nobody waits for must not come
             why = f"the call was interrupted by {type(error).__name__}"
-            self.keeper.end(child, ExitReason.KILLED, why, truncated=False)
+            await io.do(keeper.end, child, ExitReason.KILLED, why, truncated=False)
             raise
 
-    def _exchange(self, call: Call, child: Child, connection: Connection) -> Answer:
-        self._enter_call(child)
-        self._under_way.append(call)
-        outer_wrote, connection.written = connection.written, (b"", b"", False)
+    async def _exchange(self, call: Call, connection: Connection, caller: int, io: Io) -> Answer:
+        if caller in self._unwanted:
+            raise IsolatorClosed(_NOT_WANTED)
+        chain = self._under_way.get(caller)
+        within = chain[-1][1] if chain else 0
+        if chain is None:
+            chain = self._under_way[caller] = []
+        ident = connection.new_ident()
+        chain.append((call, ident))
         try:
             code = call.code
             if code is not None and code.key not in connection.sent:
                 connection.send(wire.CODE, pack_code(code), deadline=call.deadline)
                 connection.sent.add(code.key)
             kept = int(self.options.limits.output) if call.capture else None
-            answer = self._send(call, connection, kept)
+            return await io.exchange(connection, call.body, call.deadline, kept, ident, within)
         finally:
-            self._under_way.pop()
-        if self._under_way:
-            connection.written = outer_wrote
-        if answer.truncated:
-            self.keeper.teller.output_limit(child)
-        return answer
+            chain.pop()
+            if not chain:
+                del self._under_way[caller]
 
-    def _send(self, call: Call, connection: Connection, kept: int | None) -> Answer:
-        if isinstance(call.body, bytes):
-            return connection.call(call.body, call.deadline, kept)
-        from pisupervisor.link import attachments
-
-        body, fds = attachments.send(call.body, connection, call.deadline)
-        answer = connection.call(body, call.deadline, kept, fds)
-        if answer.kind != wire.REFUSED:
-            connection.arenas().shared.update(memory.number for memory in call.body.payload.shared)
-        return answer
-
-    def _enter_call(self, child: Child) -> None:
-        keeper = self.keeper
-        with keeper.lock:
-            if keeper.child is not child:
-                raise LinkClosed  # stopped or closed by another thread in this very moment
-            if not self._is_wanted():
-                raise IsolatorClosed("the call was cancelled before it ran")
-            if self._under_way:
-                return
-            keeper.in_call = True
-            keeper.enter_locked("call")
-        child.meter.begin_call()
-
-    def _value(self, answer: Answer, call: Call, connection: Connection) -> Any:
-        """Raises ProtocolError for a value that no honest child gives to such a call."""
+    def value(self, answer: Answer, call: Call, connection: Connection) -> Any:
+        """What an answer means. Raises ProtocolError for a value that no honest child gives to such a call."""
         try:
             value = unpack_answer(answer, self.keeper.reader, call.returns, connection.arenas)
             if answer.kind == wire.STREAM and not call.streams:
@@ -216,54 +225,66 @@ class Session:
 
     # --- turns ------------------------------------------------------------------------------------------------
 
-    def _take_turn(self, deadline: float | None) -> None:
+    async def _take_turn(self, call: Call, caller: int, io: Io) -> None:
         keeper = self.keeper
         keeper.check_open()
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        if not keeper.turn.take(left):
-            raise CallTimeout("other calls were still running at the deadline; this one was not started")
-        try:
-            keeper.check_open()
-        except BaseException:
-            keeper.turn.give()
-            raise
+        use: Any = "captured" if call.capture else "plain"
+        if not keeper.turn.enter(caller, use):
+            left = None if call.deadline is None else max(0.0, call.deadline - time.monotonic())
+            if not await io.take_turn(keeper.turn, caller, use, left):
+                raise CallTimeout("other calls were still running at the deadline; this one was not started")
+            if keeper.closed.is_set():
+                keeper.turn.give(caller)
+                keeper.check_open()
+        if caller in self._unwanted:
+            keeper.turn.give(caller)
+            raise IsolatorClosed(_NOT_WANTED)
 
-    def _begin(self) -> None:
-        """The turn is won: from here on ``cancel`` means the child; what was cancelled before does not run."""
-        if not self._is_wanted():
-            raise IsolatorClosed("the call was cancelled before it ran")
-
-    def _is_wanted(self) -> bool:
-        return self.keeper.turn.owner not in self._unwanted
-
-    def _end_turn(self, child: Child) -> None:
-        keeper = self.keeper
+    async def _after(self, child: Child, io: Io) -> None:
+        """A try is over: that may have been the child's last."""
+        keeper, most = self.keeper, self.options.max_calls
+        if most is None:
+            return
         with keeper.lock:
-            if keeper.in_call:
-                keeper.in_call = False
-                keeper.enter_locked("answered")
-        keeper.idle_since = time.monotonic()
-        self._calls, self._caller = self._calls + 1 if self._caller is child else 1, child
-        if self.options.max_calls is not None and self._calls >= self.options.max_calls and keeper.child is child:
-            keeper.enter("stop")
-            keeper.end(child, ExitReason.KILLED, f"max_calls={self.options.max_calls} calls answered")
+            self._calls, self._caller = self._calls + 1 if self._caller is child else 1, child
+            over = self._calls >= most and keeper.child is child and not child.calls
+            if over:
+                keeper.enter_locked("stop")
+        if over:
+            await io.do(keeper.end, child, ExitReason.KILLED, f"max_calls={most} calls answered")
 
     # --- from outside -----------------------------------------------------------------------------------------
 
-    def cancel(self, thread: int) -> None:
-        """End the call that ``thread`` makes: kill its child if it is that call's turn, and see that it runs on no other."""
+    def cancel(self, caller: int) -> None:
+        """End the call that ``caller`` (a thread) makes: kill its child if it is that call's turn, and see that it runs on no
+        other.
+        """
         keeper = self.keeper
         with keeper.lock:
-            child = (keeper.child or keeper.launching) if keeper.turn.owner == thread else None
-            self._unwanted.add(thread)
+            child = (keeper.child or keeper.launching) if keeper.turn.has(caller) else None
+            self._unwanted.add(caller)
             keeper.changed.notify_all()
         if child is not None:
             child.kill(ExitReason.KILLED, "the call was cancelled")
 
-    def want(self, thread: int) -> None:
-        """``thread`` begins another call: what was cancelled before is past."""
+    def want(self, caller: int) -> None:
+        """``caller`` begins another call: what was cancelled before is past."""
         with self.keeper.lock:
-            self._unwanted.discard(thread)
+            self._unwanted.discard(caller)
+
+
+def may_repeat(call: Call, gone: LinkClosed, reason: ExitReason, *, was_stopped: bool) -> bool:
+    """Whether another child gets a call under which the last one has died. ``was_stopped``: somebody wanted the end of the
+    child, or of this call; else it died of itself, or of what became of another call in it. Pure.
+    """
+    if was_stopped:
+        return False
+    return call.idempotent or (isinstance(gone, NeverSent) and reason is not ExitReason.KILLED)
+
+
+def _forget_frames(error: Broken) -> None:
+    """What the call sent (memory, descriptors) would live as long as the error that is raised in the place of this one."""
+    error.__traceback__ = error.__cause__ = error.__context__ = None
 
 
 def _timeout(message: str, info: Any) -> CallTimeout:

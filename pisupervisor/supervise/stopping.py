@@ -30,7 +30,7 @@ def leave(keeper: Keeper, reason: str | None, timeout: float) -> ExitInfo:
             child.farewell(text)
             connection = keeper.connection
             if connection is not None and keeper.child is child:
-                connection.restore_stdio(deadline)
+                connection.tidy(deadline)
                 connection.send(wire.EXIT, text.encode(), deadline=deadline)
         except (LinkClosed, DeadlinePassed):
             pass  # what that means is seen below

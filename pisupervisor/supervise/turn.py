@@ -1,40 +1,92 @@
-"""Whose turn it is: one thread at a time calls, or replaces the child. Not re-entrant, and it says so instead of waiting."""
+"""Whose turn it is: threads call, so many at once, or one of them replaces the child. Not re-entrant, and it says so instead
+of waiting. The rules are in ``admission``.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 
 from pisupervisor.errors import IsolationError
+from pisupervisor.link.bells import Bell
+from pisupervisor.supervise.admission import Admission, Ticket
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import TracebackType
+
+    from pisupervisor.supervise.admission import Use
 
 
 class Turn:
-    def __init__(self) -> None:
+    """A caller is known by its thread, unless it says another ``key``."""
+
+    def __init__(self, slots: int = 1) -> None:
         self._lock = threading.Lock()
-        self.owner: int | None = None  # the thread that has it
+        self._rules = Admission(slots)
 
     def is_mine(self) -> bool:
-        return self.owner == threading.get_ident()
+        return threading.get_ident() in self._rules.users
 
-    def take(self, timeout: float | None = None) -> bool:
+    def has(self, key: int) -> bool:
+        return key in self._rules.users
+
+    def take(self, timeout: float | None = None, use: Use = "alone") -> bool:
         """False when it was not to be had within ``timeout`` seconds. Raises IsolationError for who has it already: a
         callback cannot end or replace the child that waits for its answer, except by terminate, abort or close.
         """
-        if self.is_mine():
-            raise IsolationError(
-                "this thread is in the middle of a call into that child: that cannot be done from a callback"
-            )
-        if not self._lock.acquire(timeout=-1 if timeout is None else timeout):
+        key = threading.get_ident()
+        if self.enter(key, use):
+            return True
+        if timeout == 0:
             return False
-        self.owner = threading.get_ident()
+        bell = Bell()
+        ticket = self.queue(key, use, bell.ring)
+        if ticket is None:
+            return True
+        until = None if timeout is None else time.monotonic() + timeout
+        try:
+            bell.wait(until)
+            if self.has(key):
+                return True
+        except BaseException:
+            self.give_up(ticket)
+            raise
+        return not self.give_up(ticket, unless_admitted=True)
+
+    def enter(self, key: int, use: Use) -> bool:
+        """Without waiting."""
+        with self._lock:
+            if key in self._rules.users:
+                raise IsolationError(
+                    "this thread is in the middle of a call into that child: that cannot be done from a callback"
+                )
+            return self._rules.enter(key, use)
+
+    def queue(self, key: int, use: Use, wake: Callable[[], object]) -> Ticket | None:
+        """A place in the queue; None: it was its turn at once. ``wake`` is called from whatever thread lets it in."""
+        with self._lock:
+            if self._rules.enter(key, use):
+                return None
+            ticket = Ticket(key, use, wake)
+            self._rules.wait(ticket)
+            return ticket
+
+    def give_up(self, ticket: Ticket, *, unless_admitted: bool = False) -> bool:
+        """Leave the queue, or the turn that it has led to; whether that has happened."""
+        with self._lock:
+            if unless_admitted and ticket.key in self._rules.users:
+                return False
+            admitted = self._rules.give_up(ticket)
+        _wake(admitted)
         return True
 
-    def give(self) -> None:
-        self.owner = None
-        self._lock.release()
+    def give(self, key: int | None = None) -> None:
+        with self._lock:
+            admitted = self._rules.leave(threading.get_ident() if key is None else key)
+        if admitted:
+            _wake(admitted)
 
     def __enter__(self) -> Turn:
         self.take()
@@ -44,3 +96,8 @@ class Turn:
         self, _kind: type[BaseException] | None, _error: BaseException | None, _trace: TracebackType | None
     ) -> None:
         self.give()
+
+
+def _wake(admitted: list[Ticket]) -> None:
+    for ticket in admitted:
+        ticket.wake()

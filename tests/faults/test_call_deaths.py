@@ -126,13 +126,18 @@ def test_a_death_between_two_calls(death: str) -> None:
 
 
 def test_a_link_that_is_closed_between_two_calls() -> None:
-    """Seen by the next call, whose answer cannot come."""
+    """Found by the next call. It fails if the child has still read it, which the kernel allows where that waits in recvmsg."""
     with isolator() as made:
         made.invoke_method(DYING, "later", 0.1, *DEATHS["link closed"].how)
         time.sleep(0.3)
-        with within(SOON), pytest.raises(ChildTerminated) as caught:
-            made.run_source("1")
-        assert (caught.value.exit_info.reason, caught.value.exit_info.exit_code) == (ExitReason.EXITED, 1)
+        with within(SOON):
+            try:
+                assert made.run_source("1").value == 1
+            except ChildTerminated:
+                pass
+        info = made._keeper.last_exit
+        assert info is not None
+        assert (info.reason, info.exit_code) == (ExitReason.EXITED, 1)
         assert lives_on(made)
 
 

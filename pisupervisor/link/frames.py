@@ -1,0 +1,125 @@
+"""A child's bytes become frames, and frames answers. Pure: no I/O and no clock; the child is believed nothing."""
+
+from __future__ import annotations
+
+from pihost import wire
+from pisupervisor.errors import ProtocolError
+from pisupervisor.records import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    class Ringing(Protocol):
+        def ring(self) -> None: ...
+
+
+_HEADER = wire.HEADER.size
+READ = 1 << 16
+
+
+class Answer(NamedTuple):
+    """A reply: its kind (see ``wire``), its body, and what the call wrote meanwhile, where that was asked for."""
+
+    kind: int
+    body: bytes
+    stdout: bytes = b""
+    stderr: bytes = b""
+    truncated: bool = False
+
+
+class Frames:
+    """``feed`` it with what was read, take whole frames out with ``next``."""
+
+    def __init__(self) -> None:
+        self._data: bytes | bytearray = b""  # from ``_at`` on not yet taken
+        self._at = 0
+        self.missing = 0  # bytes to the end of the next frame, or of its header, after ``next`` has given None
+
+    def feed(self, data: bytes) -> None:
+        if self._at == len(self._data):
+            self._data, self._at = data, 0
+            return
+        if type(self._data) is bytes:
+            self._data, self._at = bytearray(self._data[self._at :]), 0
+        self._data += data
+
+    def next(self) -> tuple[int, int, bytes] | None:
+        """(kind, id, body) of the next frame, None where there is none whole. Raises ProtocolError."""
+        data, at = self._data, self._at
+        need = at + _HEADER
+        if len(data) >= need:
+            kind, ident, length = self._header(data, at)
+            need += length
+            if len(data) >= need:
+                self._at = need
+                return kind, ident, bytes(data[at + _HEADER : need])
+        self.missing = need - len(data)
+        return None
+
+    @property
+    def partial(self) -> bool:
+        """Whether a frame has begun and is not whole yet (after ``next`` has given None)."""
+        return self._at < len(self._data)
+
+    @staticmethod
+    def _header(data: bytes | bytearray, at: int) -> tuple[int, int, int]:
+        try:
+            header = wire.unpack_header(data, at)
+        except wire.BadFrame as error:
+            raise ProtocolError(f"the child sent {error}") from None
+        if header[0] not in wire.FROM_CHILD:
+            raise ProtocolError(f"a frame of kind {header[0]}, which no child may send")
+        return header
+
+
+class Pending:
+    """A call under way and what has come of it: pieces, a callback that waits for its answer, the answer.
+
+    ``bell`` is rung when there is something new, where others than the caller may read it. ``largest`` bounds the answer
+    in bytes, however many pieces it comes in.
+    """
+
+    __slots__ = ("_largest", "_pieces", "_roomed", "_whole", "answer", "asked", "bell", "ident")
+
+    def __init__(self, ident: int, largest: int, bell: Ringing | None = None) -> None:
+        self.ident, self._largest, self.bell = ident, largest, bell
+        self.answer: Answer | None = None
+        self.asked: tuple[int, bytes] | None = None  # kind and body of a callback, until somebody sees to it
+        self._whole: bytearray | None = None
+        self._pieces = 0
+        self._roomed = False
+
+    def ring(self) -> None:
+        if self.bell is not None:
+            self.bell.ring()
+
+    def take(self, kind: int, body: bytes) -> bool:
+        """One frame; whether the caller has something to do now. Raises ProtocolError."""
+        if self.asked is not None:
+            raise ProtocolError(f"something about call {self.ident}, whose callback is not answered yet")
+        if kind == wire.CALLBACK or kind == wire.CALLBACK_RAW or kind == wire.ROOM:
+            if kind == wire.ROOM and self._roomed:
+                raise ProtocolError("room asked for twice")
+            self._roomed |= kind == wire.ROOM
+            self.asked = kind, body
+            return True
+        if kind == wire.READY:
+            raise ProtocolError("ready said twice")
+        whole = self._whole
+        if len(body) + (len(whole) if whole else 0) > self._largest:
+            raise ProtocolError(f"an answer of more than {self._largest} bytes")
+        if kind != wire.PIECE:
+            self.answer = Answer(kind, body if whole is None else bytes(whole + body))
+            return True
+        self._add(body)
+        return False
+
+    def _add(self, body: bytes) -> None:
+        if self._whole is None:
+            self._whole = bytearray()
+        self._whole += body
+        self._pieces += 1
+        most = self._largest // wire.PIECE_SIZE + wire.MAX_BUFFERS + 8  # an honest child begins one for each part
+        if self._pieces > most:
+            raise ProtocolError(f"an answer in more than {most} pieces")

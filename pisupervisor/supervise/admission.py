@@ -1,0 +1,77 @@
+"""Who may use a child now: so many calls at once, of those that capture their output one; or one that wants it alone. Pure."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from pisupervisor.records import NamedTuple
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Literal
+
+    Use = Literal["plain", "captured", "alone"]
+
+
+class Ticket(NamedTuple):
+    """Somebody who waits: ``key`` is the caller, ``wake`` is called when it has got what it waits for."""
+
+    key: int
+    use: Use
+    wake: Callable[[], object]
+
+
+class Admission:
+    """First come, first served; but a plain call passes a captured one that waits for another captured one."""
+
+    def __init__(self, slots: int = 1) -> None:
+        self._slots = slots
+        self.users: dict[int, Use] = {}
+        self._captured = 0
+        self._waiting: deque[Ticket] = deque()
+
+    def enter(self, key: int, use: Use) -> bool:
+        """Whether it may begin at once."""
+        if self._waiting or not self._fits(use):
+            return False
+        self._admit(key, use)
+        return True
+
+    def wait(self, ticket: Ticket) -> None:
+        self._waiting.append(ticket)
+
+    def give_up(self, ticket: Ticket) -> list[Ticket]:
+        """It waits no longer, or has just got its turn and does not want it. Who may begin instead."""
+        if ticket in self._waiting:
+            self._waiting.remove(ticket)
+            return self._next()
+        return self.leave(ticket.key)
+
+    def leave(self, key: int) -> list[Ticket]:
+        """Who may begin now."""
+        if self.users.pop(key) == "captured":
+            self._captured -= 1
+        return self._next() if self._waiting else []
+
+    def _fits(self, use: Use) -> bool:
+        if not self.users:
+            return True
+        if use == "alone" or "alone" in self.users.values():
+            return False
+        return len(self.users) < self._slots and not (use == "captured" and self._captured)
+
+    def _admit(self, key: int, use: Use) -> None:
+        self.users[key] = use
+        self._captured += use == "captured"
+
+    def _next(self) -> list[Ticket]:
+        admitted = []
+        for ticket in tuple(self._waiting):
+            if self._fits(ticket.use):
+                self._waiting.remove(ticket)
+                self._admit(ticket.key, ticket.use)
+                admitted.append(ticket)
+            elif ticket.use != "captured" or len(self.users) >= self._slots:
+                break  # nobody overtakes it
+        return admitted

@@ -1,0 +1,90 @@
+"""How a thread does what may take time on the way of a call: on the spot."""
+
+from __future__ import annotations
+
+import threading
+
+from pihost import wire
+from pisupervisor.records import Protocol
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from typing import Any
+
+    from pisupervisor.link.calls import Attached
+    from pisupervisor.link.connection import Answer, Connection
+    from pisupervisor.supervise.admission import Use
+    from pisupervisor.supervise.turn import Turn
+
+
+class Io(Protocol):
+    """What a call must wait for."""
+
+    def caller(self) -> int:
+        """Who calls: the same for what its callbacks call in turn."""
+
+    async def take_turn(self, turn: Turn, caller: int, use: Use, left: float | None) -> bool:
+        """False when that took longer than ``left`` seconds."""
+
+    async def do(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
+        """The result of a function that may take a while."""
+
+    async def exchange(
+        self,
+        connection: Connection,
+        body: bytes | Attached,
+        deadline: float | None,
+        output: int | None,
+        ident: int,
+        within: int,
+    ) -> Answer:
+        """See ``Connection.call``."""
+
+
+class Blocking(Io):
+    """Nothing is awaited: see ``run_through``."""
+
+    def caller(self) -> int:
+        return threading.get_ident()
+
+    async def take_turn(self, turn: Turn, _caller: int, use: Use, left: float | None) -> bool:
+        return turn.take(left, use)
+
+    async def do(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
+        return function(*args, **keywords)
+
+    async def exchange(
+        self,
+        connection: Connection,
+        body: bytes | Attached,
+        deadline: float | None,
+        output: int | None,
+        ident: int,
+        within: int,
+    ) -> Answer:
+        return exchange(connection, body, deadline, output, ident, within)
+
+
+def exchange(
+    connection: Connection, body: bytes | Attached, deadline: float | None, output: int | None, ident: int, within: int
+) -> Answer:
+    """One call, whatever goes with it."""
+    if isinstance(body, bytes):
+        return connection.call(body, deadline, output, (), ident, within)
+    from pisupervisor.link import attachments
+
+    packed, fds = attachments.send(body, connection, deadline, within)
+    answer = connection.call(packed, deadline, output, fds, ident, within)
+    if answer.kind != wire.REFUSED:
+        connection.arenas().shared.update(memory.number for memory in body.payload.shared)
+    return answer
+
+
+def run_through(steps: Coroutine[Any, Any, Any]) -> Any:
+    """The result of a coroutine that never waits."""
+    try:
+        steps.send(None)
+    except StopIteration as done:
+        return done.value
+    raise RuntimeError("a call has waited that must not: please report this")

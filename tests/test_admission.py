@@ -1,0 +1,139 @@
+"""Who may use a child, and who reads a link: the rules alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from pisupervisor.errors import IsolationError
+from pisupervisor.link.readers import Readers
+from pisupervisor.supervise.admission import Admission, Ticket
+from pisupervisor.supervise.turn import Turn
+
+
+def waiting(rules: Admission, key: int, use: str) -> Ticket:
+    assert not rules.enter(key, use)  # type: ignore[arg-type]
+    ticket = Ticket(key, use, lambda: None)  # type: ignore[arg-type]
+    rules.wait(ticket)
+    return ticket
+
+
+def test_so_many_plain_calls() -> None:
+    rules = Admission(2)
+    assert rules.enter(1, "plain")
+    assert rules.enter(2, "plain")
+    third = waiting(rules, 3, "plain")
+    assert rules.leave(1) == [third]
+    assert set(rules.users) == {2, 3}
+
+
+def test_one_captured_call_which_plain_ones_pass() -> None:
+    rules = Admission(3)
+    assert rules.enter(1, "captured")
+    second = waiting(rules, 2, "captured")
+    third = waiting(rules, 3, "plain")  # first come, first served: nobody is let in before the queue was looked at
+    assert rules.enter(4, "plain") is False
+    assert rules.leave(1) == [second, third]
+
+
+def test_a_captured_call_is_not_waited_for_by_plain_ones() -> None:
+    rules = Admission(3)
+    rules.enter(1, "captured")
+    rules.enter(2, "plain")
+    rules.enter(3, "plain")
+    captured, plain = waiting(rules, 4, "captured"), waiting(rules, 5, "plain")
+    assert rules.leave(2) == [plain]
+    assert rules.leave(1) == [captured]
+
+
+def test_who_wants_it_alone_is_overtaken_by_nobody() -> None:
+    rules = Admission(3)
+    rules.enter(1, "plain")
+    alone, late = waiting(rules, 2, "alone"), waiting(rules, 3, "plain")
+    assert rules.leave(1) == [alone]
+    assert rules.leave(2) == [late]
+
+
+def test_who_gives_up_lets_others_in() -> None:
+    rules = Admission(2)
+    rules.enter(1, "plain")
+    alone, late = waiting(rules, 2, "alone"), waiting(rules, 3, "plain")
+    assert rules.give_up(alone) == [late]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_nobody_is_forgotten(seed: int) -> None:
+    """Whatever happens in whatever order, the rules hold, and in the end everybody has had the turn."""
+    chance, rules, served = random.Random(seed), Admission(3), set()
+    tickets: dict[int, Ticket] = {}
+    for key in range(200):
+        use = chance.choice(("plain", "plain", "captured", "alone"))
+        if rules.enter(key, use):  # type: ignore[arg-type]
+            served.add(key)
+        else:
+            tickets[key] = Ticket(key, use, lambda: None)  # type: ignore[arg-type]
+            rules.wait(tickets[key])
+        while rules.users and chance.random() < 0.5:
+            served |= {ticket.key for ticket in rules.leave(chance.choice([*rules.users]))}
+        uses = [*rules.users.values()]
+        assert len(uses) <= 3
+        assert uses.count("captured") <= 1
+        assert "alone" not in uses or len(uses) == 1
+    while rules.users:
+        served |= {ticket.key for ticket in rules.leave(next(iter(rules.users)))}
+    assert served == set(range(200))
+
+
+def test_a_turn_is_not_taken_twice() -> None:
+    turn = Turn()
+    assert turn.take()
+    with pytest.raises(IsolationError, match="middle of a call"):
+        turn.take()
+    turn.give()
+    assert turn.take(0)
+
+
+# --- readers -----------------------------------------------------------------------------------------------------
+
+
+def test_one_reads_and_the_next_follows() -> None:
+    readers = Readers()
+    assert readers.may_read("a")
+    assert readers.may_read("a")
+    assert not readers.may_read("b")
+    assert not readers.may_read("c")
+    assert readers.leave("b") is None  # a reads on
+    assert readers.leave("a") == "c"
+    assert readers.may_read("c")
+    assert readers.leave("c") is None
+
+
+def test_who_was_woken_and_goes_passes_it_on() -> None:
+    readers = Readers()
+    assert readers.may_read("a")
+    readers.may_read("b")
+    readers.may_read("c")
+    assert readers.leave("a") == "b"
+    assert readers.leave("b") == "c", "b was woken to read, was interrupted, and c sleeps for ever"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_somebody_always_reads_or_is_woken(seed: int) -> None:
+    chance, readers = random.Random(seed), Readers()
+    asleep: set[int] = set()
+    awake: set[int] = set()
+    for key in range(300):
+        awake.add(key)
+        for one in tuple(awake):
+            move = chance.random()
+            if move < 0.5 and not readers.may_read(one):
+                awake.discard(one)
+                asleep.add(one)
+            elif move > 0.8:
+                awake.discard(one)
+                woken = readers.leave(one)
+                if woken is not None:
+                    asleep.discard(woken)  # type: ignore[arg-type]
+                    awake.add(woken)  # type: ignore[arg-type]
+        assert not asleep or awake, "all sleep, and nobody reads"

@@ -1,0 +1,365 @@
+"""``max_concurrency``: calls of several threads in one child at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from helpers import linux, nothing_left, wait_until
+
+from pisupervisor import (
+    CallTimeout,
+    ChildTerminated,
+    ExitReason,
+    Limits,
+    OptionsError,
+    ProcessIsolator,
+    ProtocolError,
+    RemoteError,
+    RestartPolicy,
+)
+
+pytestmark = linux
+AT_ONCE = RestartPolicy(backoff=0.0)
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """What each comes to, its error in place of a value; each in a thread of its own."""
+    results: list[Any] = ["nothing"] * len(calls)
+
+    def make(number: int) -> None:
+        try:
+            results[number] = calls[number]()
+        except BaseException as error:
+            results[number] = error
+
+    threads = [threading.Thread(target=make, args=(number,)) for number in range(len(calls))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "somebody waits for ever"
+    return results
+
+
+def sleep(seconds: float) -> float:
+    import time
+
+    time.sleep(seconds)
+    return seconds
+
+
+def sleep_and_exit() -> None:
+    import os
+    import time
+
+    time.sleep(1.0)
+    os._exit(3)
+
+
+async def sleep_awaiting(seconds: float) -> float:
+    import asyncio
+
+    await asyncio.sleep(seconds)
+    return seconds
+
+
+def ask(name: str, *args: Any) -> Any:
+    import pihost
+
+    return pihost.call_host(name, *args)
+
+
+def once_under_way(isolator: ProcessIsolator, calls: int, act: Callable[[], object]) -> None:
+    """``act`` when so many calls run in the child, a moment after they were sent."""
+
+    def wait() -> None:
+        assert wait_until(lambda: len(isolator._session._under_way) == calls, 10)
+        time.sleep(0.2)
+        act()
+
+    threading.Thread(target=wait).start()
+
+
+def seconds_for(*calls: Callable[[], Any]) -> float:
+    started = time.monotonic()
+    at_once(*calls)
+    return time.monotonic() - started
+
+
+@pytest.mark.parametrize("work", [sleep, sleep_awaiting])
+def test_they_overlap(work: Callable[[float], Any]) -> None:
+    """parity: 19"""
+    with nothing_left(), ProcessIsolator.create(max_concurrency=2) as isolator:
+        isolator.invoke(work, 0.0)
+        assert seconds_for(*[lambda: isolator.invoke(work, 0.5)] * 2) < 0.9
+        assert seconds_for(*[lambda: isolator.invoke(work, 0.3)] * 3) > 0.5, "three at once, where two were allowed"
+        assert isolator.state == "ready"
+
+
+def test_by_default_they_do_not_and_no_thread_is_made() -> None:
+    """parity: 19"""
+    with ProcessIsolator.create() as isolator:
+        assert seconds_for(*[lambda: isolator.invoke(sleep, 0.3)] * 2) > 0.5
+        assert isolator.run_source("import os; len(os.listdir('/proc/self/task'))").value == 1
+
+
+def test_captured_calls_run_one_at_a_time() -> None:
+    source = "import os, time; os.write(1, b'{0}'); time.sleep(0.2); os.write(1, b'{0}'); {0}"
+    with nothing_left(), ProcessIsolator.create(max_concurrency=4) as isolator:
+        started = time.monotonic()
+        done = at_once(
+            *[lambda n=n: isolator.run_source(source.format(n)) for n in range(3)], lambda: isolator.invoke(sleep, 0.3)
+        )
+        assert time.monotonic() - started > 0.55
+        assert [(result.value, result.stdout) for result in done[:3]] == [(n, f"{n}{n}") for n in range(3)]
+        assert done[3] == 0.3
+
+
+def test_a_flood_of_output_beside_plain_calls() -> None:
+    def write() -> None:
+        import os
+
+        for _ in range(200):
+            os.write(1, b"x" * 10_000)
+
+    with ProcessIsolator.create(max_concurrency=3) as isolator:
+        done = at_once(
+            lambda: isolator.execute(write),
+            lambda: [isolator.invoke(len, "ab") for _ in range(200)],
+            lambda: [isolator.invoke(len, "abc") for _ in range(200)],
+        )
+        assert (len(done[0].stdout), done[0].truncated) == (1 << 20, True)
+        assert done[1:] == [[2] * 200, [3] * 200]
+
+
+def test_answers_of_any_size_reach_their_callers() -> None:
+    with ProcessIsolator.create(max_concurrency=4) as isolator:
+
+        def many(letter: str) -> None:
+            for size in (1, 100_000, 10, 3_000_000, 5, 70_000):
+                assert isolator.invoke(str.__mul__, letter, size) == letter * size
+
+        assert at_once(*[lambda letter=letter: many(letter) for letter in "abcd"]) == [None] * 4
+
+
+def test_arguments_of_any_size_reach_their_calls() -> None:
+    with ProcessIsolator.create(max_concurrency=4) as isolator:
+        texts = [letter * (4 << 20) for letter in "abcd"]
+        assert at_once(*[lambda text=text: isolator.invoke(lambda t: (t[0], len(t)), text) for text in texts]) == [
+            (letter, 4 << 20) for letter in "abcd"
+        ]
+
+
+def test_callbacks_run_in_the_thread_whose_call_it_is_and_may_call() -> None:
+    with nothing_left(), ProcessIsolator.create(max_concurrency=3) as isolator:
+
+        def answer(number: int) -> tuple[int, int]:
+            time.sleep(0.3)
+            return threading.get_ident(), isolator.invoke(lambda n: n * 10, number)
+
+        isolator.register_callback("answer", answer)
+
+        def call(number: int) -> None:
+            assert isolator.invoke(ask, "answer", number) == (threading.get_ident(), number * 10)
+
+        started = time.monotonic()
+        assert at_once(*[lambda n=n: call(n) for n in range(3)]) == [None] * 3
+        assert time.monotonic() - started < 0.8, "one callback kept the others waiting"
+
+
+def test_callbacks_that_call_and_are_called_in_turn() -> None:
+    """More of them than there are threads in the child: each thread serves what it waits for."""
+    with ProcessIsolator.create(max_concurrency=2) as isolator:
+        isolator.register_callback("down", lambda n: isolator.invoke(ask, "down", n - 1) if n else 0)
+        assert at_once(*[lambda: isolator.invoke(ask, "down", 5)] * 2) == [0, 0]
+
+
+def test_streams_side_by_side() -> None:
+    async def count(n: int) -> Any:
+        import asyncio
+
+        for number in range(n):
+            await asyncio.sleep(0.01)
+            yield number
+
+    with ProcessIsolator.create(max_concurrency=3) as isolator:
+        assert at_once(*[lambda: list(isolator.invoke(count, 10))] * 3) == [[*range(10)]] * 3
+        streams = [isolator.invoke(count, 5) for _ in range(3)]
+        assert at_once(*[lambda s=s: [next(s), *s] for s in streams]) == [[*range(5)]] * 3
+        one = isolator.invoke(count, 20)  # begun in one thread of the child, and gone on with in others
+        taken = at_once(*[lambda: [next(one) for _ in range(5)]] * 4)
+        assert sorted(number for part in taken for number in part) == [*range(20)]
+
+
+def test_an_error_is_that_calls_own() -> None:
+    with ProcessIsolator.create(max_concurrency=2) as isolator:
+        pid = isolator.pid
+        failed, done = at_once(lambda: isolator.invoke(int, "x"), lambda: isolator.invoke(sleep, 0.2))
+        assert isinstance(failed, RemoteError)
+        assert (done, isolator.pid) == (0.2, pid)
+
+
+def test_a_timeout_is_the_end_of_all_and_what_may_be_is_repeated() -> None:
+    with nothing_left(), ProcessIsolator.create(max_concurrency=4, restart=AT_ONCE) as isolator:
+        late, other, again = at_once(
+            lambda: isolator.invoke(sleep, 30.0, timeout=1.0),
+            lambda: isolator.invoke(sleep, 20.0),
+            lambda: isolator.invoke(sleep, 1.5, idempotent=True),
+        )
+        assert isinstance(late, CallTimeout)
+        assert isinstance(other, ChildTerminated)
+        assert other.exit_info.reason is ExitReason.TIMEOUT
+        assert again == 1.5
+        assert isolator.state == "ready"
+
+
+def test_cancelling_one_is_the_end_of_all_and_what_may_be_is_repeated() -> None:
+    with nothing_left(), ProcessIsolator.create(max_concurrency=4, restart=AT_ONCE) as isolator:
+        future = isolator.submit(sleep, 30.0)
+        once_under_way(isolator, 3, future.cancel)
+        other, again = at_once(
+            lambda: isolator.invoke(sleep, 20.0), lambda: isolator.invoke(sleep, 1.0, idempotent=True)
+        )
+        assert isinstance(other, ChildTerminated)
+        assert other.exit_info.reason is ExitReason.KILLED
+        assert again == 1.0
+
+
+def test_a_stop_ends_what_could_be_repeated_too() -> None:
+    with nothing_left(), ProcessIsolator.create(max_concurrency=2, restart=AT_ONCE) as isolator:
+        once_under_way(isolator, 2, isolator.terminate)
+        errors = at_once(*[lambda: isolator.invoke(sleep, 20.0, idempotent=True)] * 2)
+        assert [type(error) for error in errors] == [ChildTerminated] * 2
+
+
+@pytest.mark.parametrize("calls", [2, 8])
+def test_a_death_reaches_everybody_and_one_child_follows(calls: int) -> None:
+    with nothing_left(), ProcessIsolator.create(max_concurrency=8, restart=AT_ONCE) as isolator:
+        pid = isolator.pid or 0
+        once_under_way(isolator, calls, lambda: os.kill(pid, signal.SIGKILL))
+        errors = at_once(*[lambda: isolator.invoke(sleep, 20.0)] * calls)
+        assert [type(error) for error in errors] == [ChildTerminated] * calls
+        assert {error.exit_info.reason for error in errors} == {ExitReason.SIGNALED}
+        assert at_once(*[lambda: isolator.invoke(os.getpid)] * calls) != []
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_crashes_of_many_calls_at_once_count_once() -> None:
+    with ProcessIsolator.create(max_concurrency=4, restart=RestartPolicy(backoff=0.0, max_restarts=3)) as isolator:
+        for _ in range(3):
+            errors = at_once(*[lambda: isolator.invoke(sleep, 20.0)] * 3, lambda: isolator.invoke(sleep_and_exit))
+            assert all(isinstance(error, ChildTerminated) for error in errors)
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_an_interrupted_reader_leaves_nobody_waiting() -> None:
+    """KeyboardInterrupt in the thread that reads for all: it ends the child, as everywhere, and the others learn of it."""
+    with nothing_left(), ProcessIsolator.create(max_concurrency=3, restart=AT_ONCE) as isolator:
+        isolator.invoke(len, "")
+        others: list[Any] = []
+        second = threading.Thread(target=lambda: others.extend(at_once(lambda: isolator.invoke(sleep, 20.0))))
+        once_under_way(isolator, 1, second.start)
+        once_under_way(isolator, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            isolator.invoke(sleep, 20.0)
+        second.join(10)
+        assert [type(error) for error in others] == [ChildTerminated]
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_an_interrupted_sleeper_leaves_nobody_waiting() -> None:
+    with nothing_left(), ProcessIsolator.create(max_concurrency=3, restart=AT_ONCE) as isolator:
+        others: list[Any] = []
+        first = threading.Thread(target=lambda: others.extend(at_once(lambda: isolator.invoke(sleep, 20.0))))
+        first.start()
+        assert wait_until(lambda: isolator.state == "busy")
+        time.sleep(0.1)
+        once_under_way(isolator, 2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            isolator.invoke(sleep, 20.0)
+        first.join(10)
+        assert [type(error) for error in others] == [ChildTerminated]
+
+
+def test_the_reader_hands_over_when_it_is_done() -> None:
+    """The call that reads ends first, again and again."""
+    with ProcessIsolator.create(max_concurrency=4) as isolator:
+        times = [0.05, 0.1, 0.15, 0.2]
+        for _ in range(3):
+            assert at_once(*[lambda t=t: isolator.invoke(sleep, t) for t in times]) == times
+        assert at_once(*[lambda: [isolator.invoke(len, "a" * n) for n in range(300)]] * 4) == [[*range(300)]] * 4
+
+
+def test_a_call_that_gets_no_thread_says_so() -> None:
+    with ProcessIsolator.create(max_concurrency=20, limits=Limits(pids=8)) as isolator:
+        done = at_once(*[lambda: isolator.invoke(sleep, 0.2)] * 12)
+        assert done == [0.2] * 12, "whoever is free takes what no thread was made for"
+
+
+def test_a_child_that_answers_for_another_call_is_ended() -> None:
+    def lie() -> None:
+        import os
+
+        from pihost import wire
+
+        os.write(3, wire.pack_header(wire.RESULT, 77, 1) + b"x")
+        while True:
+            pass
+
+    with ProcessIsolator.create(max_concurrency=2, restart=AT_ONCE) as isolator:
+        errors = at_once(lambda: isolator.invoke(lie), lambda: isolator.invoke(sleep, 20.0))
+        assert any(isinstance(error, ProtocolError) for error in errors)
+        assert all(isinstance(error, (ProtocolError, ChildTerminated)) for error in errors)
+        assert isolator.invoke(len, "abc") == 3
+
+
+def test_two_requests_of_one_call_at_once_are_refused() -> None:
+    """An honest call waits for its answer; what others ask meanwhile must not pile up in the host."""
+
+    def flood() -> None:
+        import os
+        import sys
+
+        from pihost import wire
+
+        frame, ident = sys._getframe(), 0
+        while frame is not None:
+            ident = frame.f_locals.get("ident", ident)
+            frame = frame.f_back  # type: ignore[assignment]
+        body = b"".join(wire.pack_value(b'["slow",[],{}]', []))
+        for _ in range(3):
+            os.write(3, wire.pack_header(wire.CALLBACK, ident, len(body)) + body)
+        while True:
+            pass
+
+    with ProcessIsolator.create(max_concurrency=2, restart=AT_ONCE) as isolator:
+        isolator.register_callback("slow", lambda: time.sleep(0.5))
+        errors = at_once(lambda: isolator.invoke(flood, timeout=5), lambda: isolator.invoke(sleep, 20.0, timeout=6))
+        assert any(isinstance(error, ProtocolError) for error in errors)
+
+
+def test_max_calls_waits_for_those_under_way() -> None:
+    with ProcessIsolator.create(max_concurrency=3, max_calls=3) as isolator:
+        pid = isolator.pid
+        assert at_once(*[lambda: isolator.invoke(sleep, 0.2)] * 3) == [0.2] * 3
+        isolator.invoke(len, "abc")
+        assert isolator.pid != pid
+
+
+def test_exit_waits_for_all() -> None:
+    with ProcessIsolator.create(max_concurrency=3) as isolator:
+        once_under_way(isolator, 2, isolator.exit)
+        assert at_once(*[lambda: isolator.invoke(sleep, 1.0)] * 2) == [1.0] * 2
+        assert wait_until(lambda: isolator.state == "stopped")
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1001, None, True, 1.5, "2"])
+def test_what_is_no_number_of_calls(wrong: Any) -> None:
+    with pytest.raises(OptionsError, match="max_concurrency"):
+        ProcessIsolator.create(max_concurrency=wrong)
