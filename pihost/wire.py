@@ -20,8 +20,9 @@ Descriptors ride on OUTPUT, STDIO, CALL, INNER and ANSWER, where their kind says
 sends.
 A frame is a 16-byte header (magic, version, kind, id, length; little endian) and ``length`` bytes, 1 at the least.
 Host to child the body is a pickle: the host is trusted. Child to host it is never one, unless the caller asked for
-``results="pickle"`` (PICKLED): RESULT is a packed value (see ``pack_value``), MAPPED one whose buffers lie in an arena
-(see ``place``), STREAM the number of a generator, RAISED and REFUSED are JSON.
+``results="pickle"``: PICKLED is a packed value (see ``pack_value``) with a pickle in the place of the text, RESULT is a
+packed value, MAPPED either whose buffers lie in an arena (see ``place``), STREAM the number of a generator, RAISED and
+REFUSED are JSON.
 """
 
 from __future__ import annotations

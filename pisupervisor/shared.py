@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import operator
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from pisupervisor.errors import OptionsError
 from pisupervisor.link.arenas import memory_file
 
+_MAX_DIMENSIONS = 32  # what every numpy takes
 _KINDS = "biufcmM"  # numbers, and times: what a stranger's bytes cannot make more of
 
 
@@ -91,8 +93,11 @@ def _dtype(numpy: Any, dtype: Any) -> Any:
 
 
 def _lengths(shape: Any) -> tuple[int, ...]:
-    lengths = (shape,) if isinstance(shape, int) else tuple(shape)
-    if not all(type(length) is int and length >= 0 for length in lengths) or len(lengths) > 32:
+    try:
+        lengths = tuple(map(operator.index, shape if isinstance(shape, Sequence) else (shape,)))
+    except TypeError:
+        lengths = (-1,)
+    if min(lengths, default=0) < 0 or len(lengths) > _MAX_DIMENSIONS:
         raise OptionsError(f"shared_array: {shape!r} is no shape")
     return lengths
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-_call = _thread._local()  # ``fds``: of the call that this thread works on, None where one was taken
+_call = _thread._local()  # ``fds`` of the call that this thread works on, None where one was taken; ``bare``: as ints
 _shared: dict[int, mmap.mmap] = {}  # by the host's number, for as long as the host has the array
 
 
@@ -71,7 +71,14 @@ def load(data: bytes | None, arena: int | None, regions: list[Any], _shared: lis
     first is the pickle where ``data`` is None. ``_shared``: see ``_take_shared``.
     """
     views = regions if arena is None else arenas.arguments.views(arena, regions)
-    return _pickle.loads(views[0], buffers=views[1:]) if data is None else _pickle.loads(data, buffers=views)
+    bare: list[int] = []
+    _call.bare = bare
+    try:
+        return _pickle.loads(views[0], buffers=views[1:]) if data is None else _pickle.loads(data, buffers=views)
+    except BaseException:
+        for fd in bare:
+            os.close(fd)
+        raise
 
 
 def forget(numbers: Iterable[int]) -> None:
@@ -97,17 +104,21 @@ def shared(number: int) -> mmap.mmap:
     return _shared[number]
 
 
-def file(index: int, mode: str, text: tuple[Any, ...] | None, buffered: bool) -> Any:
-    """An open file or a pipe, as it was in the host. ``text``: encoding, errors, newline, line_buffering, write_through."""
-    import io
+def descriptor(index: int) -> int:
+    """A bare one: the number is the caller's to close, once the arguments are whole."""
+    fd = take(index)
+    _call.bare.append(fd)
+    return fd
 
+
+def file(index: int, mode: str, buffering: int, text: tuple[str, str] | None) -> Any:
+    """An open file or a pipe, as it was in the host. ``text``: encoding and errors."""
     fd = take(index)
     try:
-        opened = io.open(fd, mode + "b", -1 if buffered else 0)  # noqa: SIM115, UP020 - it belongs to the caller
+        return open(fd, mode, buffering, *(text or ()))
     except BaseException:
         os.close(fd)
         raise
-    return opened if text is None else io.TextIOWrapper(opened, *text)
 
 
 def socket(index: int, timeout: float | None) -> Any:

@@ -11,6 +11,7 @@ import mmap
 import os
 import sys
 import threading
+from contextlib import contextmanager
 
 from pihost import wire
 from pisupervisor.errors import IsolationError, ProtocolError
@@ -18,7 +19,7 @@ from pisupervisor.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from pisupervisor.options import IsolationOptions
@@ -50,12 +51,20 @@ class Arena:
         self.number = int.from_bytes(os.urandom(7), "little")
         self.size = size
         self.fd = memory_file(size)
+        self.area: Any = None
+
+    def open(self, flags: int = 0) -> None:
+        """Map it. Raises IsolationError."""
         try:
-            self.area = mmap.mmap(self.fd, size)
-        except BaseException:
-            self.close_fd()
-            raise
+            self.area = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED | flags)
+        except (OSError, ValueError) as error:
+            raise IsolationError(f"no room for a map of {self.size} bytes: {error}") from error
         self._idle = self._references()
+
+    def open_lent(self) -> None:
+        """For arguments, when the child has made the pages: all at once, as one fault each takes longer than the copy."""
+        self.open(mmap.MAP_POPULATE)
+        self.area[0] = wire.LENT
 
     def _references(self) -> int:
         return sys.getrefcount(self.area)
@@ -66,24 +75,30 @@ class Arena:
 
     def is_free(self) -> bool:
         """Whether the child says so. One that lies spoils its own arguments and results, and nothing else."""
-        return self.area[0] == wire.FREE and self.is_idle()
+        return self.area is not None and self.area[0] == wire.FREE and self.is_idle()
 
     def close_fd(self) -> None:
-        """The child has it; the map is enough here."""
+        """The child has it, and here the map is enough."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
     def write(self, regions: list[Iterable[Any]], starts: list[int]) -> None:
-        """Each region is buffers one after the other."""
-        with memoryview(self.area) as target:
-            for at, region in zip(starts, regions, strict=True):
-                for buffer in region:
-                    source = memoryview(buffer).cast("B")
-                    for start in range(0, source.nbytes, _CHUNK):
-                        piece = source[start : start + _CHUNK]
-                        target[at : at + piece.nbytes] = piece
-                        at += piece.nbytes
+        """Each region is buffers one after the other. Through the map, or where there is none through the descriptor."""
+        for at, region in zip(starts, regions, strict=True):
+            for buffer in region:
+                source = memoryview(buffer).cast("B")
+                for start in range(0, source.nbytes, _CHUNK):
+                    self._write(at, source[start : start + _CHUNK])
+                    at += min(_CHUNK, source.nbytes - start)
+
+    def _write(self, at: int, piece: memoryview) -> None:
+        if self.area is not None:
+            self.area[at : at + piece.nbytes] = piece
+            return
+        while piece:
+            written = os.pwrite(self.fd, piece, at)
+            piece, at = piece[written:], at + written
 
 
 class Choice(NamedTuple):
@@ -131,9 +146,10 @@ class Arenas:
         """An arena for arguments, marked as lent. A new one is to be sent to the child first. Raises IsolationError."""
         with self._lock:
             choice = choose(_state(self._in), need, self.room_in)
-            arena = _renew(self._in, choice) if choice.reuse is None else self._in[choice.reuse]
-            arena.area[0] = wire.LENT
-            return arena, choice
+            if choice.reuse is None:
+                return _renew(self._in, choice), choice
+            self._in[choice.reuse].area[0] = wire.LENT
+            return self._in[choice.reuse], choice
 
     def refused(self, arena: Arena) -> None:
         """The child has no room for it, or no descriptor."""
@@ -150,11 +166,23 @@ class Arenas:
                 return _numbers(choice.reuse, self._out[choice.reuse].size), None
             try:
                 arena = _renew(self._out, choice) if choice.keep else None
+                if arena is not None:
+                    arena.open()
             except IsolationError:
                 arena = None
             if arena is None:
                 return b"\0", None  # it comes over the socket then
             return _numbers(arena.number, arena.size, *choice.drop), arena
+
+    @contextmanager
+    def reading(self, body: bytes) -> Iterator[tuple[bytes, list[memoryview]]]:
+        """See ``read``. Afterwards the arena is the child's again, if nothing refers to it any more."""
+        text, buffers = self.read(body)
+        try:
+            yield text, buffers
+        finally:
+            buffers.clear()
+            self.sweep()
 
     def read(self, body: bytes) -> tuple[bytes, list[memoryview]]:
         """(text, buffers) of an answer of kind MAPPED. The buffers are where the child can still write, so read-only views

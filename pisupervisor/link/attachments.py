@@ -51,7 +51,7 @@ class Attachments:
             from pisupervisor import shared
 
             return shared.reduce(obj, self.shared, self.isolator)
-        if getattr(kind, "fileno", None) is not None:
+        if getattr(kind, "fileno", None) is not None or kind.__module__ == "tempfile":
             from pisupervisor.link import descriptors
 
             return descriptors.reduce(obj, self.files, self.networked)
@@ -117,14 +117,15 @@ def _fill(
     """The arena that they are in now, None where the child cannot take one: they are part of the call then."""
     starts, end = wire.place(lengths)
     arena, choice = arenas.take(end)
-    if choice.reuse is None:
-        body = pack_call("arena", False, arena.number, arena.size, choice.keep, [*choice.drop])
-        try:
-            answer = connection.call(body, deadline, fds=(arena.fd,), within=within)
-        finally:
-            arena.close_fd()
-        if unpack_answer(answer, DATA) is not True:
-            arenas.refused(arena)
-            return None
-    arena.write(regions, starts)
+    try:
+        if choice.reuse is None:
+            body = pack_call("arena", False, arena.number, arena.size, choice.keep, [*choice.drop])
+            if unpack_answer(connection.call(body, deadline, fds=(arena.fd,), within=within), DATA) is not True:
+                arenas.refused(arena)
+                return None
+            if choice.keep:
+                arena.open_lent()
+        arena.write(regions, starts)
+    finally:
+        arena.close_fd()
     return arena

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
+from functools import partial
 
 from pihost import wire
 from pisupervisor.errors import (
@@ -75,24 +76,16 @@ def unpack_answer(
 
     Raises ProtocolError for what no honest child sends.
     """
-    from pisupervisor.link.serializer import build, decode, load_pickled
+    packed = wire.PICKLED if reader.pickled else wire.RESULT
+    if answer.kind == packed or (answer.kind == wire.MAPPED and arenas is not None):
+        from pisupervisor.link.serializer import build
 
-    if answer.kind == wire.RESULT and not reader.pickled:
-        try:
-            text, buffers = wire.unpack_value(answer.body)
-        except wire.BadFrame as error:
-            raise ProtocolError(f"the child sent {error}") from None
-        value = decode(text, buffers, reader=reader)
-        return value if returns is None else build(value, returns)
-    if answer.kind == wire.MAPPED and not reader.pickled and arenas is not None:
-        value = _mapped(answer.body, arenas(), reader)
-        return value if returns is None else build(value, returns)
+        value = _value(answer, reader, arenas)
+        return value if returns is None or reader.pickled else build(value, returns)
     if answer.kind == wire.STREAM:
         if len(answer.body) != 8:
             raise ProtocolError("a stream without a number")
         return int.from_bytes(answer.body, "little")
-    if answer.kind == wire.PICKLED and reader.pickled:
-        return load_pickled(answer.body)
     if answer.kind == wire.RAISED:
         from pisupervisor.link.remote_errors import remote_error
 
@@ -102,15 +95,17 @@ def unpack_answer(
     raise ProtocolError(f"an answer of kind {answer.kind} was not asked for")
 
 
-def _mapped(body: bytes, arenas: Arenas, reader: Reader) -> Any:
-    from pisupervisor.link.serializer import decode
+def _value(answer: Answer, reader: Reader, arenas: Callable[[], Arenas] | None) -> Any:
+    from pisupervisor.link.serializer import decode, load_pickled
 
+    load = load_pickled if reader.pickled else partial(decode, reader=reader)
+    if answer.kind == wire.MAPPED and arenas is not None:
+        with arenas().reading(answer.body) as (text, buffers):
+            return load(text, buffers)
     try:
-        text, buffers = arenas.read(body)
-        return decode(text, buffers, reader=reader)
-    finally:
-        buffers = []  # whatever is still referred to after this is what the value is made of
-        arenas.sweep()
+        return load(*wire.unpack_value(answer.body))
+    except wire.BadFrame as error:
+        raise ProtocolError(f"the child sent {error}") from None
 
 
 class StreamTypes(NamedTuple):

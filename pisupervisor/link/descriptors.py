@@ -64,9 +64,9 @@ def reduce(obj: Any, passed: list[Passed], networked: bool) -> Any:
     if isinstance(obj, io.IOBase):
         return _reduce_file(obj, passed, networked)
     if isinstance(obj, Descriptor):
-        from pihost.inside.attached import take
+        from pihost.inside.attached import descriptor
 
-        return take, (_pass(obj.fd, passed, networked),)
+        return descriptor, (_pass(obj.fd, passed, networked),)
     if type(obj).__module__ == "tempfile" and hasattr(obj, "file"):
         return _reduce_file(obj.file, passed, networked)
     if type(obj).__module__ == "multiprocessing.connection":
@@ -95,12 +95,12 @@ def _reduce_file(file: Any, passed: list[Passed], networked: bool) -> Any:
     from pihost.inside.attached import file as build
 
     _settle(file)
-    text = None
+    mode = "r+" if file.readable() and file.writable() else "w" if file.writable() else "r"
+    index = _pass(fd, passed, networked)
     if isinstance(file, io.TextIOBase):
-        text = (file.encoding, file.errors, None, getattr(file, "line_buffering", False))
-    readable, writable = file.readable(), file.writable()
-    mode = "r+" if readable and writable else "w" if writable else "r"
-    return build, (_pass(fd, passed, networked), mode, text, not isinstance(file, io.RawIOBase))
+        buffering = 1 if getattr(file, "line_buffering", False) else -1
+        return build, (index, mode, buffering, (file.encoding, file.errors))
+    return build, (index, mode + "b", 0 if isinstance(file, io.RawIOBase) else -1, None)
 
 
 def _settle(file: Any) -> None:

@@ -151,16 +151,17 @@ def _build_other(wanted: Any, value: Any) -> Any:
     raise TypeError(f"{wanted!r} is not a type this library can build")
 
 
-def load_pickled(data: bytes) -> Any:
+def load_pickled(data: bytes, buffers: Sequence[memoryview] = ()) -> Any:
     """DANGER: unpickles a child's bytes, which runs whatever code the child put into them, in the host.
 
     Only for isolators created with ``results="pickle"``, where the caller has said that the child is trusted. Nothing
-    else may call this. Raises SerializationError for what does not load.
+    else may call this. ``buffers`` are copied where they are read-only. Raises SerializationError for what does not load.
     """
     import pickle
 
     try:
-        return pickle.loads(data)  # noqa: S301 - the caller asked for it by name
+        own = [bytearray(buffer) if buffer.readonly else buffer for buffer in buffers]
+        return pickle.loads(data, buffers=own)  # noqa: S301 - the caller asked for it by name
     except Exception as error:
         raise SerializationError(
             f"the pickled result does not load here: {type(error).__name__}: {error}\n"

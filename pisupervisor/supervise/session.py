@@ -18,7 +18,7 @@ from pisupervisor.errors import (
     ProtocolError,
     SerializationError,
 )
-from pisupervisor.link.calls import body_of, pack_code, unpack_answer
+from pisupervisor.link.calls import Attached, body_of, pack_code, unpack_answer
 from pisupervisor.link.connection import Answer, Broken, Connection, DeadlinePassed, LinkClosed, NeverSent
 from pisupervisor.link.sources import Code
 from pisupervisor.options import check_timeout
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pisupervisor.link.calls import Attached
     from pisupervisor.supervise.blocking import Io
 
 
@@ -70,6 +69,12 @@ class Call(NamedTuple):
     check: Callable[[Any], bool] | None
     streams: bool
     idempotent: bool
+
+    def close(self) -> None:
+        """It will not be tried again: the copies of descriptors that were for the child are closed."""
+        if isinstance(self.body, Attached):
+            for file in self.body.payload.files:
+                file.close()
 
 
 class Session:
@@ -108,9 +113,17 @@ class Session:
 
     async def run(self, call: Call, io: Io) -> Outcome:
         """The way of one call."""
-        keeper, caller = self.keeper, io.caller()
-        if keeper.turn.has(caller):
-            return await self._run_from_callback(call, caller, io)
+        caller = io.caller()
+        try:
+            if self.keeper.turn.has(caller):
+                return await self._run_from_callback(call, caller, io)
+            return await self._run_outermost(call, caller, io)
+        finally:
+            if type(call.body) is not bytes:
+                call.close()
+
+    async def _run_outermost(self, call: Call, caller: int, io: Io) -> Outcome:
+        keeper = self.keeper
         await self._take_turn(call, caller, io)
         try:
             stops = keeper.stops
@@ -155,6 +168,7 @@ class Session:
         try:
             return await self._attempt(call, child, connection, caller, io)
         except LinkClosed as gone:
+            _forget_frames(gone)
             raise termination(await io.do(self.keeper.bury, child, truncated=False), gone.written) from None
 
     # --- one try ----------------------------------------------------------------------------------------------
