@@ -11,12 +11,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from own_checks import OWN
 
 from pisupervisor import IsolationOptions, Limits, ProcessIsolator, Security
 
 _DATA = json.loads((Path(__file__).parent / "box_checks.json").read_text())
 PRELUDE: str = _DATA["prelude"]
-CHECKS: dict[str, dict[str, str]] = {check["id"]: check for check in _DATA["checks"]}
+CATALOGUE: dict[str, dict[str, Any]] = {check["id"]: check for check in _DATA["checks"]}
+CHECKS: dict[str, dict[str, Any]] = {**CATALOGUE, **OWN}
 STRICT_ONLY = ("F20",)  # locks: sqlite needs them under "default"
 PROBE = "pis_probe"
 SECRET = "PIC_SECRET"
@@ -33,7 +37,7 @@ class Outside:
     def fill_in(self, code: str) -> str:
         words = {
             "HOSTPID": str(os.getpid()), "HOSTPORT": str(self.port), "HOSTDIR": str(self.folder).lstrip("/"),
-            "HOSTUSER_STR": repr(self.user), "BOXCGROUP": "pisupervisor",
+            "HOSTUSER_STR": repr(self.user), "BOXCGROUP": "pisupervisor", "HOSTNAME_STR": repr(Security().hostname),
         }  # fmt: skip
         for word, value in words.items():
             code = code.replace(word, value)
@@ -70,6 +74,7 @@ def options(check: str = "", **changes: object) -> IsolationOptions:
     profile = "strict" if check in STRICT_ONLY else "default"
     settings: dict[str, object] = {
         "limits": Limits(memory="128M", cpus=0.5, pids=64), "security": Security(seccomp=profile), "call_timeout": 30.0,
+        "network": CHECKS[check].get("network", "none") if check else "none",
     }  # fmt: skip
     return IsolationOptions(**(settings | changes))  # type: ignore[arg-type]
 

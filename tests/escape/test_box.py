@@ -41,7 +41,7 @@ def isolator() -> Iterator[ProcessIsolator]:
 
 
 def test_all_checks_are_here() -> None:
-    assert len(box.CHECKS) == 85
+    assert len(box.CATALOGUE) == 85
 
 
 @pytest.mark.parametrize("check", [name for name in box.CHECKS if name not in SEEN_FROM_OUTSIDE])
@@ -126,3 +126,15 @@ def test_K15_x32_is_killed_by_the_filter(isolator: ProcessIsolator, around: box.
     """Most kernels lack x32, and would answer ENOSYS: SIGSYS (31) is the filter's own answer."""
     lines = box.run(isolator, "K15", around)
     assert lines in (["B status 31"], ["B status 159"])
+
+
+def test_the_document_of_layers_is_of_these_checks() -> None:
+    """docs/containment.md, as scripts/ablate last wrote it: every check is in it, and every layer holds at least one."""
+    text = (Path(__file__).parents[2] / "docs" / "containment.md").read_text()
+    layers, _, checks = text.partition("## Checks")
+    listed = [line.split("|")[1].strip() for line in checks.splitlines() if line.startswith("| ")]
+    assert set(box.CHECKS) == set(listed) - {"check"}
+    rows = [[cell.strip() for cell in line.split("|")[1:4]] for line in layers.splitlines() if line.startswith("| ")]
+    assert len(rows) > 15
+    assert [layer for layer, alone, together in rows if alone == together == "-"] == []
+    assert "NOT HELD" not in text

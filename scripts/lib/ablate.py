@@ -1,0 +1,193 @@
+"""Every check of tests/escape with one layer off at a time, and what that shows of the layers: docs/containment.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pisupervisor import IsolationError, IsolationOptions, Limits, ProcessIsolator
+
+TOP = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(TOP / "tests" / "escape"))
+import box  # noqa: E402
+from present import absent  # noqa: E402
+
+DOCUMENT = TOP / "docs" / "containment.md"
+OUT, HELD, ODD = "out", "held", "?"
+
+#: what is switched off: steps of the launch that are left out, and options that are changed
+LAYERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "network namespace": ((), {"network": "host"}),
+    "ipc namespace": (("ipc namespace",), {}),
+    "uts namespace": (("uts namespace", "hostname"), {}),
+    "cgroup namespace": (("cgroup namespace",), {}),
+    "time namespace": (("time namespace",), {}),
+    "own /proc, /tmp, /dev/shm": (("mounts",), {}),
+    "seccomp": (("seccomp",), {}),
+    "landlock": (("landlock",), {}),
+    "capabilities dropped": (("capabilities",), {}),
+    "bounding set": (("bounding set",), {}),
+    "ids changed": (("ids",), {}),
+    "cgroup limits": (("limits",), {}),
+    "rlimits": (("rlimits",), {}),
+    "fds closed": (("close fds",), {}),
+    "session": (("session",), {}),
+    "clean environment": ((), {"inherit_environment": [box.SECRET]}),
+}
+#: nothing starts without these (Landlock wants no_new_privs): what they hold gets out of an ordinary process, and of no child
+FIXED = "user, mount and pid namespace, private root, no_new_privs"
+#: the verdict is not in the child's word (tests/escape/test_box.py judges it from outside), or it is a bomb that nothing
+#: would bound any more
+NOT_LET_LOOSE = {"R03", "R12", "R16", "R17", "R19", "K25", "K27", "F24"}
+BOMBS = {"R01", "R02", "R14"}
+
+
+def verdict(lines: list[str]) -> str:
+    words = [line.split()[0] for line in lines if line.strip()]
+    if any(word.startswith("E") for word in words):
+        return OUT
+    return HELD if any(word.startswith("B") for word in words) else ODD
+
+
+def try_one(check: str, layers: tuple[str, ...], around: box.Outside) -> str:
+    """What comes of ``check`` in a child without ``layers``."""
+    steps = tuple(step for layer in layers for step in LAYERS[layer][0])
+    changes: dict[str, Any] = {"call_timeout": 20.0}
+    for layer in layers:
+        changes |= LAYERS[layer][1]
+    try:
+        with without(box.options(check, **changes), steps) as isolator:
+            return verdict(box.run(isolator, check, around))
+    except IsolationError:
+        return ODD  # the child died of it, or does not start like that
+
+
+@contextmanager
+def without(options: IsolationOptions, steps: tuple[str, ...]) -> Iterator[ProcessIsolator]:
+    with box.isolator_without(options, *steps) if steps else ProcessIsolator.create(options) as made:
+        yield made
+
+
+def try_bare(check: str, around: box.Outside) -> str:
+    """The same in an ordinary process of another user, with a fresh Python and nothing of ours."""
+    code = box.PRELUDE + around.fill_in(box.CHECKS[check]["code"])
+    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", code]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd="/")
+    except subprocess.TimeoutExpired:
+        return ODD
+    return verdict(done.stdout.splitlines())
+
+
+def smallest(check: str, around: box.Outside) -> tuple[str, ...]:
+    """Layers that hold it together: it gets out without them, and no more when one of them is there. Empty: none do."""
+    off = tuple(layer for layer in LAYERS if not (check in BOMBS and "limits" in layer))
+    if try_one(check, off, around) != OUT:
+        return ()
+    for layer in LAYERS:
+        fewer = tuple(name for name in off if name != layer)
+        if layer in off and try_one(check, fewer, around) == OUT:
+            off = fewer
+    return off
+
+
+class Row:
+    """One check: without which single layers it gets out, which hold it together, or who else holds it."""
+
+    def __init__(self, check: str, around: box.Outside) -> None:
+        self.check, self.title = check, box.CHECKS[check]["title"]
+        self.alone: list[str] = []
+        self.together: tuple[str, ...] = ()
+        self.note = ""
+        if reason := absent(check):
+            self.note = f"skipped: {reason}"
+        elif check in NOT_LET_LOOSE:
+            self.note = "judged from outside: tests/escape/test_box.py"
+        else:
+            self.measure(around)
+
+    def measure(self, around: box.Outside) -> None:
+        if (got := try_one(self.check, (), around)) != HELD:
+            self.note = f"NOT HELD ({got})"
+            return
+        loose = [layer for layer in LAYERS if not (self.check in BOMBS and "limits" in layer)]
+        self.alone = [layer for layer in loose if try_one(self.check, (layer,), around) == OUT]
+        if self.alone:
+            return
+        self.together = smallest(self.check, around)
+        if not self.together:
+            bare = self.check not in BOMBS and try_bare(self.check, around) == OUT
+            self.note = FIXED if bare else "an ordinary process cannot do it either"
+
+    def cells(self) -> str:
+        held = self.note or ", ".join(self.alone) or " + ".join(self.together)
+        return f"| {self.check} | {self.title} | {'each of: ' if len(self.alone) > 1 else ''}{held} |"
+
+
+def layer_lines(rows: list[Row]) -> Iterator[str]:
+    for layer in LAYERS:
+        alone = [row.check for row in rows if layer in row.alone]
+        shared = [row.check for row in rows if layer in row.together]
+        yield f"| {layer} | {' '.join(alone) or '-'} | {' '.join(shared) or '-'} |"
+    yield f"| {FIXED} | {' '.join(row.check for row in rows if row.note == FIXED) or '-'} | - |"
+
+
+def document(rows: list[Row], seconds: float) -> str:
+    skipped = sum(row.note.startswith("skipped") for row in rows)
+    head = f"""# Which layer holds what
+
+Made by `scripts/ablate` on Linux {platform.release()} ({time.strftime("%Y-%m-%d")}, {seconds:.0f} s): every check of
+`tests/escape` in a fresh child with one layer off at a time. A check that gets out without one layer proves that layer.
+Where none alone lets it out, layers are switched on again one by one as long as it still gets out: those that remain hold
+it together, and any one of them is enough. {len(rows)} checks, {skipped} skipped.
+
+## Layers
+
+| layer | it alone holds | it holds together with others |
+|---|---|---|
+"""
+    table = "\n".join(row.cells() for row in rows)
+    return f"{head}{chr(10).join(layer_lines(rows))}\n\n## Checks\n\n| check | tries | what holds it |\n|---|---|---|\n{table}\n"
+
+
+def unproved(rows: list[Row]) -> list[str]:
+    """Layers that no check shows to matter, and checks that are not held."""
+    shown = {layer for row in rows for layer in (*row.alone, *row.together)}
+    return [*(layer for layer in LAYERS if layer not in shown), *(row.check for row in rows if "NOT HELD" in row.note)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="scripts/ablate", description=__doc__)
+    parser.add_argument("--check", action="append", metavar="ID", help="only these checks; nothing is written then")
+    arguments = parser.parse_args()
+    os.environ[box.SECRET] = "of the host"
+    started, rows = time.monotonic(), []
+    keep = IsolationOptions(limits=Limits(memory="128M", cpus=0.5, pids=64))
+    with (
+        tempfile.TemporaryDirectory(prefix="pisupervisor-ablate-") as folder,
+        box.outside(Path(folder)) as around,
+        ProcessIsolator.create(keep),  # keeps the zygote warm
+    ):
+        for check in arguments.check or box.CHECKS:
+            rows.append(Row(check, around))
+            print(rows[-1].cells(), flush=True)
+    if not arguments.check:
+        DOCUMENT.parent.mkdir(exist_ok=True)
+        DOCUMENT.write_text(document(rows, time.monotonic() - started))
+        for name in (missing := unproved(rows)):
+            print(f"not proved: {name}", file=sys.stderr)
+        return 1 if missing else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
