@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import sysconfig
+import tempfile
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import linux
+from helpers import linux, nothing_left, open_fds, write
 
 from pihost import wire
-from pisupervisor import ProcessIsolator
+from pisupervisor import (
+    Filesystem,
+    IsolationOptions,
+    Limits,
+    MemoryLimitExceeded,
+    ProcessIsolator,
+    ProtocolError,
+    RestartPolicy,
+    SerializationError,
+)
 from pisupervisor.link.arenas import Arenas, choose
 
 MB = 1 << 20
@@ -137,3 +149,441 @@ def test_lengths_are_laid_out_alike_on_both_sides() -> None:
     starts, end = wire.place([1, 64, 65, 0])
     assert starts == [4096, 4160, 4224, 4352]
     assert end == 4352
+
+
+@linux
+def test_results_go_both_ways_in_every_kind_of_call(isolator: ProcessIsolator) -> None:
+    array = np.arange(200_000.0)
+    shown = isolator.execute(lambda a: (print("seen"), a * 2)[1], array)
+    assert shown.stdout == "seen\n"
+    assert (shown.value == array * 2).all()
+    assert [item.sum() for item in isolator.invoke(pieces, array)] == [array.sum() + n * 200_000 for n in range(3)]
+    held = isolator.copy_object(array)
+    assert (held.invoke("__add__", array) == array + array).all()
+    assert isolator.submit(identity, array).result()[-1] == 199_999
+    assert (isolator.run_source("import numpy; numpy.full(100000, 7)").value == 7).all()
+
+
+def pieces(array: Any) -> Any:
+    for number in range(3):
+        yield array + number
+
+
+@linux
+def test_callbacks_that_call_with_big_arguments_in_turn(isolator: ProcessIsolator) -> None:
+    def outer(array: Any) -> float:
+        import pihost
+
+        pihost.call_host("inner")
+        return float(array.sum())
+
+    seen = []
+    isolator.register_callback("inner", lambda: seen.append(isolator.invoke(identity, np.full(100_000, 2.0)).sum()))
+    assert isolator.invoke(outer, np.full(100_000, 1.0)) == 100_000
+    assert seen == [200_000]
+
+
+@linux
+def test_a_call_that_is_repeated_brings_its_buffers_again(tmp_path: Path) -> None:
+    def die_once(array: Any, path: str) -> float:
+        import os
+
+        if not os.path.exists(path):
+            open(path, "w").close()
+            os._exit(1)
+        return float(array.sum())
+
+    tmp_path.chmod(0o777)
+    with ProcessIsolator.create(
+        import_paths=SITE, filesystem=Filesystem(writable=[tmp_path]), restart=RestartPolicy(backoff=0)
+    ) as isolator:
+        path = str(tmp_path / "died")
+        assert isolator.invoke(die_once, np.ones(100_000), path, idempotent=True) == 100_000
+
+
+@linux
+def test_on_start_may_carry_what_is_big() -> None:
+    big = bytes(1 << 20)
+
+    def start() -> None:
+        import builtins
+
+        builtins.started = len(big)  # type: ignore[attr-defined]
+
+    with ProcessIsolator.create(on_start=start) as isolator:
+        assert isolator.run_source("import builtins; builtins.started").value == 1 << 20
+
+
+@linux
+def test_two_isolators_at_once() -> None:
+    def work(isolator: ProcessIsolator, number: int, failed: list[int]) -> None:
+        for step in range(20):
+            array = np.full(50_000 + step, number, "i4")
+            if not (isolator.invoke(identity, array) == array).all():
+                failed.append(step)
+
+    failed: list[int] = []
+    with ProcessIsolator.create(import_paths=SITE) as one, ProcessIsolator.create(import_paths=SITE) as other:
+        threads = [threading.Thread(target=work, args=(each, n, failed)) for n, each in enumerate((one, other, one))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+
+
+# --- what is kept, and who pays ----------------------------------------------------------------------------------------
+
+
+@linux
+def test_ten_thousand_arrays_leave_descriptors_and_maps_flat(isolator: ProcessIsolator) -> None:
+    def child() -> tuple[int, int]:
+        import os
+
+        with open("/proc/self/maps") as file:
+            return file.read().count("memfd:"), len(os.listdir("/proc/self/fd"))
+
+    array = np.arange(17_000.0)
+    isolator.invoke(identity, array)
+    before = isolator.invoke(child), maps(), len(open_fds())
+    for _ in range(10_000):
+        found = isolator.invoke(identity, array)
+    assert (found == array).all()
+    assert (isolator.invoke(child), maps(), len(open_fds())) == before
+
+
+def maps() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:pisupervisor ")
+
+
+@linux
+def test_nothing_is_left_after_restarts_and_close(tmp_path: Path) -> None:
+    alone = IsolationOptions(import_paths=[*SITE, tmp_path])  # no other isolator shares its zygote
+    with nothing_left():
+        before = maps()
+        with ProcessIsolator.create(alone) as isolator:
+            held = isolator.copy_object(1)  # a handle outlives the child, and must not keep its memory
+            for _ in range(3):
+                isolator.invoke(identity, np.ones(100_000))
+                isolator.restart()
+                assert maps() == before
+            isolator.invoke(identity, np.ones(100_000))
+        assert maps() == before
+        assert held is not None
+
+
+@linux
+@pytest.mark.root
+def test_the_child_pays_for_its_arguments() -> None:
+    """Its own limit counts the pages: without that, an argument would be held at the host's expense."""
+    with ProcessIsolator.create(limits=Limits(memory="64M")) as isolator:
+        assert isolator.invoke(len, bytearray(10 * MB)) == 10 * MB
+        used = isolator._keeper.child.meter.whole_usage()  # type: ignore[union-attr]
+        assert used.rss is not None
+        with pytest.raises(MemoryLimitExceeded):
+            isolator.invoke(len, memoryview(bytearray(100 * MB)))
+        assert isolator.invoke(len, b"x" * MB) == MB
+
+
+@linux
+def test_more_than_a_quarter_of_the_memory_is_not_kept() -> None:
+    with ProcessIsolator.create(limits=Limits(memory="256M"), import_paths=SITE) as isolator:
+        assert isolator.invoke(len, np.ones(100 * MB, "u1")) == 100 * MB
+        assert arenas(isolator)._in == {}
+        assert isolator.run_source("open('/proc/self/maps').read().count('memfd:')").value == 0
+        isolator.invoke(len, np.ones(50 * MB, "u1"))
+        assert len(arenas(isolator)._in) == 1
+        isolator.invoke(len, np.ones(60 * MB, "u1"))  # takes its place
+        assert len(arenas(isolator)._in) == 1
+
+
+@linux
+@pytest.mark.root
+def test_what_a_child_hoards_is_bounded() -> None:
+    """Arenas are lent up to a quarter of its memory; what it keeps beyond that is its own, until the limit ends it."""
+
+    def hoard(view: memoryview) -> int:
+        import builtins
+
+        builtins.hoard = [*getattr(builtins, "hoard", []), view]  # type: ignore[attr-defined]
+        return sum(view[-1] for view in builtins.hoard)  # type: ignore[attr-defined]
+
+    with ProcessIsolator.create(limits=Limits(memory="128M", swap=0)) as isolator:
+        for number in range(1, 9):
+            assert isolator.invoke(hoard, memoryview(bytes([1]) * (9 * MB))) == number
+            assert sum(arena.size for arena in arenas(isolator)._in.values()) <= 32 * MB
+        more = [isolator.submit(hoard, memoryview(bytes([1]) * (9 * MB))) for _ in range(20)]
+        assert any(isinstance(call.exception(), MemoryLimitExceeded) for call in more)
+
+
+@linux
+def test_a_result_for_which_there_is_no_room_comes_over_the_socket() -> None:
+    with ProcessIsolator.create(limits=Limits(memory="64M", result="40M"), import_paths=SITE) as isolator:
+        found = isolator.run_source("import numpy; numpy.ones(20 << 20, 'u1')").value
+        assert (len(found), int(found.sum())) == (20 * MB, 20 * MB)
+        assert arenas(isolator)._out == {}
+
+
+@linux
+def test_results_are_bounded_as_ever(isolator: ProcessIsolator) -> None:
+    with pytest.raises(SerializationError, match=r"Limits\.result"):
+        isolator.run_source("import numpy; numpy.ones(70 << 20, 'u1')")
+
+
+@linux
+def test_a_child_without_descriptors_gets_them_with_the_call() -> None:
+    def use_up() -> int:
+        import builtins
+        import os
+
+        builtins.used = []  # type: ignore[attr-defined]
+        try:
+            while True:
+                builtins.used.append(os.open("/dev/null", os.O_RDONLY))  # type: ignore[attr-defined]
+        except OSError:
+            return len(builtins.used)  # type: ignore[attr-defined]
+
+    with ProcessIsolator.create(limits=Limits(open_files=64)) as isolator:
+        assert isolator.invoke(use_up) > 30
+        data = bytes(range(256)) * 4096
+        assert isolator.invoke(identity, [data, bytearray(data)])[0] == data
+
+
+# --- results="pickle" and zero_copy: for those who trust --------------------------------------------------------------
+
+
+@linux
+def test_pickled_results_go_through_arenas_too() -> None:
+    with ProcessIsolator.create(import_paths=SITE, results="pickle") as isolator:
+        array = np.arange(100_000.0)
+        for _ in range(2):
+            found = isolator.invoke(lambda a: {"twice": a * 2, "again": [a, slice(1, 2)]}, array)
+            assert (found["twice"] == array * 2).all()
+            found["twice"][:] = 0
+            assert (found["again"][0] == array).all()
+            assert found["again"][1] == slice(1, 2)
+        assert len(arenas(isolator)._out) == 1
+        assert all(arena.is_free() for arena in arenas(isolator)._out.values())
+
+
+SCRIBBLE = """
+import pihost.inside.arenas as a
+for area in a.results._maps.values():
+    area[4096:4104] = bytes(8)
+"""
+
+
+@linux
+def test_by_default_a_child_cannot_change_what_the_host_has() -> None:
+    with ProcessIsolator.create(import_paths=SITE) as isolator:
+        found = isolator.invoke(identity, np.ones(100_000))
+        isolator.run_source(SCRIBBLE)
+        assert (found == 1).all()
+
+
+@linux
+@pytest.mark.parametrize("results", ["data", "pickle"])
+def test_with_zero_copy_the_result_is_where_the_child_has_put_it(results: Any) -> None:
+    with ProcessIsolator.create(import_paths=SITE, zero_copy=True, results=results) as isolator:
+        found = isolator.invoke(identity, np.ones(100_000))
+        isolator.run_source(SCRIBBLE)
+        assert found[0] == 0
+        assert (found[1:] == 1).all()
+        other = isolator.invoke(identity, np.full(100_000, 2.0))  # not in the same place: that is still looked at
+        assert found[1] == 1
+        assert other[1] == 2
+        del found
+        again = isolator.invoke(identity, np.full(100_000, 3.0))
+        assert (other[1], again[1]) == (2, 3)
+        assert len(arenas(isolator)._out) == 2
+        isolator.terminate()
+        assert (other[-1], again[-1]) == (2, 3)  # it outlives the child
+
+
+@linux
+def test_text_and_bools_are_checked_copies_even_then() -> None:
+    with ProcessIsolator.create(import_paths=SITE, zero_copy=True) as isolator:
+        found = isolator.invoke(lambda: __import__("numpy").ones(200_000, "?"))
+        isolator.run_source(SCRIBBLE)
+        assert found.all()
+
+
+# --- a child that lies -------------------------------------------------------------------------------------------------
+
+LIES = {
+    "an arena that is not there": (
+        "(wire.MAPPED, wire.pack_mapped(number + 1, text, lengths))",
+        "not there or too small",
+    ),
+    "more than fits": ("(wire.MAPPED, wire.pack_mapped(number, text, [1 << 40]))", "not there or too small"),
+    "all of 64 bits": ("(wire.MAPPED, wire.pack_mapped(number, text, [(1 << 64) - 1] * 3))", "not there or too small"),
+    "another size than the array's": (
+        "(wire.MAPPED, wire.pack_mapped(number, text, [lengths[0] - 8]))",
+        "an array of 799992 bytes that says",
+    ),
+    "one buffer too many": ("(wire.MAPPED, wire.pack_mapped(number, text, lengths + [8]))", "nothing refers to"),
+    "no buffer": ("(wire.MAPPED, wire.pack_mapped(number, text, []))", "does not exist"),
+    "too many buffers": ("(wire.MAPPED, wire.pack_mapped(number, text, [0] * 1001))", "do not fill it"),
+    "no counts": ("(wire.MAPPED, [b'x'])", "without its counts"),
+    "parts that do not fill it": ("(wire.MAPPED, [*wire.pack_mapped(number, text, lengths), b'x'])", "do not fill it"),
+    "a dtype of objects": (
+        "(wire.MAPPED, wire.pack_mapped(number, text.replace(b'<f8', b'|O8'), lengths))",
+        "dtype .* is not data",
+    ),
+}
+
+
+@linux
+@pytest.mark.parametrize("name", LIES)
+def test_a_lie_about_what_lies_in_an_arena_is_a_protocol_error(name: str) -> None:
+    said, message = LIES[name]
+    source = f"""
+        from pihost import wire
+        from pihost.inside import arenas
+
+        honest = arenas.ship
+
+        def ship(text, buffers):
+            lengths = [memoryview(buffer).nbytes for buffer in buffers]
+            if not buffers:
+                return honest(text, buffers)
+            number = next(iter(arenas.results._maps))
+            return {said}
+
+        def lie():
+            arenas.ship = ship
+        """
+    _expect_protocol_error(source, message)
+
+
+ROOM_LIES = {
+    "asked for twice": (["(100).to_bytes(8, 'little')"] * 2, "asked for twice"),
+    "asked for without a size": (["b'x'"], "without a size"),
+}
+
+
+@linux
+@pytest.mark.parametrize("name", ROOM_LIES)
+def test_room_is_asked_for_once_and_with_a_size(name: str) -> None:
+    asked, message = ROOM_LIES[name]
+    source = f"""
+        from pihost import wire
+        from pihost.inside import arenas, callbacks
+
+        def ship(text, buffers):
+            host = callbacks.host
+            for size in ({", ".join(asked)},) if buffers else ():
+                host._link.send_whole(wire.ROOM, host.call_id, [size])
+            return wire.RESULT, wire.pack_value(text, buffers)
+
+        def lie():
+            arenas.ship = ship
+        """
+    _expect_protocol_error(source, message)
+
+
+def _expect_protocol_error(source: str, message: str) -> None:
+    with ProcessIsolator.create(import_paths=SITE) as isolator, tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), "liar.py", source)
+        isolator.invoke(identity, np.ones(100_000))  # so that there is an arena to lie about
+        isolator.invoke_method(path, "lie")
+        with pytest.raises(ProtocolError, match=message):
+            isolator.invoke(lambda: [__import__("numpy").ones(100_000)])
+        assert (isolator.invoke(identity, np.ones(100_000)) == 1).all()  # a new child
+
+
+@linux
+def test_room_without_measure_is_refused(isolator: ProcessIsolator) -> None:
+    def ask(size: int) -> int:
+        from pihost.inside import callbacks
+
+        said, fds = callbacks.host.ask_for_room(size)  # type: ignore[union-attr]
+        return len(said) + len(fds)
+
+    for size in (1 << 30, 1 << 62, (1 << 64) - 1):
+        assert isolator.invoke(ask, size) == 1
+    assert isolator.invoke(ask, 100) > 1
+
+
+@linux
+def test_scribbling_while_the_host_reads_hurts_nobody() -> None:
+    """Whatever stands there when the host copies is what the host checks: a value of its kind, or a protocol error."""
+
+    def scribble() -> None:
+        import threading
+
+        from pihost.inside import arenas
+
+        def work() -> None:
+            while True:
+                for area in [*arenas.results._maps.values()]:
+                    area[4096:12288] = b"\xff" * 8192
+                    area[4096:12288] = b"\x01" * 8192
+
+        threading.Thread(target=work, daemon=True).start()
+
+    right = wrong = 0
+    with ProcessIsolator.create(import_paths=SITE, restart=RestartPolicy(backoff=0)) as isolator:
+        for kind in ("?", "U1", "f8", "S3") * 5:
+            try:
+                isolator.invoke(scribble)
+                found = isolator.invoke(lambda kind: __import__("numpy").ones(100_000, kind), kind)
+                assert found.dtype == np.dtype(kind)
+                assert kind != "?" or found.view("u1").max() <= 1
+                right += 1
+            except ProtocolError:
+                wrong += 1
+    assert right + wrong == 20
+
+
+@linux
+def test_an_arena_cannot_be_shrunk_and_holes_in_it_are_zeros(isolator: ProcessIsolator) -> None:
+    def tear() -> list[str]:
+        import ctypes
+        import os
+
+        libc = ctypes.CDLL(None, use_errno=True)
+        found = []
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                if "memfd:pisupervisor" not in os.readlink(f"/proc/self/fd/{name}"):
+                    continue
+            except OSError:
+                continue
+            try:
+                os.ftruncate(int(name), 0)
+                found.append("shrunk")
+            except OSError as error:
+                found.append(type(error).__name__)
+            punched = libc.fallocate(int(name), 3, ctypes.c_long(0), ctypes.c_long(1 << 30))
+            found.append("punched" if punched == 0 else os.strerror(ctypes.get_errno()))
+        return found
+
+    isolator.restart()
+    array = np.ones(100_000)
+    isolator.invoke(identity, array)
+    assert isolator.invoke(tear) == ["PermissionError", "punched"] * 2
+    for _ in range(3):
+        assert (isolator.invoke(identity, array) == array).all()
+
+
+@linux
+def test_who_says_that_an_arena_is_free_while_it_is_not_spoils_its_own_data(isolator: ProcessIsolator) -> None:
+    def keep_and_lie(array: Any) -> None:
+        import builtins
+
+        from pihost.inside import arenas
+
+        builtins.kept = array  # type: ignore[attr-defined]
+        for arena in arenas.arguments._arenas.values():
+            arena.area[0] = 0
+            arenas.arguments._lent.clear()
+
+    isolator.invoke(keep_and_lie, np.ones(100_000))
+    assert (isolator.invoke(identity, np.full(100_000, 2.0)) == 2).all()
+
+
+@linux
+def test_numpy_that_is_missing_is_named() -> None:
+    with ProcessIsolator.create() as isolator, pytest.raises(SerializationError, match=r"numpy.*import_paths"):
+        isolator.invoke_method("builtins", "len", np.ones(100_000))

@@ -119,6 +119,8 @@ class Worker:
                     value = self.loop.complete(VERBS[verb](self, *arguments))
             else:
                 value = self.loop.complete(VERBS[verb](self, *arguments))
+            if verb == "arena":  # the host's own question, for which it unpickles nothing
+                return wire.RESULT, wire.pack_value(dump(value), [])
             return self.pack(taught.serialized(value) if verb in OF_USERS else value)
         except resolve.NotFound as error:
             return refused("not_found", str(error), stage=error.stage)
@@ -149,7 +151,11 @@ class Worker:
         return function(*args, **kwargs)
 
     def add_arena(self, number: int, size: int, kept: bool, dropped: list[int]) -> bool:
-        return arenas.arguments.add(attached.take(0), number, size, kept, dropped)
+        try:
+            fd = attached.take(0)
+        except OSError:
+            return False
+        return arenas.arguments.add(fd, number, size, kept, dropped)
 
     def call_function(self, arguments: bytes) -> object:
         function, args, kwargs = load(arguments)

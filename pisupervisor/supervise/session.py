@@ -72,7 +72,7 @@ class Call(NamedTuple):
 
     def close(self) -> None:
         """It will not be tried again: the copies of descriptors that were for the child are closed."""
-        if isinstance(self.body, Attached):
+        if not isinstance(self.body, bytes):
             for file in self.body.payload.files:
                 file.close()
 
