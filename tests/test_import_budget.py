@@ -19,7 +19,18 @@ HEAVY = {
     "asyncio", "concurrent", "dataclasses", "email", "enum", "inspect", "json", "logging", "multiprocessing", "pickle",
     "re", "socket", "subprocess", "tempfile", "threading", "traceback", "typing",
 }  # fmt: skip
-THIRD_PARTY = {"cgroupspy", "cloudpickle", "msgspec", "numpy", "prctl", "psutil", "pyroute2", "pyseccomp"}
+THIRD_PARTY = {
+    "cgroupspy",
+    "cloudpickle",
+    "msgspec",
+    "numpy",
+    "pandas",
+    "prctl",
+    "psutil",
+    "pyarrow",
+    "pyroute2",
+    "pyseccomp",
+}
 
 
 def name(path: Path) -> str:

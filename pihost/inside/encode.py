@@ -13,6 +13,7 @@ date timedelta                 ISO text; [days, seconds, microseconds]
 decimal uuid                   text; 32 hexadecimal digits
 path purepath windowspath      str
 array scalar                   [dtype.str, shape, blob]; [dtype.str, blob]
+table batch frame series       of pyarrow and pandas: see ``arrow``
 own                            [name, data]: an object of a type in the host's ``types=``, see ``taught``
 serialized                     blob: a whole result, where the host has plugged in a serializer of its own
 =============================  =====================================================================

@@ -184,6 +184,32 @@ def _scalar(rebuilder: Rebuilder, payload: Any) -> Any:
     return build_scalar(dtype, rebuilder.blob(where))
 
 
+def _table(rebuilder: Rebuilder, payload: Any) -> Any:
+    from pisupervisor.link.arrow import build_table
+
+    return build_table(rebuilder.blob(*fields(payload, object)))
+
+
+def _batch(rebuilder: Rebuilder, payload: Any) -> Any:
+    from pisupervisor.link.arrow import build_batch
+
+    return build_batch(rebuilder.blob(*fields(payload, object)))
+
+
+def _frame(rebuilder: Rebuilder, payload: Any) -> Any:
+    from pisupervisor.link.arrow import build_frame
+
+    labels, levels, rows, dtypes, where = fields(payload, list, list, list, list, object)
+    return build_frame(labels, levels, rows, dtypes, rebuilder.blob(where))
+
+
+def _series(rebuilder: Rebuilder, payload: Any) -> Any:
+    from pisupervisor.link.arrow import build_series
+
+    name, rows, dtypes, where = fields(payload, object, list, list, object)
+    return build_series(name, rows, dtypes, rebuilder.blob(where))
+
+
 def _own(rebuilder: Rebuilder, payload: Any) -> Any:
     name, data = fields(payload, str, object)
     if name not in rebuilder.reader.decoders:
@@ -217,5 +243,6 @@ _BUILDERS: dict[str, Callable[[Rebuilder, Any], Any]] = {
     "purepath": lambda _, payload: PurePosixPath(_exactly(payload, str)),
     "windowspath": lambda _, payload: PureWindowsPath(_exactly(payload, str)),
     "array": _array, "scalar": _scalar,
+    "table": _table, "batch": _batch, "frame": _frame, "series": _series,
     "own": _own, "serialized": _serialized,
 }  # fmt: skip

@@ -1,0 +1,354 @@
+"""pandas and pyarrow objects come back through Arrow's stream format; what is in such a stream is not believed."""
+
+from __future__ import annotations
+
+import datetime
+import decimal
+import random
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import pytest
+from helpers import linux, resident
+
+from pihost.inside import encode as child
+from pisupervisor import Limits, ProcessIsolator, ProtocolError, SerializationError
+from pisupervisor.link import arrow, arrow_messages, serializer
+
+pandas = pytest.importorskip("pandas")
+pyarrow = pytest.importorskip("pyarrow")
+
+LIMIT = 64 << 20
+PACKAGES = [next(path for path in sys.path if path.endswith("site-packages"))]
+
+
+def cross(value: Any) -> Any:
+    text, buffers = child.encode(value, LIMIT)
+    return serializer.decode(text, [bytes(buffer) for buffer in buffers])
+
+
+FRAME = pandas.DataFrame({
+    "whole": [1, 2, 3], "real": [1.5, None, 3.0], "flag": [True, False, True], "text": ["x", "y\u00e9", None],
+    "time": pandas.date_range("2024", periods=3, tz="Europe/Berlin"), "span": pandas.to_timedelta([1, 2, 3], unit="s"),
+    "kind": pandas.Categorical(["u", "v", "u"], ordered=True), "maybe": pandas.array([1, None, 3], dtype="Int64"),
+    "perhaps": pandas.array([True, None, False], dtype="boolean"), "arrow": pandas.array([1, 2, None], dtype="int32[pyarrow]"),
+    "day": [datetime.date(2024, 1, 1)] * 3, "price": [decimal.Decimal("1.50")] * 3,
+    "bytes": pandas.Series([b"x", b"", None], dtype=object),
+})  # fmt: skip
+FRAMES = {
+    "all kinds": FRAME, "an index": FRAME.set_index("text"), "two levels": FRAME.set_index(["whole", "text"]),
+    "every second": FRAME.iloc[::2], "no rows": FRAME.iloc[:0], "no columns": pandas.DataFrame(index=[1, 2]),
+    "nothing": pandas.DataFrame(), "tuples": pandas.DataFrame({("a", 1): [1], ("b", 2): [2.5]}),
+    "twice": pandas.DataFrame([[1, 2]], columns=["x", "x"]), "numbers": pandas.DataFrame({1: [1], 2: ["x"]}),
+    "named": pandas.DataFrame({"a": [1]}, index=pandas.Index([5], name="key")),
+    "large": pandas.DataFrame({"x": range(300_000), "y": [0.5] * 300_000}),
+}  # fmt: skip
+SERIES = {
+    "of each": FRAME["time"], "categories": FRAME["kind"], "nullable": FRAME["maybe"], "empty": pandas.Series([], dtype=float),
+    "labelled": pandas.Series([1, 2], index=["a", "b"], name=("x", 1)),
+}  # fmt: skip
+TABLE = pyarrow.table({
+    "whole": [1, 2], "lists": [[1], [2, None]], "structs": [{"x": 1.5}, None], "nothing": pyarrow.nulls(2),
+    "words": pyarrow.array(["a", "b"]).dictionary_encode(),
+    "map": pyarrow.array([[("k", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int32())),
+    "half": pyarrow.array([1.0, 2.0], pyarrow.float16()), "fixed": pyarrow.array([b"abc", b"def"], pyarrow.binary(3)),
+})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_comes_back(name: str) -> None:
+    pandas.testing.assert_frame_equal(cross(FRAMES[name]), FRAMES[name], check_freq=False)
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_a_series_comes_back(name: str) -> None:
+    pandas.testing.assert_series_equal(cross(SERIES[name]), SERIES[name], check_freq=False)
+
+
+def test_tables_and_batches_come_back() -> None:
+    assert cross(TABLE).equals(TABLE)
+    assert cross(TABLE.slice(0, 0)).equals(TABLE.slice(0, 0))
+    batch = TABLE.to_batches()[0]
+    assert cross(batch).equals(batch)
+    many = pyarrow.concat_tables([TABLE] * 5000)
+    assert cross(many).equals(many)
+    assert cross({"a": [TABLE, (batch,)]})["a"][1][0].equals(batch)
+
+
+def test_metadata_comes_back_but_not_what_pandas_would_believe() -> None:
+    told = TABLE.replace_schema_metadata({"unit": "m", "pandas": '{"columns": "os.system"}'})
+    assert cross(told).schema.metadata == {b"unit": b"m"}
+
+
+@pytest.mark.parametrize(
+    ("value", "match"),
+    [
+        (pandas.DataFrame({"mixed": [1, "x"]}), "the column 'mixed' is not data"),
+        (pandas.DataFrame({"thing": [object()]}), "the column 'thing' is not data"),
+        (pandas.DataFrame({"lists": [[1]]}), "return a pyarrow.Table"),
+        (pandas.DataFrame({"month": pandas.period_range("2024", periods=1, freq="M")}), "column 'month' of period"),
+        (type("Own", (pandas.DataFrame,), {})({"a": [1]}), "may say more"),
+        (type("Own", (pandas.Series,), {})([1]), "may say more"),
+        (pandas.DataFrame({"a": [1]}, index=[object()]), "index level 0"),
+        (pandas.DataFrame({object(): [1]}), "is not data"),
+    ],
+)
+def test_what_is_not_data_is_named(value: Any, match: str) -> None:
+    with pytest.raises(child.NotData, match=match):
+        child.encode(value, LIMIT)
+
+
+def test_too_large_is_said_before_it_is_copied() -> None:
+    with pytest.raises(child.NotData, match=r"more than Limits\.result"):
+        child.encode(FRAMES["large"], 1 << 20)
+
+
+# --- through a real child ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def isolator() -> Iterator[ProcessIsolator]:
+    limits = Limits(memory="1G", pids=128)
+    with ProcessIsolator.create(import_paths=PACKAGES, limits=limits) as isolator:
+        yield isolator
+
+
+@linux
+def test_there_and_back(isolator: ProcessIsolator) -> None:
+    def describe(frame: Any) -> Any:
+        return frame.assign(double=frame["whole"] * 2), frame["real"], int(frame["whole"].sum())
+
+    frame, series, total = isolator.invoke(describe, FRAME)
+    pandas.testing.assert_frame_equal(frame, FRAME.assign(double=[2, 4, 6]), check_freq=False)
+    pandas.testing.assert_series_equal(series, FRAME["real"])
+    assert total == 6
+    assert isolator.invoke(lambda table: table, TABLE).equals(TABLE)
+    assert isolator.invoke(lambda table: table.to_batches()[0], TABLE).equals(TABLE.to_batches()[0])
+
+
+@linux
+def test_in_streams_and_callbacks(isolator: ProcessIsolator) -> None:
+    def parts(table: Any) -> Iterator[Any]:
+        import pihost
+
+        yield pihost.call_host("rows", table)
+        yield from table.to_batches(max_chunksize=1)
+
+    isolator.register_callback("rows", lambda table: table.num_rows)
+    rows, *batches = isolator.invoke(parts, TABLE)
+    assert (rows, pyarrow.Table.from_batches(batches)) == (2, TABLE)
+
+
+@linux
+def test_declared_as_a_frame(isolator: ProcessIsolator) -> None:
+    frame = isolator.invoke(lambda frame: {"a": [frame]}, FRAME, returns=dict[str, list[pandas.DataFrame]])["a"][0]
+    pandas.testing.assert_frame_equal(frame, FRAME, check_freq=False)
+    with pytest.raises(SerializationError, match="is not a"):
+        isolator.invoke(lambda: 1, returns=pandas.DataFrame)
+
+
+# --- without the extra ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["pandas", "pyarrow"])
+def test_a_host_without_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    text, buffers = child.encode(FRAME, LIMIT)
+    kept = [bytes(buffer) for buffer in buffers]
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(SerializationError, match=r"pip install 'pisupervisor\[arrow\]'") as caught:
+        serializer.decode(text, kept)
+    assert caught.value.direction == "from child"
+
+
+def test_a_child_without_pyarrow_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(child.NotData, match="which this child cannot import"):
+        child.encode(FRAME, LIMIT)
+
+
+# --- a stream that lies -----------------------------------------------------------------------------------------------
+
+
+def stream(table: Any, **options: Any) -> bytes:
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema, options=pyarrow.ipc.IpcWriteOptions(**options)) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def refused(data: bytes, match: str) -> None:
+    with pytest.raises(ProtocolError, match=match):
+        arrow.build_table(data)
+
+
+def test_the_control_is_read() -> None:
+    assert arrow.build_table(stream(TABLE)).equals(TABLE)
+
+
+@pytest.mark.parametrize("codec", ["zstd", "lz4"])
+def test_what_is_compressed_is_refused_before_anything_is_inflated(codec: str) -> None:
+    bomb = stream(pyarrow.table({"a": [0] * (8 << 20)}), compression=codec)
+    assert len(bomb) < 1 << 20
+    before = resident()
+    refused(bomb, "compressed")
+    words = pyarrow.table({"a": pyarrow.array(["x" * 10_000] * 100).dictionary_encode()})
+    refused(stream(words, compression=codec), "compressed")
+    assert resident() - before < 16 << 20
+
+
+def test_a_column_of_nothing_has_no_million_rows() -> None:
+    refused(stream(pyarrow.table({"a": pyarrow.nulls(1 << 27)})), "cells in")
+    refused(stream(pyarrow.table({"a": pyarrow.array([[None] * 3_000_000])})), "cells in")
+    empty = pyarrow.table({"a": pyarrow.array([b""] * 2, pyarrow.binary(0))})
+    assert arrow.build_table(stream(empty)).num_rows == 2
+
+
+class Loud(pyarrow.ExtensionType):  # type: ignore[misc]
+    asked: ClassVar[list[bytes]] = []
+
+    def __init__(self) -> None:
+        super().__init__(pyarrow.int64(), "pisupervisor.loud")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b"chosen by the child"
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, _storage: Any, serialized: bytes) -> Any:
+        cls.asked.append(serialized)
+        return cls()
+
+
+def test_no_extension_type_is_ever_asked() -> None:
+    pyarrow.register_extension_type(Loud())
+    try:
+        table = pyarrow.table({"a": pyarrow.ExtensionArray.from_storage(Loud(), pyarrow.array([1]))})
+        data = stream(table)
+        Loud.asked.clear()
+        refused(data, "extension type")
+        assert Loud.asked == []
+        pyarrow.ipc.open_stream(data).read_all()
+        assert Loud.asked, "the control: pyarrow alone would have asked it"
+    finally:
+        pyarrow.unregister_extension_type("pisupervisor.loud")
+    refused(stream(pyarrow.table({"a": pyarrow.array([], pyarrow.json_())})), "extension type")
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pyarrow.array(["x" * 100] * 3, pyarrow.string_view()), pyarrow.RunEndEncodedArray.from_arrays([1 << 14], [5]),
+        pyarrow.UnionArray.from_sparse(pyarrow.array([0], pyarrow.int8()), [pyarrow.array([1])]),
+        pyarrow.array([[1]], pyarrow.list_view(pyarrow.int64())), pyarrow.array([["x"]], pyarrow.list_(pyarrow.string_view())),
+        pyarrow.array([{"a": "x"}], pyarrow.struct({"a": pyarrow.binary_view()})),
+    ],
+    ids=lambda column: str(column.type),
+)  # fmt: skip
+def test_types_whose_values_may_take_no_room(column: Any) -> None:
+    refused(stream(pyarrow.table({"a": column})), "of the type")
+
+
+def test_no_path_for_a_time_zone() -> None:
+    for zone in ("../../etc/passwd", "/etc/passwd", "", "x" * 200):
+        table = pyarrow.table({"a": pyarrow.array([0], pyarrow.timestamp("s", zone))})
+        if zone:
+            refused(stream(table), "time zone")
+
+
+def test_values_are_validated_in_full() -> None:
+    offsets = pyarrow.py_buffer(struct.pack("<3i", 0, 1 << 30, 2))
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, pyarrow.py_buffer(b"ab")])
+    data = bytearray(stream(pyarrow.table({"a": pyarrow.array(["a", "b"])})))
+    place = bytes(data).rindex(struct.pack("<3i", 0, 1, 2))
+    data[place : place + 12] = struct.pack("<3i", 0, 1 << 30, 2)
+    refused(bytes(data), "not valid")
+    words = bytearray(stream(pyarrow.table({"a": pyarrow.array(["word", "other"]).dictionary_encode()})))
+    place = bytes(words).rindex(struct.pack("<2i", 0, 1))
+    words[place : place + 8] = struct.pack("<2i", 0, 99)
+    refused(bytes(words), "not valid")
+    surrogates = bytearray(stream(pyarrow.table({"a": pyarrow.array(["abcdefgh"])})))
+    place = bytes(surrogates).rindex(b"abcdefgh")
+    surrogates[place : place + 2] = b"\xff\xfe"
+    refused(bytes(surrogates), "not valid")
+    assert text.type == pyarrow.string()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 8, 100, -1, -8, -9])
+def test_streams_that_end_elsewhere(cut: int) -> None:
+    data = stream(TABLE)
+    refused(data[:cut], "Arrow")
+    refused(data + b"\0" * 8 if cut else data + data, "Arrow")
+
+
+def test_too_many_batches_and_columns() -> None:
+    table = pyarrow.table({"a": [1]})
+    refused(stream(pyarrow.concat_tables([table] * (arrow_messages.MAX_MESSAGES + 5))), "messages")
+    refused(stream(pyarrow.table({str(n): [1] for n in range(10_001)})), "columns")
+    deep = pyarrow.int8()
+    for _ in range(25):
+        deep = pyarrow.list_(deep)
+    refused(stream(pyarrow.table({"a": pyarrow.array([], deep)})), "nested too deep")
+
+
+FRAME_PARTS: list[Any] = [["a"], [None], [0, 2, 1, None], [""]]
+
+
+@pytest.mark.parametrize(
+    ("part", "lie", "error"),
+    [
+        (0, [], ProtocolError), (0, ["a", "b"], ProtocolError), (0, [[1]], SerializationError), (1, [], ProtocolError),
+        (1, [None, None], SerializationError), (2, [], ProtocolError), (2, [0, 3, 1, None], ProtocolError),
+        (2, [0, 2, 0, None], ProtocolError),
+        (2, [0, 1 << 70, 1, None], ProtocolError), (2, [["k", "l"]], ProtocolError), (2, [[]], ProtocolError),
+        (2, [0, 2, 1, [1]], SerializationError),
+        (3, [], ProtocolError), (3, ["object"], ProtocolError), (3, ["Sparse[int]"], ProtocolError),
+        (3, [["Int64"]], ProtocolError),
+        (3, [None], ProtocolError),
+    ],
+)  # fmt: skip
+def test_lies_around_a_frame(part: int, lie: Any, error: type[Exception]) -> None:
+    data = stream(pyarrow.table({"0": [1, 2]}))
+    assert arrow.build_frame(*FRAME_PARTS, data)["a"].tolist() == [1, 2]
+    parts = [*FRAME_PARTS]
+    parts[part] = lie
+    with pytest.raises(error):
+        arrow.build_frame(*parts, data)
+
+
+def test_lies_around_a_series() -> None:
+    with pytest.raises(ProtocolError):
+        arrow.build_series(None, [0, 2, 1, None], ["", ""], stream(pyarrow.table({"0": [1, 2], "1": [1, 2]})))
+    with pytest.raises(ProtocolError):
+        arrow.build_frame(["a"], [None], [0, 1, 1, None], [""], stream(TABLE.select(["lists"])))
+    with pytest.raises(SerializationError):
+        arrow.build_series([1], [0, 2, 1, None], [""], stream(pyarrow.table({"0": [1, 2]})))
+
+
+def test_python_objects_are_counted_before_they_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrow, "MAX_OBJECTS", 10)
+    for column in (pyarrow.array([True, None] * 6), pyarrow.array([datetime.date(2024, 1, 1)] * 11), pyarrow.nulls(11)):
+        with pytest.raises(SerializationError, match=r"pyarrow\.Table"):
+            arrow.build_series(None, [0, len(column), 1, None], [""], stream(pyarrow.table({"0": column})))
+    assert len(arrow.build_series(None, [0, 12, 1, None], [""], stream(pyarrow.table({"0": [1] * 12})))) == 12
+
+
+def test_mutated_streams_only_ever_raise_our_errors() -> None:
+    dice = random.Random(48)
+    seeds = [
+        stream(TABLE),
+        stream(TABLE.select(["whole"])),
+        stream(pyarrow.Table.from_pandas(FRAME.drop(columns="arrow"))),
+    ]
+    refused_ones = 0
+    for _ in range(6_000):
+        data = bytearray(dice.choice(seeds))
+        for _ in range(dice.randint(1, 4)):
+            data[dice.randrange(len(data))] = dice.randrange(256)
+        try:
+            table = arrow.build_table(bytes(data))
+            labels, words = [*map(str, range(table.num_columns))], [""] * table.num_columns
+            arrow.build_frame(labels, [None], [0, table.num_rows, 1, None], words, bytes(data))
+        except (ProtocolError, SerializationError):
+            refused_ones += 1
+    assert 1_000 < refused_ones < 6_000
