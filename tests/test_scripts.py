@@ -245,6 +245,17 @@ def test_the_launch_benchmark_reports_ratios_beside_targets() -> None:
 
 
 @pytest.mark.linux
+def test_the_seccomp_benchmark_loads_what_it_compares() -> None:
+    done = run(sys.executable, "scripts/lib/bench_seccomp.py", "--json", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout)
+    ours, theirs = (next(row for name, row in figures.items() if name.startswith(who)) for who in ("ours", "libs"))
+    assert 1 < ours["instructions"] < theirs["instructions"] / 2
+    assert {"default", "strict", "permissive"} < figures.keys()
+    assert all(row["load_us"] > 0 for row in figures.values())
+
+
+@pytest.mark.linux
 @pytest.mark.root
 def test_a_short_soak() -> None:
     """parity: 11"""

@@ -1,52 +1,27 @@
-"""From checked rules to one BPF program: libseccomp compiles each stage, and the stages are joined here.
+"""From checked rules to one BPF program: who decides what about each call of this machine; the shape is in seccomp_tree.
 
-    guard        ours: foreign architecture, x32 range, numbers newer than we know
-    refuse       denials with conditions, and denials of what is also allowed   -> else go on
-    ranges       ours: allowances without conditions                            -> else go on
-    allow        all other allowances                                           -> else go on
-    otherwise    all other denials                                              -> else go on
-    default      one instruction
-
-libseccomp alone keeps only the unconditional one of two rules for a call, whichever it is; hence the stages. A stage is
-compiled with a default action that none of its rules has; each RET of it becomes a jump behind the stage. The ranges are
-a binary tree over where they begin and end: libseccomp's has a leaf for each call, and what is longer loads slower (every
-child loads it: 565 instructions 0.22 ms, 320 instructions 0.17 ms).
+For each call, the first that holds: a denial with conditions, or any denial of what is also allowed without conditions;
+an allowance; another denial; ``defaultAction``. Of several that hold at once the harshest counts, as the kernel does it
+for several filters. libseccomp gives the numbers of the names; its own programs are what tests compare ours with.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import struct
 import sys
 from errno import EMFILE, ENFILE
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pisupervisor.errors import FeatureUnavailable
 from pisupervisor.launch.seccomp_cache import MAX_INSTRUCTIONS
-from pisupervisor.launch.seccomp_rules import (
-    ALLOW,
-    ERRNO,
-    KILL_PROCESS,
-    KILL_THREAD,
-    LOG,
-    Condition,
-    Flaw,
-    Policy,
-    Rule,
-)
+from pisupervisor.launch.seccomp_rules import ALLOW, ERRNO, KILL_PROCESS, LOG, Condition, Flaw, Policy, Rule
+from pisupervisor.launch.seccomp_tree import INSTRUCTION, Decision, assemble, ranges
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from types import ModuleType
 
-    Instruction = tuple[int, int, int, int]
-
-# struct sock_filter and the four instructions we write ourselves
-_INSTRUCTION = struct.Struct("=HBBI")
-_LOAD, _JUMP, _JUMP_EQ, _JUMP_GT, _JUMP_GE, _RETURN = 0x20, 0x05, 0x15, 0x25, 0x35, 0x06
-_SHORT_JUMP = 250  # instructions that a conditional jump reaches over
-_NR, _ARCH = 0, 4  # offsets in struct seccomp_data
 _EPERM, _ENOSYS = 1, 38
 _MASKED_EQ = 7
 _CLONE3 = 435  # everywhere
@@ -54,7 +29,7 @@ _NEW_LISTENER = 1 << 3  # SECCOMP_FILTER_FLAG_NEW_LISTENER
 
 
 class Arch(NamedTuple):
-    """One machine: its AUDIT_ARCH number, the name that OCI profiles use, and where the x32 range starts."""
+    """One machine: its AUDIT_ARCH number (libseccomp's too), the name that OCI profiles use, where the x32 range starts."""
 
     audit: int
     name: str
@@ -103,21 +78,75 @@ class Entry(NamedTuple):
         return self.action in (ALLOW, LOG)
 
 
-def compile_rules(policy: Policy) -> bytes:
-    """The program as raw ``struct sock_filter`` bytes. Raises Flaw for a name nobody knows, FeatureUnavailable."""
-    arch = _native_arch()
-    library = _import_library(arch)
-    program = _guard(arch)
-    for passing, entries in _stages(_resolve(policy, arch, library), policy.default):
-        if passing == KILL_THREAD:
-            ranges, entries = _ranges(entries)
-            program += ranges
-        if entries:
-            program += _join(_compile_stage(entries, passing, library), passing)
-    program.append((_RETURN, 0, 0, policy.default))
-    if len(program) > MAX_INSTRUCTIONS:
-        raise Flaw(f"the profile is too large: {len(program)} instructions, the kernel takes {MAX_INSTRUCTIONS}")
-    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in program)
+def compile_rules(policy: Policy, machine: str | None = None) -> bytes:
+    """The program for ``machine`` ("x86_64", "aarch64"; None: this one) as raw ``struct sock_filter`` bytes. Raises Flaw
+    for a name nobody knows and for rules that contradict each other, FeatureUnavailable.
+    """
+    arch = _native_arch() if machine is None else _ARCHES[machine]
+    decisions = decide(policy, arch, _import_library())
+    unknown = Decision((), ERRNO | _ENOSYS)
+    beyond = [(_HIGHEST + 1, unknown)]
+    if arch.foreign_from is not None:  # the i386 table is not added: a deny-list would leak all its calls
+        beyond.append((arch.foreign_from, Decision((), KILL_PROCESS)))
+    cases = sum(len(decision.cases) for decision in set(decisions.values()))
+    program = assemble(arch.audit, KILL_PROCESS, ranges(decisions, beyond)) if cases <= MAX_INSTRUCTIONS else []
+    if not 0 < len(program) <= MAX_INSTRUCTIONS:
+        size = f"{len(program)} instructions" if program else f"{cases} comparisons"
+        raise Flaw(f"the profile is too large: {size}, the kernel takes {MAX_INSTRUCTIONS} instructions")
+    return b"".join(INSTRUCTION.pack(*instruction) for instruction in program)
+
+
+def decide(policy: Policy, arch: Arch, library: ModuleType) -> dict[int, Decision]:
+    """What happens to each number up to the highest that we know; those without a call answer ENOSYS."""
+    entries: dict[int, list[Entry]] = {}
+    for entry in _resolve(policy, arch, library):
+        entries.setdefault(entry.nr, []).append(entry)
+    nobody = Decision((), ERRNO | _ENOSYS)
+    usual = Decision((), policy.default)
+    newer = {*_NEWER.values(), *arch.own.values()}
+    return {
+        nr: _decision(entries[nr], policy.default) if nr in entries
+        else usual if nr in newer or has_call(nr, arch, library) else nobody
+        for nr in range(_HIGHEST + 1)
+    }  # fmt: skip
+
+
+def has_call(nr: int, arch: Arch, library: ModuleType) -> bool:
+    """Whether this machine has a call of that number."""
+    try:
+        return bool(library.resolve_syscall(arch.audit, nr))
+    except ValueError:
+        return False
+
+
+def _decision(entries: list[Entry], default: int) -> Decision:
+    """The rules for one call in the order in which they count."""
+    allowances = _in_order(entry for entry in entries if entry.allows)
+    denials = _in_order(entry for entry in entries if not entry.allows)
+    refused = [entry for entry in denials if entry.conditions]
+    flat = [entry for entry in denials if not entry.conditions] or [e for e in allowances if not e.conditions]
+    final = flat[0].action if flat else default
+    if flat and not flat[0].allows and any(not entry.conditions for entry in allowances):
+        allowances = []  # a denial is never lost beside an allowance of the same call
+    cases = [
+        (conditions, entry.action) for entry in (*refused, *allowances) if entry.conditions
+        for conditions in _alternatives(entry.conditions)
+    ]  # fmt: skip
+    while cases and cases[-1][1] == final:
+        cases.pop()
+    return Decision(tuple(cases), final)
+
+
+def _in_order(entries: Iterable[Entry]) -> list[Entry]:
+    """The harshest first, as the kernel orders actions: by their value as a signed number. Raises Flaw where the same
+    conditions lead to two actions; our own rule gives way then.
+    """
+    found: dict[tuple[Condition, ...], Entry] = {}
+    for entry in entries:
+        other = found.setdefault(entry.conditions, entry)
+        if other.action != entry.action and entry.rule is not None:
+            raise Flaw("another rule gives the same call and arguments a different action", "names", entry.rule)
+    return sorted(found.values(), key=lambda entry: entry.action - (1 << 32) * (entry.action >> 31))
 
 
 def _native_arch() -> Arch:
@@ -131,7 +160,7 @@ def _native_arch() -> Arch:
     return _ARCHES[machine]
 
 
-def _import_library(arch: Arch) -> ModuleType:
+def _import_library() -> ModuleType:
     """pyseccomp, imported only here: its import starts ldconfig twice."""
     try:
         import pyseccomp
@@ -141,16 +170,13 @@ def _import_library(arch: Arch) -> ModuleType:
             remedy = "raise ulimit -n, or close isolators"
         message = f"cannot compile seccomp profiles: {error}"
         raise FeatureUnavailable(message, feature="seccomp", remedy=remedy) from error
-    if pyseccomp.system_arch() != arch.audit:
-        message = f"libseccomp is built for architecture {pyseccomp.system_arch():#x}, not {arch.audit:#x}"
-        raise FeatureUnavailable(message, feature="seccomp", remedy="install the native libseccomp")
     library: ModuleType = pyseccomp
     return library
 
 
 def _resolve(policy: Policy, arch: Arch, library: ModuleType) -> list[Entry]:
     """What counts on this host, and what always holds."""
-    seccomp = library.resolve_syscall(library.Arch.NATIVE, "seccomp")
+    seccomp = library.resolve_syscall(arch.audit, "seccomp")
     entries: list[Entry] = []
     for rule in policy.rules:
         if rule.applies(arch.name, _kernel()):
@@ -175,18 +201,18 @@ def _numbers(rule: Rule, arch: Arch, library: ModuleType) -> Iterator[int]:
         nr = _number(name, arch, library)
         if nr is not None:
             yield nr
-        elif name not in _ELSEWHERE and not rule.optional and not _exists_elsewhere(name, library):
+        elif name not in _ELSEWHERE and not rule.optional and not _exists_elsewhere(name, arch, library):
             raise Flaw(f'unknown system call {name!r}; a rule with "optional": true skips it', name, rule.number)
 
 
 def _number(name: str, arch: Arch, library: ModuleType) -> int | None:
     """The number of a call on this machine, None if it has none. libseccomp: -1 unknown, below that another machine."""
-    nr: int = library.resolve_syscall(library.Arch.NATIVE, name)
+    nr: int = library.resolve_syscall(arch.audit, name)
     return nr if nr >= 0 else _NEWER.get(name, arch.own.get(name))
 
 
-def _exists_elsewhere(name: str, library: ModuleType) -> bool:
-    return bool(library.resolve_syscall(library.Arch.NATIVE, name) < -1)
+def _exists_elsewhere(name: str, arch: Arch, library: ModuleType) -> bool:
+    return bool(library.resolve_syscall(arch.audit, name) < -1)
 
 
 def _kernel() -> tuple[int, int]:
@@ -194,106 +220,7 @@ def _kernel() -> tuple[int, int]:
     return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
-def _stages(entries: list[Entry], default: int) -> Iterator[tuple[int, list[Entry]]]:
-    """(action that means "go on", entries) of each stage that has any."""
-    always_allowed = {entry.nr for entry in entries if entry.allows and not entry.conditions}
-    refuse, allow, otherwise = [], [], []
-    for entry in entries:
-        if entry.allows:
-            allow.append(entry)
-        elif entry.conditions or entry.nr in always_allowed:
-            refuse.append(entry)
-        elif entry.action != default:
-            otherwise.append(entry)
-    if default == ALLOW:  # then an allowance matters only in front of a denial
-        denied = {entry.nr for entry in otherwise}
-        allow = [entry for entry in allow if entry.nr in denied or entry.action != default]
-    for passing, stage in ((ALLOW, refuse), (KILL_THREAD, allow), (ALLOW, otherwise)):
-        if stage:
-            yield passing, stage
-
-
-def _ranges(entries: list[Entry]) -> tuple[list[Instruction], list[Entry]]:
-    """A program that allows what ``entries`` allow whatever the arguments, and the other entries."""
-    numbers = {entry.nr for entry in entries if not entry.conditions} - {
-        entry.nr for entry in entries if entry.action != ALLOW
-    }
-    borders = sorted(
-        {border for nr in numbers for border in (nr, nr + 1) if (border in numbers) != (border - 1 in numbers)}
-    )
-    if not 1 < len(borders) < _SHORT_JUMP:
-        return [], entries
-    tree = _tree(borders, 0, len(borders), 0)
-    return [(_LOAD, 0, 0, _NR), *tree, (_RETURN, 0, 0, ALLOW)], [entry for entry in entries if entry.nr not in numbers]
-
-
-def _tree(borders: list[int], first: int, last: int, place: int) -> list[Instruction]:
-    """Where a number lies among ``borders[first:last]``: in a range after an odd one of them. ``place``: of its first
-    instruction. Behind the whole tree stand "allow" and the next stage.
-    """
-    middle = (first + last) // 2
-
-    def jump(low: int, high: int, target: int) -> int:
-        return target if low < high else len(borders) + (0 if low % 2 else 1)
-
-    left = _tree(borders, first, middle, place + 1) if first < middle else []
-    right = _tree(borders, middle + 1, last, place + 1 + len(left)) if middle + 1 < last else []
-    below = jump(first, middle, place + 1)
-    above = jump(middle + 1, last, place + 1 + len(left))
-    return [(_JUMP_GE, above - place - 1, below - place - 1, borders[middle]), *left, *right]
-
-
-def _compile_stage(entries: list[Entry], passing: int, library: ModuleType) -> bytes:
-    """libseccomp's program for ``entries`` with ``passing`` for everything else."""
-    stage = library.SyscallFilter(passing)
-    stage.set_attr(library.Attr.ACT_BADARCH, KILL_PROCESS)
-    try:
-        stage.set_attr(library.Attr.CTL_OPTIMIZE, 2)
-    except OSError:
-        pass  # before libseccomp 2.5 there is no binary tree; a linear program is as right
-    for entry in entries:
-        for conditions in _alternatives(entry.conditions):
-            _add_rule(stage, entry, [library.Arg(*condition) for condition in conditions])
-    with open(os.memfd_create("pisupervisor-bpf", os.MFD_CLOEXEC), "rb") as file:
-        stage.export_bpf(file)
-        file.seek(0)
-        return file.read()
-
-
 def _alternatives(conditions: tuple[Condition, ...]) -> list[tuple[Condition, ...]]:
     """Conditions on one argument that is named twice are alternatives, as runc reads them; others must all hold."""
     arguments = [condition.argument for condition in conditions]
     return [conditions] if len(set(arguments)) == len(arguments) else [(condition,) for condition in conditions]
-
-
-def _add_rule(stage: Any, entry: Entry, arguments: list[Any]) -> None:
-    try:
-        stage.add_rule_exactly(entry.action, entry.nr, *arguments)
-    except FileExistsError:
-        if entry.rule is None:
-            return  # the profile itself denies this, in its own way
-        raise Flaw("another rule gives the same call and arguments a different action", "names", entry.rule) from None
-    except OSError as error:
-        raise Flaw(f"libseccomp refuses the rule: {error.strerror}", "names", entry.rule) from None
-
-
-def _join(stage: bytes, passing: int) -> list[tuple[int, int, int, int]]:
-    """The stage with every "go on" turned into a jump behind its end. Jumps are relative: the rest stays as it is."""
-    program = list(_INSTRUCTION.iter_unpack(stage))
-    for place, (code, _, _, value) in enumerate(program):
-        if code == _RETURN and value == passing:
-            program[place] = (_JUMP, 0, 0, len(program) - place - 1)
-    return program
-
-
-def _guard(arch: Arch) -> list[tuple[int, int, int, int]]:
-    """What holds before any rule is looked at. The i386 table is not added: a deny-list would leak all its calls."""
-    program = [
-        (_LOAD, 0, 0, _ARCH),
-        (_JUMP_EQ, 1, 0, arch.audit),
-        (_RETURN, 0, 0, KILL_PROCESS),
-        (_LOAD, 0, 0, _NR),
-    ]
-    if arch.foreign_from is not None:
-        program += [(_JUMP_GE, 0, 1, arch.foreign_from), (_RETURN, 0, 0, KILL_PROCESS)]
-    return program + [(_JUMP_GT, 0, 1, _HIGHEST), (_RETURN, 0, 0, ERRNO | _ENOSYS)]
