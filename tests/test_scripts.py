@@ -57,7 +57,7 @@ def test_it_is_executable_and_strict(script: str) -> None:
     assert "\nset -euo pipefail\n" in (TOP / script).read_text()
 
 
-@pytest.mark.parametrize("script", ["test", "demo", "bench", "soak"])
+@pytest.mark.parametrize("script", ["test", "demo", "bench", "soak", "ablate"])
 def test_help_sets_nothing_up(script: str, tmp_path: Path) -> None:
     shutil.copytree(TOP / "scripts", tmp_path / "scripts")
     done = run(str(tmp_path / "scripts" / script), "--help")
