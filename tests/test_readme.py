@@ -23,7 +23,7 @@ def plugin_folder(folder: Path) -> Path:
 
 
 def test_the_readme_has_programs_and_commands() -> None:
-    assert len(PROGRAMS) == 5
+    assert len(PROGRAMS) == 6
     assert len(COMMANDS) == 1
     assert all(block.startswith(("# run\n", "# file: ")) for block in BLOCKS), "a block that no test runs"
 
