@@ -29,8 +29,8 @@ class TypeCodec:
     type    a class (and what is derived from it, unless that has a codec of its own), or where the child finds it, as text:
             ``"plugin.py:Money"``, ``"package.module:Money"``
     encode  takes an object and returns anything that is data; a function, which is sent by value, or text likewise
-    decode  takes that data, which a child has chosen and only its being data is certain: check it. What it raises is a
-            SerializationError of the call
+    decode  takes that data (in which objects with codecs are made already). A child has chosen it, and only its being data is
+            certain: check it. What it raises is a SerializationError of the call
     name    the word for it on the wire; by default that of the class
 
     Objects of such a type can be anywhere in a result or in the arguments of a callback, but not keys or elements of a set.

@@ -323,6 +323,7 @@ def test_source_keeps_its_state() -> None:
 
 
 def test_source_that_does_not_compile(shared: ProcessIsolator) -> None:
+    """parity: 83"""
     with pytest.raises(CompileError) as caught:
         shared.run_source("a = 1\nb = (\n")
     assert caught.value.line == 2

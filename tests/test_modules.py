@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -176,3 +177,34 @@ def test_a_child_that_asks_wrongly(asking: ProcessIsolator) -> None:
 def test_the_name_cannot_be_registered(asking: ProcessIsolator) -> None:
     with pytest.raises(OptionsError):
         asking.register_callback("\0import", print)
+
+
+def test_calls_side_by_side_import_too(folder: Path) -> None:
+    """Each asks on behalf of its own call."""
+    for name in ("one", "two"):
+        write(folder, f"{name}.py", "import helper\n")
+    names = ["helper", "one", "two", "helper"]
+    with ProcessIsolator.create(modules=[folder], max_concurrency=4) as isolator:
+        found: list[Any] = [None] * 4
+
+        def call(number: int) -> None:
+            found[number] = isolator.invoke(get, names[number], "__name__", timeout=10)
+
+        threads = [threading.Thread(target=call, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == names
+
+
+def test_what_was_given_and_what_loaders_know(folder: Path, tmp_path: Path) -> None:
+    """parity: 53. ``import_paths`` come first, the standard library before all, and a loader is asked for the rest."""
+    write(tmp_path, "given/helper.py", "VALUE = 'given'\n")
+    write(tmp_path, "given/json.py", "dumps = None\n")
+    with ProcessIsolator.create(import_paths=[tmp_path / "given"], modules=[folder]) as isolator:
+        assert isolator.invoke(get, "helper", "VALUE") == "given"
+        assert isolator.invoke(get, "package.sub", "value") == "deep"
+        assert isolator.run_source("import json; json.dumps([1])").value == "[1]"
+        with pytest.raises(ModuleNotFoundError, match=r"import_paths=.*modules="):
+            isolator.invoke(get, "nobody_has_this", "VALUE")

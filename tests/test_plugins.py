@@ -230,6 +230,29 @@ def test_a_child_can_be_killed_and_die() -> None:
         assert host.execute_plugin(Adder(2)).result == 2
 
 
+class Importer(Plugin):
+    """Loads a module that keeps count of how often it was loaded."""
+
+    def execute(self, context: IsolationContext) -> Any:
+        import colorsys
+        import sys
+
+        colorsys.loaded = getattr(colorsys, "loaded", 0) + 1  # type: ignore[attr-defined]
+        return [colorsys.loaded, "colorsys" in sys.modules]  # type: ignore[attr-defined]
+
+
+def test_a_fresh_host_is_a_fresh_context_of_modules() -> None:
+    """parity: 61. What a plugin loads is there for the next one in the same host, and nowhere else; unloaded with its child."""
+    import sys
+
+    sys.modules.pop("colorsys", None)
+    with ProcessHost() as host:
+        assert [host.execute_plugin(Importer()).result for _ in range(2)] == [[1, True], [2, True]]
+    with ProcessHost() as another:
+        assert another.execute_plugin(Importer()).result == [1, True]
+    assert "colorsys" not in sys.modules
+
+
 def test_a_failed_plugin_leaves_the_callers_context_alone() -> None:
     context = IsolationContext({"a": 1})
     with ProcessHost() as host, pytest.raises(KeyError):
