@@ -85,6 +85,11 @@ def pack_value(text: bytes, buffers: list[Any]) -> list[Any]:
     return [head, lengths, text, *buffers]
 
 
+def pack_text(text: bytes) -> bytes:
+    """The same of a value without buffers."""
+    return _COUNTS.pack(len(text), 0) + text
+
+
 def unpack_value(body: bytes) -> tuple[bytes, list[memoryview]]:
     """(text, buffers) of a packed value. Raises BadFrame where the lengths do not add up to the body exactly."""
     if len(body) < _COUNTS.size:

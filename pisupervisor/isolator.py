@@ -103,7 +103,7 @@ class ProcessIsolator:
         from pisupervisor.link.packing import Packer
         from pisupervisor.link.sources import CodeReader
         from pisupervisor.supervise.keeper import Keeper
-        from pisupervisor.supervise.session import Session
+        from pisupervisor.supervise.session import Outcome, Session
 
         self.options = options
         self.id = next(_ids)
@@ -112,7 +112,7 @@ class ProcessIsolator:
         except BaseException:
             release(template)
             raise
-        self._session = Session(self._keeper)
+        self._session, self._outcome = Session(self._keeper), Outcome
         modules = _modules(options)
         self._packer = Packer(options, self._keeper.present_template, modules, self.id)
         self._callbacks = Callbacks(
@@ -159,8 +159,16 @@ class ProcessIsolator:
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._code(path, target)
-        arguments = self._packer.arguments(args, {**keywords, **(kwargs or {})})
-        return self._invoke(("method", code.key, target, arguments), code, timeout, returns, idempotent)
+        if kwargs:
+            keywords.update(kwargs)
+        return self._invoke_code(code, target, args, keywords, timeout, returns, idempotent)
+
+    def _invoke_code(
+        self, code: Code, target: str, args: tuple[Any, ...], keywords: dict[str, Any], timeout: float | None = None,
+        returns: Any = None, idempotent: bool = False,
+    ) -> Any:  # fmt: skip
+        call = ("method", code.key, target, self._packer.arguments(args, keywords))
+        return self._invoke(call, code, timeout, returns, idempotent)
 
     def invoke(
         self, function: Callable[..., Any], /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -254,11 +262,12 @@ class ProcessIsolator:
         return self._keep(("copy", self._packer.value(value)), None, timeout)
 
     def get_method(self, path: str | os.PathLike[str], target: str) -> IsolatedMethod:
-        """A handle to a function or method: ``method(*args)`` as ``invoke_method``, ``method.invoke(obj, *args)`` on objects."""
+        """A handle to a function or method: ``method(*args)`` as ``invoke_method``, ``method.invoke(obj, *args)`` on objects.
+        The code is read now, and once: whatever becomes of the file, the handle stands for what was in it.
+        """
         from pisupervisor.objects import IsolatedMethod
 
-        self._code(path, target)  # what is missing here is better said now
-        return IsolatedMethod(self, path, target)
+        return IsolatedMethod(self, self._code(path, target), path, target)
 
     def shared_array(self, shape: int | Sequence[int], dtype: Any = "float64") -> Any:
         """A numpy array of zeros whose memory this process and the isolator's children both see. As an argument it costs the
@@ -307,6 +316,9 @@ class ProcessIsolator:
         only_on: Connection | None = None,
     ) -> Any:  # fmt: skip
         """The value of a call; of one that returned a generator, a stream of its items."""
+        if returns is None:
+            done = self._session.call_plain(call, code, timeout, idempotent, only_on)
+            return self._result(done, timeout, None) if type(done) is self._outcome else done
         from pisupervisor.link.calls import split_returns
 
         streams, value_type, stream_types = split_returns(returns)
@@ -342,12 +354,13 @@ class ProcessIsolator:
             duration=time.monotonic() - started, usage=Usage(cpu_time=cpu, peak_memory=used.peak_memory),
         )  # fmt: skip
 
-    def _result(self, done: Outcome, timeout: float | None, types: StreamTypes) -> Any:
+    def _result(self, done: Outcome, timeout: float | None, types: StreamTypes | None) -> Any:
         if done.answer.kind != wire.STREAM:
             return done.value
+        from pisupervisor.link.calls import StreamTypes
         from pisupervisor.objects import IsolatedStream
 
-        return IsolatedStream(self, done.connection, done.value, timeout, types)
+        return IsolatedStream(self, done.connection, done.value, timeout, types or StreamTypes())
 
     def _start(self) -> None:
         if self.options.needs_first_calls():

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pisupervisor.isolator import ProcessIsolator
     from pisupervisor.link.calls import StreamTypes
     from pisupervisor.link.connection import Connection
+    from pisupervisor.link.sources import Code
 
 _OPTIONS = ("timeout", "returns", "kwargs")
 
@@ -155,12 +156,17 @@ def _built(value: Any, returns: Any) -> Any:
 class IsolatedMethod:
     """A function or method of code in the child: call it, or ``invoke`` it on objects of its class."""
 
-    def __init__(self, isolator: ProcessIsolator, path: Any, target: str) -> None:
-        self._isolator, self._path, self._target = isolator, path, target
+    def __init__(self, isolator: ProcessIsolator, code: Code, path: Any, target: str) -> None:
+        self._isolator, self._code, self._path, self._target = isolator, code, path, target
 
-    def __call__(self, *args: Any, **keywords: Any) -> Any:
+    def __call__(
+        self, *args: Any, timeout: float | None = None, returns: Any = None, idempotent: bool = False,
+        kwargs: Mapping[str, Any] | None = None, **keywords: Any,
+    ) -> Any:  # fmt: skip
         """As ``isolator.invoke_method(path, target, ...)``."""
-        return self._isolator.invoke_method(self._path, self._target, *args, **keywords)
+        if kwargs:
+            keywords.update(kwargs)
+        return self._isolator._invoke_code(self._code, self._target, args, keywords, timeout, returns, idempotent)
 
     def invoke(
         self, obj: IsolatedObject, /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -170,7 +176,7 @@ class IsolatedMethod:
         if not isinstance(obj, IsolatedObject):
             raise OptionsError(f"expected an IsolatedObject, not {obj!r}; call the method itself for anything else")
         isolator = self._isolator
-        code = isolator._code(self._path, self._target)
+        code = self._code
         arguments = isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
         call = ("apply", code.key, self._target, obj._live(), arguments)
         return isolator._invoke(call, code, timeout, returns, only_on=obj._connection)

@@ -18,6 +18,11 @@ _call = _thread._local()  # ``fds`` of the call that this thread works on, None 
 _shared: dict[int, mmap.mmap] = {}  # by the host's number, for as long as the host has the array
 
 
+def has_parts(call: tuple[Any, ...]) -> bool:
+    """Whether anything came with the call, or is still out from calls before it."""
+    return tuple in map(type, call) or arenas.arguments.any_lent
+
+
 class Call:
     """``with Call(call, fds):`` what came with a call belongs to it while it runs. What nobody took is closed after it.
 

@@ -59,7 +59,7 @@ def encode(value: Any, max_bytes: int) -> tuple[bytes, list[Any]]:
 
     What user code raises while its value is read (a property of a dataclass, a tzinfo) comes out as it is.
     """
-    quick = _QUICK.get(type(value))
+    quick = PLAIN.get(type(value))
     text = quick(value) if quick is not None else None
     if text is None:
         return Walk(max_bytes).run(value)
@@ -97,12 +97,12 @@ def _quick_container(value: Any) -> bytes | None:
     return None if b'"$":' in text or b"\\ud" in text else text
 
 
-_QUICK: dict[type, Callable[[Any], bytes | None]] = {
+PLAIN: dict[type, Callable[[Any], bytes | None]] = {
     type(None): lambda _: b"null",
     bool: lambda value: b"true" if value else b"false",
     int: _quick_int, float: _quick_float, str: _quick_str, list: _quick_container, dict: _quick_container,
 }  # fmt: skip
-_PLAIN = frozenset(_QUICK)
+_PLAIN = frozenset(PLAIN)
 
 
 def _is_plain(value: Any) -> bool:

@@ -71,9 +71,9 @@ class Link:
         return fds
 
     def send_whole(self, kind: int, ident: int, parts: list[bytes]) -> None:
-        body = b"".join(parts)
+        body = parts[0] if len(parts) == 1 else b"".join(parts)
         with self._sending:
-            self.sock.sendall(wire.pack_header(kind, ident, len(body)) + body)
+            self.sock.sendall(wire.HEADER.pack(wire.MAGIC, wire.VERSION, kind, ident, len(body)) + body)
 
     def send(self, kind: int, ident: int, parts: list[bytes]) -> None:
         total = 0

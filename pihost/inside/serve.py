@@ -54,6 +54,7 @@ class Worker:
         self.own_pid = os.getpid()
         self.inbox: Link | Inbox = link  # where frames come from: the link, or whoever reads that for all
         self.host: callbacks.Host | None = None  # the way back to it, for what runs here
+        self.sends_plain = not limits["pickle"]  # numbers, text and what JSON has, at once and as they are
         self.loop = awaiting.Loop()
         self.loops = [self.loop]
         self.released: list[int] = []
@@ -75,9 +76,12 @@ class Worker:
             if self.host is not None:
                 self.host.call_id = ident
             call = _pickle.loads(body if kind == wire.CALL else body[wire.OUTER.size :])
-            with attached.Call(call, self.inbox.take_fds()):
-                if self.released:
+            fds = self.inbox.take_fds()
+            if fds or self.released or attached.has_parts(call):
+                with attached.Call(call, fds):
                     self.drop_released()
+                    answer = self.answer(call)
+            else:
                 answer = self.answer(call)
             if os.getpid() != self.own_pid:
                 os._exit(0)  # user code forked and let the copy return: only the original may answer
@@ -118,7 +122,13 @@ class Worker:
                 with Capture(self.take_output()):
                     value = self.loop.complete(VERBS[verb](self, *arguments))
             else:
-                value = self.loop.complete(VERBS[verb](self, *arguments))
+                value = VERBS[verb](self, *arguments)
+                plain = encode.PLAIN.get(type(value)) if self.sends_plain else None
+                if plain is not None:
+                    text = plain(value)
+                    if text is not None and len(text) <= self.limits["result"]:
+                        return wire.RESULT, [wire.pack_text(text)]
+                value = self.loop.complete(value)
             if verb == "arena":  # the host's own question, for which it unpickles nothing
                 return wire.RESULT, wire.pack_value(dump(value), [])
             return self.pack(taught.serialized(value) if verb in OF_USERS else value)
@@ -188,6 +198,7 @@ class Worker:
     def learn(self, arguments: bytes) -> None:
         (entries, serializer), _nothing = load(arguments)
         taught.learn([(name, self.find(kind), self.find(encoder)) for name, kind, encoder in entries], serializer)
+        self.sends_plain &= serializer is None
 
     def find(self, part: Any) -> Any:
         """The class or function itself, or what (key of the code, target) stands for."""

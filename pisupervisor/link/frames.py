@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 from pihost import wire
 from pisupervisor.errors import ProtocolError
 from pisupervisor.records import NamedTuple
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 
 
 _HEADER = wire.HEADER.size
+_PLAIN = struct.Struct("<HBBQIII")  # a header and the counts of a value
 READ = 1 << 16
 
 
@@ -26,6 +29,18 @@ class Answer(NamedTuple):
     stdout: bytes = b""
     stderr: bytes = b""
     truncated: bool = False
+
+
+def plain_text(data: bytes, ident: int) -> bytes | None:
+    """The value's text, where ``data`` is the whole answer to that call in one frame, without buffers: the commonest of all."""
+    if len(data) < _PLAIN.size:
+        return None
+    magic, version, kind, answered, length, text, buffers = _PLAIN.unpack_from(data)
+    if (magic, version, kind, answered, buffers) != (wire.MAGIC, wire.VERSION, wire.RESULT, ident, 0):
+        return None
+    if length != len(data) - _HEADER or text != len(data) - _PLAIN.size or length > wire.MAX_FRAME:
+        return None
+    return data[_PLAIN.size :]
 
 
 class Frames:

@@ -75,6 +75,9 @@ class CodeReader:
         A string without separator or suffix is a module name, unless a folder with Python files has that name.
         Raises OptionsError for what is missing, unreadable, too large, or no code.
         """
+        known = self._cache.get(path) if type(path) is str else None  # as it is: absolute and normal already
+        if known is not None and known.holds():
+            return known.code
         text = _text(path)
         if not (isinstance(path, os.PathLike) or _looks_like_path(text)):
             return _module(text)
@@ -110,6 +113,8 @@ class CodeReader:
 
 def check_target(target: str) -> str:
     """``target`` itself when it is a dotted name such as "Tools.shrink". Raises OptionsError otherwise."""
+    if isinstance(target, str) and target.isidentifier():
+        return target
     if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")):
         raise OptionsError(
             f"target: {target!r} is no dotted name; write 'function', 'Class.method' or 'module.function'"
@@ -131,7 +136,10 @@ class _Known:
 
     def holds(self) -> bool:
         try:
-            return self.settled and all(_stamp(os.stat(path)) == stamp for path, stamp in self.stamps)
+            for path, stamp in self.stamps:
+                if _stamp(os.stat(path)) != stamp:
+                    return False
+            return self.settled
         except OSError:
             return False
 

@@ -29,22 +29,22 @@ class Admission:
         self._slots = slots
         self.users: dict[int, Use] = {}
         self._captured = 0
-        self._waiting: deque[Ticket] = deque()
+        self.waiting: deque[Ticket] = deque()
 
     def enter(self, key: int, use: Use) -> bool:
         """Whether it may begin at once."""
-        if self._waiting or not self._fits(use):
+        if self.waiting or not self._fits(use):
             return False
         self._admit(key, use)
         return True
 
     def wait(self, ticket: Ticket) -> None:
-        self._waiting.append(ticket)
+        self.waiting.append(ticket)
 
     def give_up(self, ticket: Ticket) -> list[Ticket]:
         """It waits no longer, or has just got its turn and does not want it. Who may begin instead."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
+        if ticket in self.waiting:
+            self.waiting.remove(ticket)
             return self._next()
         return self.leave(ticket.key)
 
@@ -52,7 +52,7 @@ class Admission:
         """Who may begin now."""
         if self.users.pop(key) == "captured":
             self._captured -= 1
-        return self._next() if self._waiting else []
+        return self._next() if self.waiting else []
 
     def _fits(self, use: Use) -> bool:
         if not self.users:
@@ -67,9 +67,9 @@ class Admission:
 
     def _next(self) -> list[Ticket]:
         admitted = []
-        for ticket in tuple(self._waiting):
+        for ticket in tuple(self.waiting):
             if self._fits(ticket.use):
-                self._waiting.remove(ticket)
+                self.waiting.remove(ticket)
                 self._admit(ticket.key, ticket.use)
                 admitted.append(ticket)
             elif ticket.use != "captured" or len(self.users) >= self._slots:

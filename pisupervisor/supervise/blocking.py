@@ -24,6 +24,9 @@ class Io(Protocol):
     def caller(self) -> int:
         """Who calls: the same for what its callbacks call in turn."""
 
+    def new_ident(self, connection: Connection) -> int:
+        """Of the call that is exchanged next."""
+
     async def take_turn(self, turn: Turn, caller: int, use: Use, left: float | None) -> bool:
         """False when that took longer than ``left`` seconds."""
 
@@ -48,6 +51,9 @@ class Blocking(Io):
     def caller(self) -> int:
         return threading.get_ident()
 
+    def new_ident(self, connection: Connection) -> int:
+        return connection.new_ident()
+
     async def take_turn(self, turn: Turn, _caller: int, use: Use, left: float | None) -> bool:
         return turn.take(left, use)
 
@@ -64,6 +70,34 @@ class Blocking(Io):
         within: int,
     ) -> Answer:
         return exchange(connection, body, deadline, output, ident, within)
+
+
+class Begun(Blocking):
+    """Of a call that is under way already, under that id, or has failed already."""
+
+    def __init__(self, ident: int, error: BaseException | None) -> None:
+        self._ident, self._error = ident, error
+
+    def new_ident(self, connection: Connection) -> int:
+        return self._ident or super().new_ident(connection)
+
+    async def exchange(
+        self,
+        connection: Connection,
+        body: bytes | Attached,
+        deadline: float | None,
+        output: int | None,
+        ident: int,
+        within: int,
+    ) -> Answer:
+        self._ident, first = 0, self._ident
+        error, self._error = self._error, None
+        if error is not None:
+            connection.calls.pop(ident, None)
+            raise error
+        return (
+            connection.wait(ident, deadline) if first else exchange(connection, body, deadline, output, ident, within)
+        )
 
 
 def exchange(

@@ -21,7 +21,7 @@ from pisupervisor.supervise import replacing, restart, spare, watch
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.lifecycle import next_state
 from pisupervisor.supervise.telling import Teller
-from pisupervisor.supervise.turn import Turn
+from pisupervisor.supervise.turn import Turn, wake
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pisupervisor.supervise.lifecycle import Event, State
 
 _DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
+CALLED, ANSWERED = next_state("ready", "call"), next_state("busy", "answered")
 _LIVED_ON = "it closed its link and lived on"
 _NEVER = float("inf")
 _FRESH = 0.001  # seconds after an answer in which a child counts as alive; if it is not, its link tells before a call is sent
@@ -61,9 +62,9 @@ class Keeper:
         self.first_calls: list[FirstCall] = []  # that each new child gets
         self.answer: Answerer | None = None  # what a child asks of the host is answered by this
         self.idle_since = time.monotonic()
-        self.turn = Turn(options.max_concurrency)
         self._replacing = threading.Lock()  # by one of the calls that have seen the child die
         self.lock = threading.RLock()  # held for a change of state
+        self.turn = Turn(options.max_concurrency, self.lock)
         self.changed = threading.Condition(self.lock)  # of the state, or of what somebody wants
         self.closed = threading.Event()
         self.stops = 0  # how often a stop was asked for: a launch or a wait that began before is overtaken
@@ -273,6 +274,32 @@ class Keeper:
                 self.state = next_state(self.state, "call")  # nobody waits for that
         child.meter.begin_call()
         return True
+
+    def begin_at_once(self, caller: int, connection: Connection) -> Child | None:
+        """The turn, the child and its beginning of a call in one, where nothing stands in the way of that."""
+        if os.getpid() != self.owner:
+            return None
+        now = time.monotonic()
+        with self.lock:
+            child = self.child
+            if child is None or self.state != "ready" or child.is_killed or self.connection is not connection:
+                return None
+            if (now - self.idle_since > _FRESH and child.payload_ended) or not self.turn.enter_free(caller):
+                return None
+            child.calls = 1
+            self.state = CALLED
+        child.meter.begin_call(now)
+        return child
+
+    def end_at_once(self, caller: int, child: Child) -> None:
+        with self.lock:
+            child.calls -= 1
+            if self.child is child and not self.closed.is_set():
+                self.state = ANSWERED if self.state == CALLED else next_state(self.state, "answered")
+            admitted = self.turn.leave_locked(caller)
+        self.idle_since = time.monotonic()
+        if admitted:
+            wake(admitted)
 
     def end_call(self, child: Child) -> None:
         with self.lock:

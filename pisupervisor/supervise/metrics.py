@@ -33,9 +33,9 @@ class Meter:
         """The child is there."""
         self._group, self._pid, self._init_pid = group, pid, init_pid
 
-    def begin_call(self) -> None:
+    def begin_call(self, now: float | None = None) -> None:
         """Limits that were reached before a call do not explain its end. Quick calls look every 10 ms only."""
-        now = time.monotonic()
+        now = time.monotonic() if now is None else now
         if self._group is not None and now - self._looked > _LOOK_EVERY:
             self.before, self._looked = self._group.refusals(), now
 

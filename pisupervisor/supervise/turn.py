@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class Turn:
     """A caller is known by its thread, unless it says another ``key``."""
 
-    def __init__(self, slots: int = 1) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, slots: int = 1, lock: threading.RLock | None = None) -> None:
+        self._lock = lock or threading.RLock()
         self._rules = Admission(slots)
 
     def is_mine(self) -> bool:
@@ -79,14 +79,26 @@ class Turn:
             if unless_admitted and ticket.key in self._rules.users:
                 return False
             admitted = self._rules.give_up(ticket)
-        _wake(admitted)
+        wake(admitted)
         return True
+
+    def enter_free(self, key: int) -> bool:
+        """For one call, where nobody else is there or waits. The lock is held."""
+        rules = self._rules
+        if rules.users or rules.waiting:
+            return False
+        rules.users[key] = "plain"
+        return True
+
+    def leave_locked(self, key: int) -> list[Ticket]:
+        """Whom to wake when the lock is not held any more: see ``wake``."""
+        return self._rules.leave(key)
 
     def give(self, key: int | None = None) -> None:
         with self._lock:
             admitted = self._rules.leave(threading.get_ident() if key is None else key)
         if admitted:
-            _wake(admitted)
+            wake(admitted)
 
     def __enter__(self) -> Turn:
         self.take()
@@ -98,6 +110,6 @@ class Turn:
         self.give()
 
 
-def _wake(admitted: list[Ticket]) -> None:
+def wake(admitted: list[Ticket]) -> None:
     for ticket in admitted:
         ticket.wake()
