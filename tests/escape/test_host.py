@@ -74,7 +74,7 @@ def isolator() -> Iterator[ProcessIsolator]:
         fds, threads = len(open_fds()), threading.active_count()
         yield made
         assert made.run_source("6 * 7", timeout=10.0).value == 42
-        assert len(open_fds()) <= fds
+        assert wait_until(lambda: len(open_fds()) <= fds), open_fds()
         assert threading.active_count() <= threads
 
 
@@ -224,7 +224,7 @@ def test_H09_amplification(isolator: ProcessIsolator, text: str) -> None:
 @pytest.mark.parametrize("said", ["ident() + 1", "ident() - 1", "0", "1", "999", "2**64 - 1"])
 def test_H10_an_answer_to_another_call(isolator: ProcessIsolator, said: str) -> None:
     waiting = isolator.submit(lambda: "its turn comes")
-    breaks_the_protocol(isolator, f"send(frame(RESULT, {said}, value(b'1'))); time.sleep(100)", "is the one under way")
+    breaks_the_protocol(isolator, f"send(frame(RESULT, {said}, value(b'1'))); time.sleep(100)", "is under way")
     assert waiting.result(10) == "its turn comes"
 
 
@@ -238,7 +238,7 @@ def test_H10_an_answer_given_twice(isolator: ProcessIsolator) -> None:
 def test_H11_a_flood_of_attached_descriptors(isolator: ProcessIsolator, body: str) -> None:
     before = open_fds()
     code = f"link = socket.socket(fileno=os.dup(3))\nfor _ in range(100): socket.send_fds(link, [{body}], [1] * 253)\nsend(b'?' * 99); time.sleep(100)"
-    seen: list[int] = []
+    seen = [len(before)]
     watching = threading.Event()
     watcher = threading.Thread(
         target=lambda: [seen.append(len(open_fds())) for _ in iter(lambda: watching.wait(0.01), True)]
@@ -444,12 +444,14 @@ def test_H20_a_link_that_is_half_closed(isolator: ProcessIsolator, code: str) ->
 
 def test_H20_a_child_that_hears_nothing_more(isolator: ProcessIsolator) -> None:
     """It shuts its own ear alone, and answers: to it that is the end of the link, so it leaves, with exit code 0. The next call
-    cannot be sent, and gets one error.
+    cannot be sent, and gets one error or, as it never ran, another child.
     """
     attack(isolator, "socket.socket(fileno=os.dup(3)).shutdown(socket.SHUT_RD); 1")
     with bounded(5.0):
-        with pytest.raises((ChildTerminated, IsolatorClosed)):
-            isolator.run_source("1", timeout=3.0)
+        try:
+            assert isolator.run_source("1", timeout=3.0).value == 1
+        except (ChildTerminated, IsolatorClosed):
+            pass
         isolator.restart()  # what has left by itself is not replaced unasked
 
 
@@ -675,14 +677,14 @@ def test_H30_fuzz_of_frames() -> None:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             link = Connection(ours, MIB)
-            ident = link.send(wire.CALL, b"x")
+            ident = link.new_ident()
             kind, body = dice.choice(honest)
             said = wire.pack_header(kind, ident, len(body)) + body
             said = said if dice.random() < 0.1 else _flipped(dice, said) if dice.random() < 0.8 else dice.randbytes(50)
             theirs.sendall(said)
             theirs.shutdown(socket.SHUT_WR)
             try:
-                link._receive(ident, time.monotonic() + 5)
+                link.call(b"x", time.monotonic() + 5, ident=ident)
                 ends["answer"] += 1
             except ProtocolError:
                 ends["refused"] += 1
