@@ -72,13 +72,15 @@ class TemplatePlan(Plan):
     preload      modules imported before the first child
     environment  the whole environment
     seccomp      filter program, empty for none
+    listen       whether the host answers for calls that the filter hands to it
     network      "none", "loopback" or "host"
     log_level    10, 20, 30, 40 as in logging
     """
 
     FIELDS = {
         "root": (list, list), "own_ids": (list, int), "interpreter": str, "package": str, "sys_path": _TEXTS,
-        "import_paths": _TEXTS, "preload": _TEXTS, "environment": dict, "seccomp": bytes, "network": str, "log_level": int,
+        "import_paths": _TEXTS, "preload": _TEXTS, "environment": dict, "seccomp": bytes, "listen": bool,
+        "network": str, "log_level": int,
     }  # fmt: skip
 
 

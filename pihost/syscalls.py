@@ -226,12 +226,15 @@ class _SockFprog(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
 
 
-def load_seccomp(program: bytes) -> None:
-    """Install a compiled filter (8 bytes an instruction) for this thread and all it will start."""
+def load_seccomp(program: bytes, listen: bool = False) -> int:
+    """Install a compiled filter (8 bytes an instruction) for this thread and all it will start. With ``listen``, an fd by
+    which somebody else is asked about calls for which the filter says so.
+    """
     if not program or len(program) % 8 or len(program) // 8 > 4096:
         raise OSError(22, "not a filter program", "seccomp")
     fprog = _SockFprog(len(program) // 8, program)
-    _syscall("seccomp", _SYS_SECCOMP, ctypes.c_uint(1), ctypes.c_uint(0), ctypes.byref(fprog))
+    flags = ctypes.c_uint(8 if listen else 0)  # SECCOMP_FILTER_FLAG_NEW_LISTENER
+    return _syscall("seccomp", _SYS_SECCOMP, ctypes.c_uint(1), flags, ctypes.byref(fprog))
 
 
 def flush_c_stdio() -> None:

@@ -8,7 +8,8 @@
       | HURRY ------------------------> |  now somebody does
       | IMPORT + names ---------------> |  modules to keep warm for the next children
     on the child's status socket, host <-- zygote or PID 1:
-      {"launched": pid} + pidfd   {"failed": ...}   {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
+      {"launched": pid} + pidfd   {"listener": 1} + fd   {"failed": ...}
+    {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
 
 The end of the host (its pidfd) or of the control socket ends the zygote, and its end ends every child.
 """
@@ -258,9 +259,19 @@ class Zygote:
         finally:
             os._exit(code)
 
-    def load_filter(self, _plan: ChildPlan, _fds: confine.Fds, kernel: Any) -> None:
-        if self.plan.seccomp:
-            kernel.load_seccomp(self.plan.seccomp)
+    def load_filter(self, _plan: ChildPlan, fds: confine.Fds, kernel: Any) -> None:
+        if not self.plan.listen:
+            if self.plan.seccomp:
+                kernel.load_seccomp(self.plan.seccomp)
+            return
+        # Made before: until the host has the listener, a call that is handed to it would wait for ever.
+        status = _socket.socket(fileno=fds.status)
+        try:
+            listener = kernel.load_seccomp(self.plan.seccomp, listen=True)
+            tell(status, {"listener": 1}, [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", listener))])
+            os.close(listener)
+        finally:
+            status.detach()
 
     def become_payload(self, plan: ChildPlan, fds: confine.Fds, say_ready: int) -> int:
         if say_ready == confine.LINK:

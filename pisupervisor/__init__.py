@@ -80,6 +80,7 @@ if TYPE_CHECKING:
         CallResult as CallResult,
         ExitInfo as ExitInfo,
         ExitReason as ExitReason,
+        SystemCall as SystemCall,
         Usage as Usage,
     )
 
@@ -107,7 +108,7 @@ _HOMES = {
     "plugins": (
         "IsolationContext", "NullHost", "Plugin", "PluginHost", "PluginResult", "ProcessHost", "ScannedHost",
     ),
-    "results": ("Applied", "CallResult", "ExitInfo", "ExitReason", "Usage"),
+    "results": ("Applied", "CallResult", "ExitInfo", "ExitReason", "SystemCall", "Usage"),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

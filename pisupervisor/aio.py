@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
 from pisupervisor.options import IsolationOptions
-from pisupervisor.results import Applied, CallResult, ExitInfo, Usage
+from pisupervisor.results import Applied, CallResult, ExitInfo, SystemCall, Usage
 from pisupervisor.worker import Worker
 
 if TYPE_CHECKING:
@@ -169,6 +169,10 @@ class AsyncProcessIsolator:
     def pids(self) -> list[int]:
         """See ``ProcessIsolator.pids``."""
         return self._isolator.pids()
+
+    def system_calls(self) -> tuple[SystemCall, ...]:
+        """See ``ProcessIsolator.system_calls``."""
+        return self._isolator.system_calls()
 
     def set_data(self, name: str, value: Any) -> None:
         """See ``ProcessIsolator.set_data``."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pisupervisor.isolator import ProcessIsolator
     from pisupervisor.options import IsolationOptions
@@ -27,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (default: sys.argv) and return its exit code. Raises SystemExit(2) for bad usage."""
     own, arguments = _split(sys.argv[1:] if argv is None else argv)
     parsed = _parser().parse_args(own)
-    if arguments and parsed.command != "run":
+    if arguments and parsed.command == "doctor":
         _parser().error(f"{parsed.command} takes no arguments after --")
     _end_cleanly()
     try:
@@ -82,6 +83,24 @@ def _parser() -> argparse.ArgumentParser:
         " ARGS as strings; without :TARGET run FILE as a script.",
     )  # fmt: skip
     _add_run_options(run)
+    run.add_argument("--restart", action="store_true", help="start again, a few times, when the child crashes")
+    run.add_argument("--json", action="store_true", help="print one JSON object with result, output and usage")
+    run.add_argument(
+        "--trace",
+        action="store_const",
+        dest="watch",
+        const="trace",
+        help="show on stderr which system calls are refused",
+    )
+    learn = commands.add_parser(
+        "learn", help="run as run does, and write a seccomp profile for what was used", allow_abbrev=False,
+        usage="pisupervisor learn FILE[:TARGET] [-o PROFILE] [options] [-- ARGS]",
+        description="The profile is the part of --profile that the program used; what it was refused is told. It runs"
+        " slowly, behind all other walls. Its output and result go to stderr.",
+    )  # fmt: skip
+    _add_run_options(learn)
+    learn.add_argument("-o", "--output", metavar="PROFILE", help="where to write the profile (default: stdout)")
+    learn.set_defaults(watch="learn", restart=False, json=False, profile="permissive")
     doctor = commands.add_parser("doctor", help="what this host can enforce, proved in a real child")
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     return parser
@@ -96,10 +115,11 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     option("--timeout", type=float, metavar="SECONDS", help="kill the child after so long (default: never)")
     option("--network", choices=("none", "loopback", "host"), default="none", help="default: none")
     option(
-        "--profile", default="default", metavar="NAME", help="default, strict, permissive or a seccomp profile's path"
+        "--profile",
+        default="default",
+        metavar="NAME",
+        help="default, strict, permissive or a seccomp profile's path (learn: what may be used at most; permissive)",
     )
-    option("--restart", action="store_true", help="start again, a few times, when the child crashes")
-    option("--json", action="store_true", help="print one JSON object with result, output and usage")
     option("--degrade", action="append", default=[], metavar="NAME", help="accept that this protection is missing")
     option("--import-path", action="append", default=[], metavar="DIR", help="folder that the target may import from")
     option("--python", metavar="PATH", help="another interpreter, or the folder of a venv")
@@ -131,6 +151,10 @@ def _run(parsed: argparse.Namespace, arguments: list[str]) -> int:
         outcome = Outcome(INTERRUPTED, "interrupted", error=interrupt)
     from pisupervisor import cli_output
 
+    if parsed.command == "learn":
+        with contextlib.redirect_stdout(sys.stderr):
+            cli_output.show_text(outcome, is_script=target is None)
+        return outcome.code
     show = cli_output.show_json if parsed.json else cli_output.show_text
     show(outcome, is_script=target is None)
     return outcome.code
@@ -150,7 +174,7 @@ def _outcome_of(parsed: argparse.Namespace, file: str, target: str | None, argum
 
     isolator = None
     try:
-        with ProcessIsolator.create(_options(parsed)) as isolator:
+        with ProcessIsolator.create(_options(parsed)) as isolator, _report(parsed, isolator):
             if target is None:
                 return _script_outcome(_repeated(parsed.restart, _script(isolator, file, arguments)))
             path = os.path.abspath(file) if os.path.isfile(file) else file  # a bare name would be taken for a module's
@@ -159,12 +183,25 @@ def _outcome_of(parsed: argparse.Namespace, file: str, target: str | None, argum
         return _failure(error, isolator)
 
 
+@contextlib.contextmanager
+def _report(parsed: argparse.Namespace, isolator: ProcessIsolator) -> Iterator[None]:
+    """What was seen of its system calls, however the run ends."""
+    try:
+        yield
+    finally:
+        if parsed.watch is not None:
+            from pisupervisor import cli_learn
+
+            calls = isolator.system_calls()
+            cli_learn.write_profile(parsed, calls) if parsed.watch == "learn" else cli_learn.show_refused(calls)
+
+
 def _options(parsed: argparse.Namespace) -> IsolationOptions:
     from pisupervisor.options import IsolationOptions, Limits, RestartPolicy, Security
 
     given = {name: getattr(parsed, name) for name in ("memory", "cpus", "pids") if getattr(parsed, name) is not None}
     return IsolationOptions(
-        limits=Limits(**given), network=parsed.network, security=Security(seccomp=parsed.profile),
+        limits=Limits(**given), network=parsed.network, security=Security(seccomp=parsed.profile, watch=parsed.watch),
         restart=RestartPolicy(mode="on-failure" if parsed.restart else "never"), call_timeout=parsed.timeout,
         degrade=parsed.degrade, import_paths=parsed.import_path, python=parsed.python,
     )  # fmt: skip

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from pisupervisor.errors import IsolationError, OptionsError
-from pisupervisor.results import ExitInfo
+from pisupervisor.results import ExitInfo, SystemCall
 
 
 @dataclass(kw_only=True)
@@ -116,6 +116,14 @@ class LimitReached(Event):
     detail: str = ""
 
 
+@dataclass(kw_only=True)
+class SystemCallSeen(Event):
+    """A system call that a seccomp listener saw for the first time with these arguments (see ``Security.watch``)."""
+
+    kind: ClassVar[str] = "syscall"
+    call: SystemCall
+
+
 Handler = Callable[[Any], Awaitable[object] | object]
 
 
@@ -133,6 +141,7 @@ class IsolationEvents:
     exit_with_error: Handler | None = None
     exited: Handler | None = None
     limit: Handler | None = None
+    syscall: Handler | None = None
 
     def __post_init__(self) -> None:
         for entry in fields(self):

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pisupervisor.link.sources import Code
     from pisupervisor.modules import Modules
     from pisupervisor.objects import IsolatedMethod, IsolatedObject
-    from pisupervisor.results import Applied, CallResult, ExitInfo, Usage
+    from pisupervisor.results import Applied, CallResult, ExitInfo, SystemCall, Usage
     from pisupervisor.supervise.keeper import FirstCall
     from pisupervisor.supervise.lifecycle import State
     from pisupervisor.supervise.session import Outcome
@@ -514,6 +514,12 @@ class ProcessIsolator:
         self._keeper.notice()
         child = self._keeper.child
         return child.meter.pids() if child is not None else []
+
+    def system_calls(self) -> tuple[SystemCall, ...]:
+        """What a seccomp listener has seen of all children so far, each different call once with its count, of one
+        name at most 64 sets of arguments. Empty where nobody listens (see ``Security.watch``). Also after ``close``.
+        """
+        return self._keeper.log.calls() if self._keeper.log is not None else ()
 
     def set_data(self, name: str, value: Any) -> None:
         """Keep something beside this isolator, in the host; it never reaches the child."""

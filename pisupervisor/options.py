@@ -132,14 +132,24 @@ class Filesystem:
 class Security:
     """The walls. ``seccomp`` is ``"default"``, ``"strict"``, ``"permissive"``, a profile's path, a SeccompProfile or
     None (no filter). ``user`` is the numeric id inside the child, never 0. ``hostname`` is what the child is told.
+
+    ``watch`` has the host listen to the filter, at some 20 us a call that it is asked about (see ``system_calls()`` and
+    ``IsolationEvents.syscall``): "kills" names the call that a child was killed for; "trace" tells what is refused, and
+    refuses with EPERM where the profile would kill; "learn" tells every call, too, and is slow. A profile with rules
+    marked SCMP_ACT_NOTIFY is listened to as with "kills": those calls are refused, and told.
     """
 
     seccomp: str | os.PathLike[str] | SeccompProfile | None = "default"
     landlock: bool = True
     user: int = 1000
     hostname: str = "pihost"
+    watch: Literal["kills", "trace", "learn"] | None = None
 
     def __post_init__(self) -> None:
+        if self.watch not in (None, "kills", "trace", "learn"):
+            raise OptionsError(f"watch: {self.watch!r} is none of 'kills', 'trace', 'learn', None")
+        if self.watch is not None and self.seccomp is None:
+            raise OptionsError(f"watch={self.watch!r}: without a seccomp profile there is nothing to watch")
         _integer(self.user, "user", 1, 65533)
         if not isinstance(self.landlock, bool):
             raise OptionsError(f"landlock: expected True or False, not {self.landlock!r}")

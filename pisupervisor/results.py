@@ -35,7 +35,8 @@ class ExitInfo:
     None where nobody counted. ``stderr_tail`` is the end of what it wrote to stderr, up to 4096 bytes: in the call that
     failed, if that was captured, else outside of calls. ``ordered``: the supervisor itself ended it, for a deadline, a
     stop or a cancelled call; whatever ``reason`` says then, that is no crash.
-    ``stdout``, ``stderr`` and ``truncated`` are filled by ``run_script``.
+    ``stdout``, ``stderr`` and ``truncated`` are filled by ``run_script``. ``syscall``: the call that the seccomp profile
+    kills for, where a listener watched.
     """
 
     exit_code: int | None
@@ -50,6 +51,7 @@ class ExitInfo:
     stderr: str = field(default="", repr=False)
     truncated: bool = False
     ordered: bool = False
+    syscall: str | None = None
 
     def describe(self) -> str:
         """One line for people: the reason first, then the kernel's word."""
@@ -117,6 +119,26 @@ class CallResult:
     truncated: bool
     duration: float
     usage: Usage
+
+
+@dataclass(frozen=True, kw_only=True)
+class SystemCall:
+    """A system call that a seccomp listener saw, and how often with the same arguments. ``arguments`` are the six registers,
+    whatever of them the call reads; ``action`` is "refused" (with ``errno``), "killed" or, while learning, "allowed";
+    ``pid`` is that of the process that made it first, as the host numbers it.
+    """
+
+    name: str
+    number: int
+    arguments: tuple[int, ...]
+    action: str
+    errno: int = 0
+    pid: int = 0
+    count: int = 1
+
+    def __str__(self) -> str:
+        shown = ", ".join(f"{value:#x}" for value in self.arguments)
+        return f"{self.name}({shown}): {self.action}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -107,8 +107,9 @@ class Recorder:
     def landlock_restrict(self, ruleset: int) -> None:
         self.note("landlock_restrict", ruleset)
 
-    def load_seccomp(self, program: bytes) -> None:
-        self.note("load_seccomp", program)
+    def load_seccomp(self, program: bytes, listen: bool = False) -> int:
+        self.note("load_seccomp", program, listen)
+        return 9 if listen else 0
 
     def flush_c_stdio(self) -> None:
         self.note("flush_c_stdio")

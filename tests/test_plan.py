@@ -11,7 +11,8 @@ from pihost.plan import ChildPlan, Plan, PlanError, TemplatePlan
 
 TEMPLATE: dict[str, Any] = {
     "root": [["folder", "/tmp"]], "own_ids": [], "interpreter": "/usr/bin/python3", "package": "/pis/pihost",
-    "sys_path": ["/pis"], "import_paths": [], "preload": [], "environment": {"PATH": "/bin"}, "seccomp": b"", "network": "none",
+    "sys_path": ["/pis"], "import_paths": [], "preload": [], "environment": {"PATH": "/bin"}, "seccomp": b"",
+    "listen": False, "network": "none",
     "log_level": 30,
 }  # fmt: skip
 CHILD: dict[str, Any] = {

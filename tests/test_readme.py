@@ -12,7 +12,7 @@ import pytest
 README = (Path(__file__).parents[1] / "README.md").read_text()
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 PROGRAMS = [block for block in BLOCKS if block.startswith("# run\n")]
-COMMANDS = re.findall(r"^\$ pisupervisor (run .*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^\$ pisupervisor ((?:run|learn) .*)$", README, re.MULTILINE)
 
 
 def plugin_folder(folder: Path) -> Path:
@@ -23,8 +23,8 @@ def plugin_folder(folder: Path) -> Path:
 
 
 def test_the_readme_has_programs_and_commands() -> None:
-    assert len(PROGRAMS) == 6
-    assert len(COMMANDS) == 1
+    assert len(PROGRAMS) == 7
+    assert len(COMMANDS) == 2
     assert all(block.startswith(("# run\n", "# file: ")) for block in BLOCKS), "a block that no test runs"
 
 
@@ -50,7 +50,7 @@ def test_command_runs_as_printed(command: str, tmp_path: Path) -> None:
         timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "0123456789" in done.stdout
+    assert "0123456789" in done.stdout + done.stderr
 
 
 def test_numbers_of_the_profile_are_those_of_the_readme() -> None:

@@ -443,7 +443,6 @@ BAD_PROFILES = {
     "names is text": ('{"action": "SCMP_ACT_ALLOW",\n"names": "read"}', 4, "must be a list, not a string"),
     "unknown name": ('{"action": "SCMP_ACT_ALLOW",\n"names": ["read",\n"opennat"]}', 5, "system call 'opennat'"),
     "unknown action": ('{"names": ["read"],\n"action": "SCMP_ACT_DENY"}', 4, "SCMP_ACT_DENY"),
-    "a listener": ('{"names": ["read"],\n"action": "SCMP_ACT_NOTIFY"}', 4, "needs a listener"),
     "unknown errno": ('{"names": ["read"], "action": "SCMP_ACT_ERRNO",\n"errno": "EWHAT"}', 4, "'EWHAT'"),
     "unknown key": ('{"names": ["read"],\n"aktion": "SCMP_ACT_ALLOW"}', 4, "no field 'aktion'"),
     "optional": ('{"names": ["read"], "action": "SCMP_ACT_ALLOW",\n"optional": 1}', 4, "true or false"),

@@ -87,7 +87,7 @@ def _by_cause(refused: list[Missing]) -> dict[str, list[str]]:
 
 def template_plan(
     options: IsolationOptions, features: Features, interpreter: Interpreter, *, package: str, cloudpickle: str | None,
-    program: bytes, host_environment: dict[str, str],
+    program: bytes, host_environment: dict[str, str], listen: bool = False,
 ) -> TemplatePlan:  # fmt: skip
     """What the zygote for these options is. ``package`` is pihost's folder, ``cloudpickle`` that package's, or None."""
     root = [*_system(), *_interpreter(interpreter), ["bind", package, f"{OURS}/pihost", mounts.READ_ONLY]]
@@ -112,6 +112,7 @@ def template_plan(
         preload=list(options.preload),
         environment=_environment(options, interpreter, host_environment),
         seccomp=program,
+        listen=listen,
         network=options.network,
         log_level=_LOG_LEVELS[options.log_level or "WARNING"],
     )

@@ -70,13 +70,15 @@ class SeccompProfile:
             raise ProfileError(f"a profile is made of dicts, lists, strings and numbers: {error}", file=name) from None
         return cls(source, name)
 
-    def compile(self) -> bytes:
-        """The program as raw ``struct sock_filter`` bytes, compiled now. Raises ProfileError, FeatureUnavailable."""
+    def compile(self, watch: str | None = None) -> bytes:
+        """The program as raw ``struct sock_filter`` bytes, compiled now; ``watch``: see ``Security``. Raises ProfileError,
+        FeatureUnavailable.
+        """
         from pisupervisor.launch.seccomp_compile import compile_rules
         from pisupervisor.launch.seccomp_rules import Flaw, parse_profile
 
         try:
-            return compile_rules(parse_profile(self.source))
+            return compile_rules(parse_profile(self.source), watch=watch)
         except Flaw as flaw:
             self._refuse(flaw)
 
@@ -101,6 +103,20 @@ class SeccompProfile:
 
     def __repr__(self) -> str:
         return f"SeccompProfile({self.name!r})"
+
+
+def load_profile(profile: str | os.PathLike[str] | SeccompProfile) -> SeccompProfile:
+    """The checked profile of that name, at that path, or itself. Raises ProfileError."""
+    if isinstance(profile, SeccompProfile):
+        return profile
+    file = _path_of(profile)
+    return SeccompProfile(_read_source(file), os.path.basename(file), file)
+
+
+def is_listened_to(program: bytes) -> bool:
+    """Whether the program hands calls over to a listener: one of its instructions returns SECCOMP_RET_USER_NOTIF."""
+    instructions = (program[at : at + 8] for at in range(0, len(program), 8))
+    return any(code[:2] == b"\x06\0" and code[6:] == b"\xc0\x7f" for code in instructions)
 
 
 def compile_profile(profile: str | os.PathLike[str] | SeccompProfile, *, cache_dir: str | None = None) -> bytes:

@@ -78,12 +78,16 @@ class Entry(NamedTuple):
         return self.action in (ALLOW, LOG)
 
 
-def compile_rules(policy: Policy, machine: str | None = None) -> bytes:
-    """The program for ``machine`` ("x86_64", "aarch64"; None: this one) as raw ``struct sock_filter`` bytes. Raises Flaw
-    for a name nobody knows and for rules that contradict each other, FeatureUnavailable.
+def compile_rules(policy: Policy, machine: str | None = None, watch: str | None = None) -> bytes:
+    """The program for ``machine`` ("x86_64", "aarch64"; None: this one) as raw ``struct sock_filter`` bytes; ``watch``:
+    see ``seccomp_watch``. Raises Flaw for a name nobody knows and for rules that contradict each other, FeatureUnavailable.
     """
-    arch = _native_arch() if machine is None else _ARCHES[machine]
-    decisions = decide(policy, arch, _import_library())
+    arch = native_arch() if machine is None else _ARCHES[machine]
+    decisions = decide(policy, arch, import_library())
+    if watch or policy.notifies:
+        from pisupervisor.launch.seccomp_watch import handed_over, unwatched
+
+        decisions = handed_over(decisions, watch or "kills", unwatched(arch, import_library()))
     unknown = Decision((), ERRNO | _ENOSYS)
     beyond = [(_HIGHEST + 1, unknown)]
     if arch.foreign_from is not None:  # the i386 table is not added: a deny-list would leak all its calls
@@ -109,6 +113,15 @@ def decide(policy: Policy, arch: Arch, library: ModuleType) -> dict[int, Decisio
         else usual if nr in newer or has_call(nr, arch, library) else nobody
         for nr in range(_HIGHEST + 1)
     }  # fmt: skip
+
+
+def names_of(arch: Arch, library: ModuleType) -> dict[int, str]:
+    """What the calls of a machine are called."""
+    names = {nr: name for name, nr in (*_NEWER.items(), *arch.own.items())}
+    for nr in range(_HIGHEST + 1):
+        if has_call(nr, arch, library):
+            names[nr] = library.resolve_syscall(arch.audit, nr).decode()
+    return names
 
 
 def has_call(nr: int, arch: Arch, library: ModuleType) -> bool:
@@ -149,7 +162,8 @@ def _in_order(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(found.values(), key=lambda entry: entry.action - (1 << 32) * (entry.action >> 31))
 
 
-def _native_arch() -> Arch:
+def native_arch() -> Arch:
+    """This machine. Raises FeatureUnavailable where there is no filter for it."""
     machine = os.uname().machine
     if machine not in _ARCHES or sys.maxsize < 1 << 32:
         raise FeatureUnavailable(
@@ -160,7 +174,7 @@ def _native_arch() -> Arch:
     return _ARCHES[machine]
 
 
-def _import_library() -> ModuleType:
+def import_library() -> ModuleType:
     """pyseccomp, imported only here: its import starts ldconfig twice."""
     try:
         import pyseccomp
@@ -198,14 +212,14 @@ def _may_pass(nr: int, entries: list[Entry], default: int) -> bool:
 
 def _numbers(rule: Rule, arch: Arch, library: ModuleType) -> Iterator[int]:
     for name in rule.names:
-        nr = _number(name, arch, library)
+        nr = number_of(name, arch, library)
         if nr is not None:
             yield nr
         elif name not in _ELSEWHERE and not rule.optional and not _exists_elsewhere(name, arch, library):
             raise Flaw(f'unknown system call {name!r}; a rule with "optional": true skips it', name, rule.number)
 
 
-def _number(name: str, arch: Arch, library: ModuleType) -> int | None:
+def number_of(name: str, arch: Arch, library: ModuleType) -> int | None:
     """The number of a call on this machine, None if it has none. libseccomp: -1 unknown, below that another machine."""
     nr: int = library.resolve_syscall(arch.audit, name)
     return nr if nr >= 0 else _NEWER.get(name, arch.own.get(name))

@@ -7,13 +7,13 @@ import json
 import re
 from typing import Any, NamedTuple
 
-# Values of the kernel's SECCOMP_RET_*; ERRNO and TRACE carry 16 bits of data.
+# Values of the kernel's SECCOMP_RET_*; ERRNO and TRACE carry 16 bits of data, and NOTIFY here the errno of the answer.
 ALLOW, LOG, ERRNO, TRACE = 0x7FFF0000, 0x7FFC0000, 0x00050000, 0x7FF00000
-KILL_PROCESS, KILL_THREAD, TRAP = 0x80000000, 0x00000000, 0x00030000
+KILL_PROCESS, KILL_THREAD, TRAP, NOTIFY = 0x80000000, 0x00000000, 0x00030000, 0x7FC00000
 _ACTIONS = {
     "SCMP_ACT_ALLOW": ALLOW, "SCMP_ACT_LOG": LOG, "SCMP_ACT_ERRNO": ERRNO, "SCMP_ACT_TRACE": TRACE,
     "SCMP_ACT_KILL_PROCESS": KILL_PROCESS, "SCMP_ACT_KILL_THREAD": KILL_THREAD, "SCMP_ACT_KILL": KILL_THREAD,
-    "SCMP_ACT_TRAP": TRAP,
+    "SCMP_ACT_TRAP": TRAP, "SCMP_ACT_NOTIFY": NOTIFY,
 }  # fmt: skip
 
 #: Comparisons in libseccomp's own numbering, which starts at 1.
@@ -92,6 +92,11 @@ class Policy(NamedTuple):
     default: int
     rules: tuple[Rule, ...]
 
+    @property
+    def notifies(self) -> bool:
+        """Whether somebody must listen."""
+        return any(action & ~0xFFFF == NOTIFY for action in (self.default, *(rule.action for rule in self.rules)))
+
 
 def parse_profile(source: bytes) -> Policy:
     """Checked rules of a profile's JSON text. Raises Flaw."""
@@ -139,8 +144,6 @@ def _rule(entry: Any, number: int) -> Rule:
 def _action(entry: dict[str, Any], key: str, number_key: str, name_key: str, rule: int | None) -> int:
     """The SECCOMP_RET_* of an action with its errno: Docker gives a number, Podman also a name, which then counts."""
     name = entry.get(key)
-    if name == "SCMP_ACT_NOTIFY":
-        raise Flaw(f"'{key}': SCMP_ACT_NOTIFY needs a listener; pisupervisor attaches none", key, rule)
     if not isinstance(name, str) or name not in _ACTIONS:
         raise Flaw(f"'{key}': {name!r} is no action; known: {', '.join(_ACTIONS)}", key, rule)
     number = entry.get(number_key)
@@ -151,7 +154,7 @@ def _action(entry: dict[str, Any], key: str, number_key: str, name_key: str, rul
         if number is None:
             raise Flaw(f"'{name_key}': {symbol!r} is no errno's name", name_key, rule)
     action = _ACTIONS[name]
-    return action | int(number) if action in (ERRNO, TRACE) else action
+    return action | int(number) if action in (ERRNO, TRACE, NOTIFY) else action
 
 
 def _condition(entry: Any, rule: int) -> Condition:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pisupervisor.launch.features import Features
     from pisupervisor.launch.ids import IdBlock
+    from pisupervisor.launch.seccomp_watch import Answers
 
     class Spare(Protocol):
         """What a template must know of a spare child."""
@@ -44,7 +45,7 @@ class Template:
         try:
             self.interpreter: Interpreter = find_interpreter(_python(options))
             self.python = self.interpreter.executable
-            program = _program(options)
+            program, self.answers = _program(options)
         except OSError as error:
             raise host_failure(error) from error
         self.zygote = Zygote(self.python)
@@ -72,6 +73,7 @@ class Template:
         self.cloudpickle = _cloudpickle_folder() if self.interpreter.version == sys.version_info[:2] else None
         self.plan = planning.template_plan(
             options, self.features, self.interpreter, package=PACKAGE, cloudpickle=self.cloudpickle, program=program,
+            listen=self.answers is not None,
             host_environment=dict(os.environ),
         )  # fmt: skip
         self.zygote.prepare(self.plan)
@@ -159,7 +161,7 @@ def template_key(options: IsolationOptions) -> tuple[Any, ...]:
     inherited = tuple((name, os.environ.get(name)) for name in options.inherit_environment)
     return (
         options.python, options.preload, options.import_paths, options.filesystem, options.network, options.log_level,
-        _profile_key(options.security.seccomp), options.security.user, options.security.hostname,
+        _profile_key(options.security.seccomp), options.security.watch, options.security.user, options.security.hostname,
         options.security.landlock, options.degrade, tuple(sorted(options.environment.items())), inherited,
     )  # fmt: skip
 
@@ -176,12 +178,19 @@ def _python(options: IsolationOptions) -> str | None:
     return None if options.python is None else os.fspath(options.python)
 
 
-def _program(options: IsolationOptions) -> bytes:
-    if options.security.seccomp is None:
-        return b""
-    from pisupervisor.launch.seccomp import compile_profile
+def _program(options: IsolationOptions) -> tuple[bytes, Answers | None]:
+    """The filter, and what to answer where it asks the host."""
+    profile, watch = options.security.seccomp, options.security.watch
+    if profile is None:
+        return b"", None
+    from pisupervisor.launch.seccomp import compile_profile, is_listened_to, load_profile
 
-    return compile_profile(options.security.seccomp)
+    program = compile_profile(profile) if watch is None else load_profile(profile).compile(watch)
+    if not is_listened_to(program):
+        return program, None
+    from pisupervisor.launch.seccomp_watch import answers_of
+
+    return program, answers_of(load_profile(profile), watch)
 
 
 def _cloudpickle_folder() -> str | None:

@@ -26,6 +26,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pisupervisor.supervise.listener import Listener, Log
+
 LAUNCH_GRACE = (
     0.2  # seconds to end, for what belongs to a launch that failed: a zygote that hangs must not hold the caller
 )
@@ -49,6 +51,8 @@ class Birth:
         self._group: cgroups.ChildGroup | None = None
         self._when_idle = False
         self._asked = False  # whether the zygote was given the plan
+        self.log: Log | None = None  # of what a listener sees
+        self.listener: Listener | None = None
         self._ordered: tuple[ExitReason, str] | None = None  # an end that somebody wanted, and why
         self._cleanup: list[Callable[[], object]] = []
 
@@ -150,11 +154,32 @@ class Birth:
         if "launched" in message and fds:
             self.init_pidfd, self.init_pid = fds[0], int(message["launched"])
             self._cleanup.append(partial(os.close, fds[0]))
+        elif "listener" in message and fds:
+            self._listen(fds[0])
         elif "failed" in message:
             raise failure(message)
         else:
             self._reports.known.update(message)
             raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
+
+    def _listen(self, fd: int) -> None:
+        """At once: the child may wait for its first answer already."""
+        answers = self.template.answers
+        if answers is None or self.log is None or self.listener is not None:
+            os.close(fd)
+            raise LaunchError("a listener for which nobody asked", step="seccomp")
+        from pisupervisor.supervise.listener import Listener
+
+        try:
+            self.listener = Listener(fd, answers, self.log, self._kill_for_syscall)
+        except (RuntimeError, OSError) as error:
+            os.close(fd)
+            remedy = "raise ulimit -u and ulimit -n, or do not watch"
+            raise LaunchError(f"no helper thread: {error}", step="seccomp", remedy=remedy) from error
+        self._cleanup.append(self.listener.close)
+
+    def _kill_for_syscall(self, message: str) -> bool:
+        raise NotImplementedError
 
     def _read_ready(self) -> bool:
         data, ancillary, _flags, _address = self.link.recvmsg(

@@ -17,6 +17,7 @@ from pisupervisor.launch.zygote import has_ended, host_failure
 from pisupervisor.limits import cgroups
 from pisupervisor.limits.freezer import Freezer, make_freezer
 from pisupervisor.options import IsolationOptions
+from pisupervisor.records import replace
 from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import metrics
 from pisupervisor.supervise.birth import LAUNCH_GRACE, Birth, next_name
@@ -139,22 +140,35 @@ class Child(Birth):
         namespace. The first order wins.
         """
         with self._lock:
-            if self.exit_info is not None:
-                return
-            if self.init_pidfd >= 0 and has_ended(self.init_pidfd):
-                return  # of something else, and that is the first cause
-            if self._ordered is None:
-                self._ordered = (reason, message)
-            self.is_killed = True
-            freezer = self._freezer
-            if freezer is not None:
-                freezer.kill()  # what is paused is in a group of its own
-            if self._group is not None:
-                self._group.kill_at_once()
-            if self.init_pidfd >= 0:
-                send_kill(self.init_pidfd)
-            elif self._asked:
-                self.link.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it to be ready
+            self._kill_locked(reason, message)
+
+    def _kill_locked(self, reason: ExitReason, message: str) -> None:
+        if self.exit_info is not None:
+            return
+        if self.init_pidfd >= 0 and has_ended(self.init_pidfd):
+            return  # of something else, and that is the first cause
+        if self._ordered is None:
+            self._ordered = (reason, message)
+        self.is_killed = True
+        freezer = self._freezer
+        if freezer is not None:
+            freezer.kill()  # what is paused is in a group of its own
+        if self._group is not None:
+            self._group.kill_at_once()
+        if self.init_pidfd >= 0:
+            send_kill(self.init_pidfd)
+        elif self._asked:
+            self.link.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it to be ready
+
+    def _kill_for_syscall(self, message: str) -> bool:
+        """By the listener's thread, which whoever takes the account waits for: it must not wait for that in turn."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            self._kill_locked(ExitReason.SECCOMP, message)
+        finally:
+            self._lock.release()
+        return True
 
     def order(self, reason: ExitReason, message: str) -> None:
         """The same account, for an end that is only asked for: by a signal that the child may heed."""
@@ -210,11 +224,14 @@ class Child(Birth):
         while self._cleanup:
             self._cleanup.pop()()  # off the list first: whatever interrupts us, nothing is closed twice
         ordered, message = self._ordered or (None, self._farewell)
-        return explain_exit(
+        info = explain_exit(
             self._reports.known if self._asked else {}, events.since(self.meter.before), ordered,
             duration=time.monotonic() - self.started, cpu_time=used.cpu_time, peak_memory=used.peak_memory,
             message=message, cpu_limit=self.options.limits.cpu_time, in_call=in_call, truncated=truncated, stderr_tail=tail,
         )  # fmt: skip
+        if info.reason is ExitReason.SECCOMP and self.listener is not None:
+            info = replace(info, syscall=self.listener.killed_for)
+        return info
 
     # --- pause ------------------------------------------------------------------------------------------------
 

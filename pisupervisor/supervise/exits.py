@@ -90,7 +90,10 @@ def termination(info: ExitInfo, written: tuple[bytes, bytes, bool] = (b"", b"", 
     kind = _ERRORS.get(info.reason, errors.ChildTerminated)
     if written[1]:
         info = replace(info, stderr_tail=written[1][-4096:].decode("utf-8", "replace"))
-    return kind(f"the child {info.describe()} while the call ran", info).with_output(*written)
+    error = kind(f"the child {info.describe()} while the call ran", info)
+    if isinstance(error, errors.SyscallViolation):
+        error.syscall = info.syscall
+    return error.with_output(*written)
 
 
 _ERRORS: dict[ExitReason, type[errors.ChildTerminated]] = {

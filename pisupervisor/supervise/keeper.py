@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pisupervisor.link.arenas import Arenas
     from pisupervisor.link.connection import Answerer
     from pisupervisor.supervise.lifecycle import Event, State
+    from pisupervisor.supervise.listener import Log
 
 _DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
 CALLED, ANSWERED = next_state("ready", "call"), next_state("busy", "answered")
@@ -73,6 +74,7 @@ class Keeper:
         self.crashes = restart.Crashes(options.restart)
         self.crashed = False  # whether the last child died of itself
         self.unsettled: set[int] = set()  # crashes whose handlers have not returned yet
+        self.log: Log | None = None
         self._watch: watch.Watch | None = None
         self._start_threads()
 
@@ -154,11 +156,20 @@ class Keeper:
 
         return arenas_for(self.options)
 
+    def _log_of(self, template: Template) -> Log | None:
+        """Where a listener notes what it sees, kept for all children. None: nobody listens."""
+        if template.answers is not None and self.log is None:
+            from pisupervisor.supervise.listener import Log
+
+            self.log = Log(lambda call: self.teller.tell("SystemCallSeen", call.pid, call=call))
+        return self.log
+
     def _launch(self, deadline: float | None) -> Child:
         template = self.template
         child = None if self.without else spare.take(template, self.options, deadline)
         if child is None:
             child = Child(self.options, template)
+            child.log = self._log_of(template)
             with self.lock:
                 self.launching = child
             child.request(self.without)

@@ -82,7 +82,7 @@ class Reports:
         except (OSError, ValueError):
             return False
         for fd in fds:
-            if kill:
+            if kill and "launched" in (message or {}):
                 send_kill(fd)
             os.close(fd)
         self.known.update(message or {})

@@ -37,8 +37,10 @@ def closing(template: Template, options: IsolationOptions) -> None:
 
 
 def prepare(template: Template, options: IsolationOptions, *, when_idle: bool = False) -> None:
-    """Ask for a spare child, unless there is one. It is a favour: what goes wrong here goes wrong for nobody."""
-    if options.debug or not template.zygote.alive():
+    """Ask for a spare child, unless there is one. It is a favour: what goes wrong here goes wrong for nobody.
+    There is none where calls are listened to: nobody would answer it.
+    """
+    if options.debug or template.answers is not None or not template.zygote.alive():
         return
     child = Child(options, template)
     with template.lock:
