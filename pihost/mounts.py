@@ -18,6 +18,7 @@ if False:  # typing costs 5 ms, and only a type checker reads this
 READ_ONLY = syscalls.MS_RDONLY | syscalls.MS_NOSUID | syscalls.MS_NODEV
 WRITABLE = syscalls.MS_NOSUID | syscalls.MS_NODEV
 DEVICE = syscalls.MS_NOSUID | syscalls.MS_NOEXEC
+_OPTIONS = {"ro": syscalls.MS_RDONLY, "nosuid": 2, "nodev": 4, "noexec": 8}
 
 
 class Mount:
@@ -36,7 +37,7 @@ class Bind(Mount):
 
     def __init__(self, source: str, target: str, flags: int) -> None:
         self.source, self.target, self.flags = source, target, flags
-        self.tree = -1
+        self.tree, self.late = -1, False
 
     def describe(self) -> str:
         return f"bind {self.source} at {self.target}"
@@ -44,8 +45,13 @@ class Bind(Mount):
     def open(self, kernel: Any = syscalls) -> None:
         """Take the source, while it can be seen. Its flags are set before anything can be reached through it."""
         self.tree = kernel.open_tree(self.source)
-        if self.flags:
-            kernel.set_mount_flags(self.tree, self.flags)
+        try:
+            if self.flags:
+                kernel.set_mount_flags(self.tree, self.flags)
+        except OSError as error:
+            if error.errno != 38:  # ENOSYS: Linux before 5.12
+                raise
+            self.late = True
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:
         if self.tree < 0:
@@ -53,9 +59,21 @@ class Bind(Mount):
         target = open_target(base, self.target, stat.S_ISDIR(os.fstat(self.tree).st_mode))
         try:
             kernel.move_mount(self.tree, target)
+            if self.late:  # nothing runs yet that could reach it in between
+                set_flags_late(os.readlink(f"/proc/self/fd/{target}"), self.flags, kernel)
         finally:
             os.close(target)
             os.close(self.tree)
+
+
+def set_flags_late(path: str, flags: int, kernel: Any) -> None:
+    """Add flags to what is mounted at ``path`` and below it, one by one; those that are set stay (some are locked)."""
+    with open("/proc/self/mountinfo") as mountinfo:
+        for fields in [line.split(" ") for line in mountinfo]:
+            point = fields[4].replace("\\040", " ")
+            if (point + "/").startswith(path + "/"):
+                held = sum(flag for name, flag in _OPTIONS.items() if name in fields[5].split(","))
+                kernel.mount("", point, "", syscalls.MS_REMOUNT | syscalls.MS_BIND | flags | held)
 
 
 def open_target(base: str, path: str, folder: bool) -> int:

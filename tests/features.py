@@ -15,14 +15,18 @@ from pathlib import Path
 
 import pytest
 
+from pisupervisor.limits.detect import CgroupHost
+
 ORDINARY_USER = 1000
 
 #: What the markers of pyproject.toml promise to the test that wears them.
 MARKERS = {
-    "linux": ("userns", "seccomp", "landlock"),
+    "linux": ("userns", "limits", "seccomp", "landlock"),
     "root": ("root", "cgroups"),
     "rootless": ("rootless",),
     "v2": ("v2",),
+    "undelegated": ("undelegated",),
+    "scope": ("scope",),
 }
 
 
@@ -51,6 +55,21 @@ def _landlock() -> str:
         return f"the kernel has no Landlock: {error}"
 
 
+def _landlock_net() -> str:
+    return _landlock_abi(4)
+
+
+def _landlock_scopes() -> str:
+    return _landlock_abi(6)
+
+
+def _landlock_abi(version: int) -> str:
+    from pihost import syscalls
+
+    abi = syscalls.landlock_abi()
+    return "" if abi >= version else f"this kernel's Landlock is version {abi}"
+
+
 def _cgroups() -> str:
     trouble = [f"{name}: {reason}" for name in ("memory", "cpu", "pids") if (reason := _try_cgroup(name))]
     return "; ".join(trouble)
@@ -63,6 +82,42 @@ def _v2() -> str:
     if host.mode != "v2":
         return f"cgroups are {host.mode} here"
     return "; ".join(f"{name}: {place.why}" for name, place in host.places.items() if place.why)
+
+
+def _v1() -> str:
+    from pisupervisor.limits.detect import detect
+
+    mode = detect().mode
+    return "" if mode in ("v1", "hybrid") else f"cgroups are {mode} here"
+
+
+def _limits() -> str:
+    """What the default options ask for can be had."""
+    from pisupervisor.limits.cgroups import missing, wanted_limits
+    from pisupervisor.options import Limits
+
+    return "; ".join(f"{entry.feature}: {entry.why}" for entry in missing(_as_children_see(), wanted_limits(Limits())))
+
+
+@cache
+def _as_children_see() -> CgroupHost:
+    """What a template finds out: systemd may give its zygote a scope."""
+    from pisupervisor.limits.detect import detect
+
+    with subprocess.Popen(["sleep", "600"]) as member:
+        try:
+            return detect(member.pid)
+        finally:
+            member.kill()
+
+
+def _scope() -> str:
+    host = _as_children_see()
+    return "" if host.scope else f"groups here: {host.how or 'none'}"
+
+
+def _undelegated() -> str:
+    return "" if _limits() else "this process has groups of its own"
 
 
 def _testsuite() -> str:
@@ -125,9 +180,15 @@ PROBES: dict[str, Callable[[], str]] = {
     "rootless": _rootless,
     "userns": _userns,
     "cgroups": _cgroups,
+    "v1": _v1,
     "v2": _v2,
+    "limits": _limits,
+    "undelegated": _undelegated,
+    "scope": _scope,
     "seccomp": _seccomp,
     "landlock": _landlock,
+    "landlock_net": _landlock_net,
+    "landlock_scopes": _landlock_scopes,
     "testsuite": _testsuite,
 }
 

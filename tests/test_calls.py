@@ -44,7 +44,7 @@ from pisupervisor import (
     TargetNotFound,
 )
 
-pytestmark = pytest.mark.linux
+pytestmark = [pytest.mark.linux, pytest.mark.matrix]
 INSIDE = Path(__file__).with_name("inside.py")
 PLUGIN = """
     class Tools:
@@ -577,6 +577,7 @@ def test_waiting_for_ones_turn_is_part_of_the_timeout() -> None:
 
 
 @pytest.mark.root
+@pytest.mark.bed
 class TestLimits:
     def test_a_memory_bomb(self) -> None:
         """parity: 23"""
@@ -719,6 +720,7 @@ def test_terminate_and_waiting_for_it() -> None:
         assert isolator.run_source("1").value == 1
 
 
+@pytest.mark.unhurried
 def test_killed_from_outside_is_seen_at_the_next_call() -> None:
     with ProcessIsolator.create() as isolator:
         pid = isolator.pid or 0

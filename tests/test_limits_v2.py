@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import wait_until
+from helpers import DEGRADE, wait_until
 
 from pihost import syscalls
 from pisupervisor import (
@@ -409,7 +409,7 @@ class TestIsolator:
     LIMITS = Limits(memory="64M", cpus=0.5, pids=16, cpu_weight=50, cpuset="0")
 
     def test_applied_says_what_holds_and_by_whose_leave(self, host: CgroupHost) -> None:
-        with ProcessIsolator.create(IsolationOptions(limits=self.LIMITS)) as isolator:
+        with ProcessIsolator.create(IsolationOptions(limits=self.LIMITS, degrade=DEGRADE)) as isolator:
             applied = isolator.applied
             assert isolator.run_source("open('/proc/self/cgroup').read()").value == "0::/\n"
             assert len(isolator.pids()) == 2
@@ -419,13 +419,13 @@ class TestIsolator:
         assert own_groups(host) == []
 
     def test_memory(self) -> None:
-        with ProcessIsolator.create(IsolationOptions(limits=self.LIMITS)) as isolator:
+        with ProcessIsolator.create(IsolationOptions(limits=self.LIMITS, degrade=DEGRADE)) as isolator:
             with pytest.raises(MemoryLimitExceeded):
                 isolator.run_source("bytearray(128 << 20)")
             assert isolator.run_source("6 * 7").value == 42
 
     def test_a_pause_stops_all_and_a_paused_child_can_be_ended(self) -> None:
-        with ProcessIsolator.create(IsolationOptions(limits=self.LIMITS)) as isolator:
+        with ProcessIsolator.create(IsolationOptions(limits=self.LIMITS, degrade=DEGRADE)) as isolator:
             isolator.run_source("import time, threading\ncount = 0")
             isolator.run_source(
                 "def tick():\n    global count\n    while True:\n        count += 1\n        time.sleep(0.001)\n"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -62,6 +65,30 @@ def test_a_folder_is_read_only_before_it_is_mounted(tmp_path: Path) -> None:
     ]
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(tree)
+
+
+@pytest.mark.root
+def test_before_linux_5_12_flags_come_mount_by_mount(tmp_path: Path) -> None:
+    """In a mount namespace of its own, a folder with another file system below it: both read-only, noexec kept."""
+    source, base = tmp_path / "the source", tmp_path / "the base"
+    (source / "deep").mkdir(parents=True)
+    base.mkdir()
+    script = f"""
+        import os
+        from pihost import mounts, syscalls
+        def refuse(_tree, _flags): raise OSError(38, "Function not implemented", "mount_setattr")
+        syscalls.unshare(syscalls.CLONE_NEWNS)
+        syscalls.mount("", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
+        syscalls.mount("tmpfs", {str(source / "deep")!r}, "tmpfs", syscalls.MS_NOEXEC)
+        syscalls.set_mount_flags = refuse
+        mounts.Bind({str(source)!r}, "/a b", mounts.READ_ONLY).execute({str(base)!r})
+        for line in open("/proc/self/mountinfo"):
+            if "a\\\\040b" in line: print(line.split()[5])
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
+    first, second = (line.split(",") for line in done.stdout.splitlines())
+    assert {"ro", "nosuid", "nodev"} <= set(first)
+    assert {"ro", "nosuid", "nodev", "noexec"} <= set(second)
 
 
 def test_a_file_is_bound_over_an_empty_one(tmp_path: Path) -> None:

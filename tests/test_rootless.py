@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import OrdinaryUser
 
-pytestmark = pytest.mark.rootless
+pytestmark = [pytest.mark.rootless, pytest.mark.bed]
 INSIDE = Path(__file__).with_name("inside.py")
 LACKING = ["memory", "swap", "cpus", "pids"]
 

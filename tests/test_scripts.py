@@ -22,7 +22,10 @@ import features
 import pytest
 
 TOP = Path(__file__).parent.parent
-SHELL = ["scripts/test", "scripts/demo", "scripts/bench", "scripts/soak", "scripts/lib/setup.sh", ".ci/run"]
+SHELL = [
+    "scripts/test", "scripts/demo", "scripts/bench", "scripts/soak", "scripts/vm-test", ".ci/run",
+    *sorted(str(path.relative_to(TOP)) for path in (TOP / "scripts/lib").rglob("*.sh")),
+]  # fmt: skip
 EXAMPLES = sorted(str(file.relative_to(TOP)) for file in (TOP / "examples").rglob("*.py"))
 
 
@@ -57,7 +60,7 @@ def test_it_is_executable_and_strict(script: str) -> None:
     assert "\nset -euo pipefail\n" in (TOP / script).read_text()
 
 
-@pytest.mark.parametrize("script", ["test", "demo", "bench", "soak", "ablate"])
+@pytest.mark.parametrize("script", ["test", "demo", "bench", "soak", "ablate", "vm-test"])
 def test_help_sets_nothing_up(script: str, tmp_path: Path) -> None:
     shutil.copytree(TOP / "scripts", tmp_path / "scripts")
     done = run(str(tmp_path / "scripts" / script), "--help")
@@ -360,7 +363,8 @@ def test_ci_requires_every_feature_that_tests_can_ask_for() -> None:
     listed = re.search(r"required=\((.*?)\n\)", (TOP / ".ci/run").read_text(), re.DOTALL)
     assert listed is not None
     names = [line.split()[0] for line in listed[1].splitlines() if line.strip()]
-    assert sorted(names) == sorted(features.PROBES)
+    elsewhere = {"v1", "v2", "undelegated", "scope"}  # no machine has all of them: the last three are had in VMs
+    assert sorted(names) == sorted(features.PROBES.keys() - elsewhere)
 
 
 def test_markers_ask_for_features_that_exist() -> None:

@@ -23,7 +23,7 @@ from pisupervisor import (
     RestartPolicy,
 )
 
-pytestmark = linux
+pytestmark = [linux, pytest.mark.matrix]
 
 FAMILY = """
     import os, signal, time
@@ -141,6 +141,7 @@ def test_terminate_ends_the_whole_family(plugin: Path) -> None:
         assert error.exit_info.reason is ExitReason.KILLED
 
 
+@pytest.mark.unhurried
 def test_terminate_lets_the_child_say_goodbye(plugin: Path) -> None:
     with nothing_left(), ProcessIsolator.create() as isolator:
         future = isolator.submit_call(isolator.invoke_method, plugin, "say_goodbye", int(signal.SIGTERM))
@@ -329,6 +330,7 @@ def test_deadlines_run_on_while_it_is_paused() -> None:
         assert isolator.invoke(len, "abc") == 3, "another child, which is not paused"
 
 
+@pytest.mark.unhurried
 @pytest.mark.parametrize("end", ["close", "terminate", "abort", "exit", "restart"])
 def test_a_paused_child_can_be_ended(end: str) -> None:
     with nothing_left():
@@ -361,8 +363,9 @@ def test_a_paused_child_dies_of_a_kill(killed: str) -> None:
         assert isolator.invoke(len, "abc") == 3
 
 
-def test_an_ordinary_user_pauses_by_signals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ordinary_user_pauses_by_signals(monkeypatch: pytest.MonkeyPatch, need: Callable[..., None]) -> None:
     """The same where no v2 group can be made; PID 1 runs on, and with it the lifeline."""
+    need("v1")
     with nothing_left(), ProcessIsolator.create() as isolator:
         monkeypatch.setattr(isolator._keeper.template, "features", _without_v2(isolator))
         isolator.pause()
@@ -428,7 +431,8 @@ def test_a_group_is_killed_as_one() -> None:
         assert child.wait(1)
 
 
-def test_the_group_of_a_pause_goes_with_the_child() -> None:
+def test_the_group_of_a_pause_goes_with_the_child(need: Callable[..., None]) -> None:
+    need("v1")  # on v2 the child's own group does it
     with ProcessIsolator.create() as isolator:
         before = set(v2_groups())
         isolator.pause()

@@ -24,7 +24,7 @@ from pisupervisor import (
 )
 from pisupervisor.launch.templates import template_key
 
-pytestmark = pytest.mark.linux
+pytestmark = [pytest.mark.linux, pytest.mark.matrix]
 
 
 def test_equal_options_share_a_zygote() -> None:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -73,7 +74,8 @@ def examine() -> Report:
     from pisupervisor.launch import features
 
     started = time.monotonic()
-    found = features.probe()
+    with _stand_in() as member:  # systemd may give a scope to a zygote: look at what it then would have
+        found = features.probe(member)
     lacking = missing_here(found)
     findings, witness = _find(found, lacking)
     obstacle = _obstacle(findings)
@@ -81,6 +83,19 @@ def examine() -> Report:
         host=facts(found), findings=findings, works=not obstacle, obstacle=obstacle, witness=witness,
         seconds=round(time.monotonic() - started, 3),
     )  # fmt: skip
+
+
+@contextmanager
+def _stand_in() -> Iterator[int]:
+    """The pid of a process that does nothing, in place of a zygote."""
+    import subprocess
+
+    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def missing_here(features: Features) -> dict[str, Finding]:

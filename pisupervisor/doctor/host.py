@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,9 +27,12 @@ def facts(features: Features) -> dict[str, str]:
         "user": "root" if features.root else f"uid {features.uid}",
         "user namespaces": _switches(),
         "cgroups": _cgroups(features.cgroups),
+        "delegation": _delegation(features.cgroups),
         "swap": "on" if features.cgroups.swap_on else "none",
         "landlock": f"ABI {features.landlock_abi}" if features.landlock_abi else "not there, or not switched on",
+        "seccomp": _seccomp(),
         "security modules": _line("/sys/kernel/security/lsm") or "cannot be read",
+        "rlimits": _rlimits(),
         "container": _container(),
         "init": "systemd" if os.path.isdir("/run/systemd/system") else f"{_line('/proc/1/comm') or 'unknown'}",
     }
@@ -66,6 +70,30 @@ def _cgroups(host: CgroupHost) -> str:
     return f"{host.mode}; groups go to " + ", ".join(
         f"{directory} ({' '.join(controllers)})" for directory, controllers in usable.items()
     )
+
+
+def _delegation(host: CgroupHost) -> str:
+    """By what right groups are made, or why there are none."""
+    if host.how:
+        return host.how
+    if host.directories():
+        return "none needed for root on v1" if host.uid == 0 else f"a folder that uid {host.uid} may write to"
+    return next((place.why for place in host.places.values() if place.why), "none")
+
+
+def _seccomp() -> str:
+    """What the kernel offers, and whether this process is filtered already: an outer filter may refuse what we need."""
+    actions = _line("/proc/sys/kernel/seccomp/actions_avail") or "not there"
+    with open("/proc/self/status") as status:
+        mode = next((line.split()[1] for line in status if line.startswith("Seccomp:")), "0")
+    return f"{actions}; {'this process is filtered by somebody' if mode != '0' else 'this process is not filtered'}"
+
+
+def _rlimits() -> str:
+    """Hard limits of this process: what children are given never exceeds them."""
+    wanted = (("open files", resource.RLIMIT_NOFILE), ("processes", resource.RLIMIT_NPROC))
+    found = [(name, resource.getrlimit(number)[1]) for name, number in wanted]
+    return ", ".join(f"{name} {'unlimited' if most == resource.RLIM_INFINITY else most}" for name, most in found)
 
 
 def _container() -> str:

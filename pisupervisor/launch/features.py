@@ -24,8 +24,10 @@ class Features:
     cgroups: CgroupHost
 
 
-def probe() -> Features:
-    """Ask the kernel. Costs under a millisecond; callers keep the answer for as long as their zygote lives."""
+def probe(member: int | None = None) -> Features:
+    """Ask the kernel. Costs under a millisecond; callers keep the answer for as long as their zygote lives, whose pid is
+    ``member`` (see ``limits.detect``).
+    """
     return Features(
         root=os.geteuid() == 0,
         uid=os.geteuid(),
@@ -33,5 +35,5 @@ def probe() -> Features:
         kernel=os.uname().release,
         namespaces=frozenset(name for name in NAMESPACES if os.path.exists(f"/proc/self/ns/{name}")),
         landlock_abi=syscalls.landlock_abi(),
-        cgroups=detect(),
+        cgroups=detect(member),
     )

@@ -66,7 +66,7 @@ class Template:
         from pisupervisor.launch.ids import IdBlock
         from pisupervisor.limits import cgroups
 
-        self.features: Features = probe()
+        self.features: Features = probe(self.zygote.pid)
         planning.required(options, self.features)
         planning.check_writable(options, self.features)
         planning.lacking_limits(options, self.features.cgroups)
@@ -99,6 +99,10 @@ class Template:
                 zygote.prepare(
                     self.plan
                 )  # before another thread can see it: its plan is the first that it must be told
+                if self.features.cgroups.scope:  # it has died with the old one
+                    from pisupervisor.launch.features import probe
+
+                    self.features = probe(zygote.pid)
                 self.zygote, self._warmed = zygote, False
             return self.zygote
 

@@ -30,7 +30,8 @@ _GRACE = 2.0  # seconds to hear why it ended
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
 _REMEDIES = {
     "namespaces": "let this user make user namespaces: sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1,"
-    " and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0 (or run as root)",
+    " and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0 (or run as root; a root in a container needs"
+    " CAP_SYS_ADMIN: --cap-add SYS_ADMIN)",
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
     "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
 }

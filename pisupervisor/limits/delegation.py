@@ -31,7 +31,7 @@ _UNIT_SUFFIXES = (".service", ".scope")
 
 class Claim(NamedTuple):
     """A group that is ours, or ``why`` there is none. ``how``: by what right; ``top``: where handing down begins;
-    ``remedy``: what helps where the rights are missing.
+    ``remedy``: what helps where the rights are missing; ``scope``: the one that systemd gave for it.
     """
 
     base: str
@@ -39,11 +39,12 @@ class Claim(NamedTuple):
     how: str = ""
     why: str = ""
     remedy: str = ""
+    scope: str = ""
 
 
-def detect(cgroup: str, mountinfo: str, name: str, swap_on: bool) -> CgroupHost:
+def detect(cgroup: str, mountinfo: str, name: str, swap_on: bool, member: int | None = None) -> CgroupHost:
     """The CgroupHost of a v2 machine. Moves this process into the leaf, if its own group is ours and it is not there
-    yet; makes and removes one group called ``name``.
+    yet; makes and removes one group called ``name``. ``member``: see ``limits.detect``.
     """
     own = find_unified(cgroup, mountinfo)
     uid = os.geteuid()
@@ -51,11 +52,13 @@ def detect(cgroup: str, mountinfo: str, name: str, swap_on: bool) -> CgroupHost:
         nothing = Place(None, None, "the cgroup v2 hierarchy is mounted nowhere that this process sees", _MOUNT)
         return CgroupHost("v2", dict.fromkeys(CONTROLLERS, nothing), memsw=False, swap_on=swap_on, uid=uid)
     claim = find_claim(own, mount_of(own), systemd.has_delegated, systemd_runs=systemd.runs(), uid=uid)
+    if claim.why and member is not None and systemd.runs():
+        claim = claim_scope(claim, member, mountinfo)
     if claim.why:
         places = dict.fromkeys(CONTROLLERS, Place(claim.base, None, claim.why, claim.remedy))
         return CgroupHost("v2", places, memsw=False, swap_on=swap_on, uid=uid)
     places, memsw = try_claim(claim, name)
-    return CgroupHost("v2", places, memsw=memsw, swap_on=swap_on, uid=uid, how=claim.how)
+    return CgroupHost("v2", places, memsw=memsw, swap_on=swap_on, uid=uid, how=claim.how, scope=claim.scope)
 
 
 _MOUNT = "as root: mkdir -p /sys/fs/cgroup && mount -t cgroup2 cgroup2 /sys/fs/cgroup"
@@ -94,6 +97,18 @@ def mount_of(path: str) -> str:
     while not os.path.ismount(path) and path != "/":
         path = os.path.dirname(path)
     return path
+
+
+def claim_scope(refused: Claim, member: int, mountinfo: str) -> Claim:
+    """A scope of systemd's for the process ``member``, which is of ours; the old claim with one more reason without."""
+    try:
+        scope = systemd.start_scope(member)
+    except systemd.NoScope as error:
+        remedy = f"{refused.remedy}; or {error.remedy}" if error.remedy else refused.remedy
+        return refused._replace(why=f"{refused.why}, and {error}", remedy=remedy)
+    path = find_unified(directories.read(f"/proc/{member}/cgroup").decode(), mountinfo)
+    whose = "the system's" if os.geteuid() == 0 else "the user's"
+    return Claim(str(path), top=str(path), how=f"{scope}, asked of {whose} systemd", remedy=refused.remedy, scope=scope)
 
 
 # --- making it so -------------------------------------------------------------------------------------------------

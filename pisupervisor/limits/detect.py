@@ -44,7 +44,8 @@ class CgroupHost(NamedTuple):
     ``memsw``: memory groups can limit swap; ``swap_on``: the host has swap; ``uid``: who asked. ``unified``: our own
     group on the v2 hierarchy, which has ``cgroup.freeze`` on hybrid hosts too; None: there is none, no group can be made
     in it, or (mode "v2") children have their own there. ``kills``: its groups have ``cgroup.kill`` (Linux 5.14), and a
-    child may enter them. ``how``: by what right there are groups, in words; v2 only.
+    child may enter them. ``how``: by what right there are groups, in words; v2 only. ``scope``: they live and die with
+    that scope, and with the process that was given for it.
     """
 
     mode: Mode
@@ -55,6 +56,7 @@ class CgroupHost(NamedTuple):
     unified: str | None = None
     kills: bool = False
     how: str = ""
+    scope: str = ""
 
     def directories(self) -> list[str]:
         """The distinct directories in which groups can be made (co-mounted controllers share one)."""
@@ -69,8 +71,12 @@ class Probe(NamedTuple):
     files: frozenset[str] = frozenset()
 
 
-def detect() -> CgroupHost:
-    """Look at this machine, making and removing one empty group per hierarchy (about 1 ms)."""
+def detect(member: int | None = None) -> CgroupHost:
+    """Look at this machine, making and removing one empty group per hierarchy (about 1 ms).
+
+    ``member``: the process from which children will be born. On v2, where this process has no group of its own, systemd
+    is asked to give that one a scope.
+    """
     with open("/proc/self/cgroup") as own, open("/proc/self/mountinfo") as mounts:
         cgroup, mountinfo = own.read(), mounts.read()
     mode, found = find_groups(cgroup, mountinfo)
@@ -78,7 +84,7 @@ def detect() -> CgroupHost:
     if mode == "v2":
         from pisupervisor.limits import delegation
 
-        return delegation.detect(cgroup, mountinfo, name, _has_swap())
+        return delegation.detect(cgroup, mountinfo, name, _has_swap(), member)
     host = describe_host(mode, found, _has_swap(), lambda base: probe_group(base, name), os.geteuid())
     unified = find_unified(cgroup, mountinfo)
     if unified is None or (probe := probe_group(unified, name)).error is not None:

@@ -59,6 +59,7 @@ class Birth:
     def _request(self, without: tuple[str, ...], when_idle: bool) -> None:
         """Make the group, the output and the sockets, and hand the plan to the zygote."""
         self._when_idle = when_idle
+        self._zygote = self.template.usable_zygote()  # before the group, which may live and die with it
         self._missing = self._make_group(without)
         self._make_output()
         outer = None
@@ -71,7 +72,6 @@ class Birth:
             cgroups=len(self._attach_fds()), clone_flags=self._group.clone_flags if self._group is not None else 0,
             without=without,
         )  # fmt: skip
-        self._zygote = self.template.usable_zygote()
         try:
             self._send_plan(self._zygote, self._plan)
         except LaunchError as error:
@@ -80,6 +80,9 @@ class Birth:
             if error.step != "zygote" or (pidfd >= 0 and not has_ended(pidfd, LAUNCH_GRACE)):
                 raise
             self._zygote = self.template.usable_zygote()
+            if self._group is not None and self.template.features.cgroups.scope:
+                self._group.remove()
+                self._missing = self._make_group(without)
             self._send_plan(self._zygote, self._plan)
 
     def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:

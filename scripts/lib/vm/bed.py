@@ -1,0 +1,202 @@
+"""bed.py IMAGES [--all] [--kernel K]... [--mode M]... [--jobs N] [--table FILE] [-- PYTEST ARGUMENT...]
+
+Runs the tests marked ``bed`` in VMs, one for each kernel and mode, and says what came of each. A cell is green when
+nothing failed and every skipped test was skipped for a feature that this cell is known to lack.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import sys
+import tempfile
+import threading
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import machine
+
+TOP = Path(__file__).resolve().parents[3]
+_LINES = Path(__file__).with_name("kernels.txt").read_text().splitlines()
+KERNELS = tuple(line.split()[0] for line in _LINES if not line.startswith("#"))
+EVERY_RUN = ("root", "user", "user-plain", "bare-user", "container", "container-priv")
+#: what a cell has (features of tests/features.py): a test that is skipped for want of one of these fails
+HAS = {
+    "root": "root,rootless,userns,cgroups,v2,limits,seccomp,landlock",
+    "user": "userns,cgroups,v2,limits,seccomp,landlock",
+    "user-scope": "userns,cgroups,v2,limits,seccomp,landlock",
+    "user-stock": "userns,cgroups,limits,seccomp,landlock",
+    "user-plain": "userns,limits,scope,seccomp,landlock",
+    "bare": "root,rootless,userns,cgroups,v2,limits,seccomp,landlock",
+    "bare-user": "userns,undelegated,seccomp,landlock",
+    "container": "root,rootless,userns,undelegated,seccomp,landlock",
+    "container-priv": "root,rootless,userns,cgroups,v2,limits,seccomp,landlock",
+}  # fmt: skip
+#: what of these a kernel lacks: Landlock came with 5.13, its rules for TCP with 6.7, its scopes with 6.12
+LACKS = {
+    "5.10": {"landlock", "landlock_net", "landlock_scopes"},
+    "6.1": {"landlock_net", "landlock_scopes"},
+}
+#: what no cell has, with the reason: skipping for it is explained
+NOWHERE = {"testsuite", "v1", "mounts", "landlock_net", "landlock_scopes"}
+SECONDS = 600.0
+HEAD = "| kernel | mode | passed | skipped | result | seconds |\n|---|---|---|---|---|---|\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """What came of one kernel in one mode. ``trouble`` is empty where it is green; ``repeats``: VMs that got stuck."""
+
+    kernel: str
+    mode: str
+    version: str
+    passed: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+    repeats: int = 0
+    trouble: tuple[str, ...] = ()
+
+    def row(self) -> str:
+        result = "; ".join(self.trouble) or "green" + (f" (VM stuck {self.repeats} time)" if self.repeats else "")
+        return f"| {self.version} | {self.mode} | {self.passed} | {self.skipped} | {result} | {self.seconds:.0f} |\n"
+
+
+def features(kernel: str, mode: str) -> set[str]:
+    return {*HAS[mode].split(","), "landlock_net", "landlock_scopes"} - LACKS.get(kernel, set())
+
+
+def judge(junit: Path, has: set[str]) -> tuple[int, int, list[str]]:
+    """(passed, skipped, trouble) of a pytest run, from its report."""
+    cases = list(ElementTree.parse(junit).iter("testcase"))
+    trouble = []
+    skipped = 0
+    for case in cases:
+        name = f"{case.get('classname')}::{case.get('name')}"
+        if case.find("failure") is not None or case.find("error") is not None:
+            trouble.append(f"failed: {name}")
+        elif (skip := case.find("skipped")) is not None:
+            skipped += 1
+            reason = str(skip.get("message"))
+            if not is_explained(reason, has):
+                trouble.append(f"skipped: {name}: {reason}")
+    return len(cases) - skipped - sum(text.startswith("failed") for text in trouble), skipped, trouble
+
+
+def is_explained(reason: str, has: set[str]) -> bool:
+    """Whether a skip is for a feature that the cell is known to lack: reasons begin with the feature's name."""
+    feature = reason.removeprefix("Skipped: ").split(":")[0].strip()
+    known = {name for names in HAS.values() for name in names.split(",")} | NOWHERE
+    return feature in known and feature not in has
+
+
+class Bed:
+    """Runs cells and tells what happens, line by line."""
+
+    def __init__(self, images: Path, arguments: Sequence[str]) -> None:
+        self.images, self.arguments = images, arguments
+        self._telling = threading.Lock()
+
+    def tell(self, text: str) -> None:
+        with self._telling:
+            print(text, flush=True)
+
+    def run(self, kernel: str, mode: str) -> Cell:
+        """Once more where the VM got stuck: that says nothing about the tests. Never for a failed test."""
+        version = (self.images / kernel / "version").read_text().strip()
+        for attempt in (0, 1):
+            with tempfile.TemporaryDirectory(prefix="pisupervisor-bed-") as name:
+                outcome = self._boot(kernel, mode, Path(name))
+                if outcome.status not in (machine.TIMEOUT, machine.NO_REPORT):
+                    return self._judged(kernel, mode, version, outcome, Path(name), attempt)
+            self.tell(f"[{kernel} {mode}] the VM got stuck after {outcome.seconds:.0f} s\n{outcome.console}")
+        stuck = ("the VM got stuck twice",)
+        return Cell(kernel=kernel, mode=mode, version=version, seconds=outcome.seconds, repeats=2, trouble=stuck)
+
+    def _boot(self, kernel: str, mode: str, output: Path) -> machine.Outcome:
+        has = ",".join(sorted(features(kernel, mode)))
+        pytest = machine.quoted("python", "-m", "pytest", *self.arguments)
+        command = f"PISUPERVISOR_REQUIRE={has} {pytest} -p no:cacheprovider --junitxml=$VM_OUT/junit.xml"
+        say = lambda line: self.tell(f"[{kernel} {mode}] {line}")  # noqa: E731
+        return machine.run(self.images, kernel, mode, TOP, command, output=output, timeout=SECONDS, say=say)
+
+    def _judged(
+        self, kernel: str, mode: str, version: str, outcome: machine.Outcome, output: Path, repeats: int
+    ) -> Cell:
+        junit = output / "junit.xml"
+        passed, skipped, trouble = judge(junit, features(kernel, mode)) if junit.exists() else (0, 0, [])
+        if outcome.status and not trouble:
+            trouble = [f"pytest ended with {outcome.status}"]
+        return Cell(
+            kernel=kernel, mode=mode, version=version, passed=passed, skipped=skipped, seconds=outcome.seconds,
+            repeats=repeats, trouble=tuple(trouble),
+        )  # fmt: skip
+
+
+def table(cells: Iterable[Cell]) -> str:
+    return HEAD + "".join(cell.row() for cell in cells)
+
+
+def write_table(path: Path, cells: Iterable[Cell], date: str) -> None:
+    """Put the table where the last one stood in a Markdown file: between two comments."""
+    begin, end = "<!-- bed: begin -->\n", "<!-- bed: end -->\n"
+    head, _, rest = path.read_text().partition(begin)
+    _, _, tail = rest.partition(end)
+    path.write_text(f"{head}{begin}Run on {date}.\n\n{table(cells)}{end}{tail}")
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    modes = "\n".join(f"  {name:15}{text}" for name, text in machine.MODES.items())
+    parser = argparse.ArgumentParser(
+        prog="scripts/vm-test", description="\n".join((__doc__ or "").splitlines()[2:]), epilog=f"modes:\n{modes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("images", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--all", action="store_true", help="every kernel in every mode, and the table in docs/platforms.md"
+    )
+    parser.add_argument("--kernel", action="append", choices=KERNELS, help="default: 6.1")
+    parser.add_argument("--mode", action="append", choices=machine.MODES, help=f"default: {', '.join(EVERY_RUN)}")
+    parser.add_argument("--jobs", type=int, default=2, help="VMs at once")
+    parser.add_argument("--table", type=Path, help="write the table into this Markdown file")
+    split = arguments.index("--") if "--" in arguments else len(arguments)
+    args = parser.parse_args(arguments[:split])
+    args.pytest = list(arguments[split + 1 :]) or chosen(("bed", "matrix") if args.all else ("bed",))
+    return args
+
+
+def chosen(marks: tuple[str, ...]) -> list[str]:
+    """pytest's arguments for the tests that wear one of these marks. Collecting all files takes a VM a minute."""
+    tests = sorted((TOP / "tests").rglob("test_*.py"))
+    files = [str(path.relative_to(TOP)) for path in tests if any(f"mark.{mark}" in path.read_text() for mark in marks)]
+    return [
+        "-q",
+        "-m",
+        f"({' or '.join(marks)}) and not unhurried",
+        "--color=no",
+        "--timeout=240",
+        "--durations=10",
+        *files,
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    args = parse(arguments)
+    kernels = KERNELS if args.all else args.kernel or ("6.1",)
+    modes = tuple(machine.MODES) if args.all else args.mode or EVERY_RUN
+    if missing := machine.missing_tools():
+        print(f"vm-test: not installed: {', '.join(missing)}", file=sys.stderr)
+        return 2
+    bed = Bed(args.images, args.pytest)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        cells = list(pool.map(lambda pair: bed.run(*pair), [(kernel, mode) for kernel in kernels for mode in modes]))
+    print(table(cells))
+    if args.table:
+        write_table(args.table, cells, datetime.date.today().isoformat())
+    return 1 if any(cell.trouble for cell in cells) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

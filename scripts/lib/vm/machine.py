@@ -1,0 +1,164 @@
+"""One VM: boot a kernel with the image, run a command in a copy of a directory, bring its status and files back.
+
+Emulated by QEMU (TCG): neither KVM nor any privilege is needed, and the machine's own kernel and cgroups do not matter.
+A kernel that gets stuck panics, which ends the VM without a report. The guest's clock is the HPET: QEMU hands the
+machine's own time stamp counter through, which jumps where that machine is itself suspended (guests got stuck by it).
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+MODES = {
+    "root": "uid 0, system service with Delegate=yes",
+    "user": "uid 1000, service of the user's systemd with Delegate=yes",
+    "user-scope": "uid 1000, scope of the user's systemd with Delegate=yes",
+    "user-stock": "like user, with the controllers that Debian 12 hands to a user's systemd: no io, no cpuset",
+    "user-plain": "uid 1000 with a systemd of its own, in a group that is not delegated",
+    "bare": "uid 0, no systemd, root of the cgroup tree",
+    "bare-user": "uid 1000, no systemd, nothing delegated",
+    "container": "root with a container's capabilities, cgroup tree read-only",
+    "container-priv": "root with all capabilities in a container's namespaces, cgroup tree writable",
+}
+TIMEOUT, NO_REPORT = 124, 125
+_WITHOUT_SYSTEMD = ("bare", "container")  # modes that begin so
+_NOT_COPIED = (".git", "__pycache__", ".venv*", ".tox", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis")
+_KERNEL_ARGUMENTS = """
+    console=ttyS0 quiet loglevel=4 panic=-1 softlockup_panic=1 sysctl.kernel.panic_on_rcu_stall=1
+    nokaslr mitigations=off nopti audit=0 selinux=0 apparmor=0 tsc=unstable clocksource=hpet
+    random.trust_cpu=1 cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1 systemd.show_status=0
+    systemd.log_target=null systemd.mask=dev-ttyS0.device
+"""
+_MIB = 1 << 20
+_REPORT_SIZE = 4096  # the guest's one line of report, at the start of its output disk; a tar follows
+_OUTPUT_SIZE = 64 * _MIB
+_TOOLS = ("qemu-system-x86_64", "mke2fs", "setpriv", "tar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """``status``: the command's, or TIMEOUT or NO_REPORT; ``seconds``: the whole VM; ``console``: the end of its text."""
+
+    status: int
+    seconds: float
+    console: str = ""
+
+
+def missing_tools() -> list[str]:
+    return [tool for tool in _TOOLS if not shutil.which(tool)]
+
+
+def run(images: Path, kernel: str, mode: str, project: Path, command: str, *, output: Path, timeout: float,
+        say: Callable[[str], None], memory: int = 1024, cpus: int = 2) -> Outcome:  # fmt: skip
+    """``command`` goes to a shell in a copy of ``project``; what it leaves in $VM_OUT comes back in ``output``; each line
+    that it writes is given to ``say``.
+    """
+    with tempfile.TemporaryDirectory(prefix="pisupervisor-vm-") as name:
+        work = Path(name)
+        _make_job_disk(work / "job.disk", project, command)
+        _make_empty_disk(work / "out.disk", _OUTPUT_SIZE)
+        begun = time.monotonic()
+        finished = _run_qemu(_qemu_command(images, kernel, mode, work, memory, cpus), work, timeout, say)
+        seconds = time.monotonic() - begun
+        status = _read_status(work / "out.disk") if finished else TIMEOUT
+        if status not in (TIMEOUT, NO_REPORT):
+            _unpack_files(work / "out.disk", output)
+        return Outcome(status=status, seconds=seconds, console=_console(work))
+
+
+def _console(work: Path) -> str:
+    try:
+        return (work / "console").read_text(errors="replace")[-6000:]
+    except FileNotFoundError:
+        return ""  # QEMU did not even start
+
+
+def _make_job_disk(path: Path, project: Path, command: str) -> None:
+    """An ext4 disk with cmd and project/, and as much room again as they take plus 256 MiB."""
+    tree = path.with_suffix(".d")
+    tree.mkdir()
+    (tree / "cmd").write_text(command + "\n")
+    shutil.copytree(project, tree / "project", symlinks=True, ignore=shutil.ignore_patterns(*_NOT_COPIED))
+    used = sum(4096 + file.lstat().st_size for file in tree.rglob("*"))
+    _make_empty_disk(path, 2 * used + 256 * _MIB)
+    make = ["mke2fs", "-q", "-F", "-t", "ext4", "-O", "^has_journal", "-m", "0", "-d", tree, path]
+    subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+    shutil.rmtree(tree)
+
+
+def _make_empty_disk(path: Path, size: int) -> None:
+    with open(path, "wb") as disk:
+        disk.truncate(size)
+
+
+def _accelerator() -> list[str]:
+    """KVM only on real VT-x or SVM: a /dev/kvm without either flag in cpuinfo may not run a stock kernel."""
+    flags = Path("/proc/cpuinfo").read_text().split()
+    usable = ("vmx" in flags or "svm" in flags) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    if usable:
+        return ["-accel", "kvm", "-cpu", "host"]
+    return ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max"]
+
+
+def _qemu_command(images: Path, kernel: str, mode: str, work: Path, memory: int, cpus: int) -> list[str]:
+    init = "/usr/local/sbin/bare-init" if mode.startswith(_WITHOUT_SYSTEMD) else "/sbin/init"
+    append = [*_KERNEL_ARGUMENTS.split(), f"vmjob.init={init}", f"vmjob.mode={mode}"]
+    command = [
+        "qemu-system-x86_64", "-M", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-m", str(memory), "-smp", str(cpus), *_accelerator(),
+        "-kernel", str(images / kernel / "vmlinux"), "-initrd", str(images / kernel / "initrd.gz"),
+        "-append", " ".join(append),
+        "-serial", f"file:{work}/console", "-serial", "stdio",  # ttyS0: kernel and init; ttyS1: the command
+        "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng",
+    ]  # fmt: skip
+    disks = [(images / "image.ext4", "on"), (work / "job.disk", "off"), (work / "out.disk", "off")]
+    for number, (path, snapshot) in enumerate(disks):  # vda vdb vdc
+        command += ["-drive", f"file={path},format=raw,if=none,id=d{number},cache=unsafe,snapshot={snapshot}"]
+        command += ["-device", f"virtio-blk-pci,drive=d{number}"]
+    return command
+
+
+def _run_qemu(command: list[str], work: Path, timeout: float, say: Callable[[str], None]) -> bool:
+    """Run to the end; False after a timeout. QEMU dies with us, however we end."""
+    limited = ["timeout", "--signal=KILL", f"{timeout:.0f}", "setpriv", "--pdeathsig", "KILL", *command]
+    environment = {**os.environ, "TMPDIR": str(work)}  # where snapshot=on writes
+    process = subprocess.Popen(
+        ["setpriv", "--pdeathsig", "KILL", *limited], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, env=environment, text=True, errors="replace",
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        for line in process.stdout:
+            say(line.rstrip())
+        return process.wait() not in (124, 137, -9)  # timeout's own, by the signal that it was told to use
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def _read_status(disk: Path) -> int:
+    with open(disk, "rb") as source:
+        words = source.read(_REPORT_SIZE).rstrip(b"\0").decode(errors="replace").split()
+    if len(words) != 5 or words[0] != "vm-job" or words[4] != "ok":
+        return NO_REPORT
+    return int(words[1])
+
+
+def _unpack_files(disk: Path, target: Path) -> None:
+    target.mkdir(parents=True, exist_ok=True)
+    with open(disk, "rb", buffering=0) as source:
+        source.seek(_REPORT_SIZE)
+        subprocess.run(["tar", "-C", target, "--no-same-owner", "-xf", "-"], stdin=source, check=True)
+
+
+def quoted(*words: str) -> str:
+    """Words as one line of shell."""
+    return shlex.join(words)

@@ -1,0 +1,89 @@
+"""The test bed's own decisions: what a cell must have, which skips are explained, and the table."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import features
+import pytest
+
+TOP = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def bed() -> ModuleType:
+    sys.path.insert(0, str(TOP / "scripts/lib/vm"))
+    import bed
+
+    return bed
+
+
+JUNIT = """<testsuites><testsuite>
+<testcase classname="tests.a" name="good"/>
+<testcase classname="tests.a" name="bad"><failure message="assert 0">x</failure></testcase>
+<testcase classname="tests.a" name="lacking"><skipped message="rootless: this is not root">x</skipped></testcase>
+<testcase classname="tests.a" name="lazy"><skipped message="no time today">x</skipped></testcase>
+</testsuite></testsuites>"""
+
+
+def test_a_failure_and_an_unexplained_skip_are_trouble(bed: ModuleType, tmp_path: Path) -> None:
+    junit = tmp_path / "junit.xml"
+    junit.write_text(JUNIT)
+    passed, skipped, trouble = bed.judge(junit, {"v2"})
+    assert (passed, skipped) == (1, 2)
+    assert trouble == ["failed: tests.a::bad", "skipped: tests.a::lazy: no time today"]
+
+
+def test_a_skip_for_what_the_cell_has_is_unexplained(bed: ModuleType) -> None:
+    assert bed.is_explained("Skipped: v2: cgroups are hybrid here", {"root"})
+    assert not bed.is_explained("Skipped: v2: cgroups are hybrid here", {"root", "v2"})
+
+
+def test_every_mode_says_what_it_has_in_words_that_the_suite_knows(bed: ModuleType) -> None:
+    assert set(bed.HAS) == set(bed.machine.MODES)
+    known = set(features.PROBES)
+    assert {name for names in bed.HAS.values() for name in names.split(",")} <= known
+    assert {name for names in bed.LACKS.values() for name in names} <= known
+    assert set(bed.EVERY_RUN) <= set(bed.machine.MODES)
+
+
+def test_old_kernels_lack_what_came_later(bed: ModuleType) -> None:
+    assert "landlock" not in bed.features("5.10", "root")
+    assert "landlock_scopes" not in bed.features("6.1", "root")
+    assert "landlock_scopes" in bed.features("6.12", "root")
+
+
+def test_only_files_with_chosen_tests_are_collected(bed: ModuleType) -> None:
+    arguments = bed.chosen(("bed",))
+    files = {name for name in arguments if name.endswith(".py")}
+    assert "tests/test_limits_v2.py" in files
+    assert "tests/test_wire.py" not in files
+    assert all((TOP / name).exists() for name in files)
+
+
+def test_the_table_replaces_the_last_one(bed: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "platforms.md"
+    page.write_text("before\n<!-- bed: begin -->\nold\n<!-- bed: end -->\nafter\n")
+    green = bed.Cell(kernel="6.1", mode="root", version="6.1.0-9", passed=7, seconds=12.3)
+    red = bed.Cell(kernel="6.1", mode="user", version="6.1.0-9", trouble=("failed: x",), repeats=1)
+    bed.write_table(page, [green, red], "2026-01-02")
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bed: begin -->\nRun on 2026-01-02.\n")
+    assert text.endswith("<!-- bed: end -->\nafter\n")
+    assert "| 6.1.0-9 | root | 7 | 0 | green | 12 |" in text
+    assert "| 6.1.0-9 | user | 0 | 0 | failed: x | 0 |" in text
+    assert "old" not in text
+
+
+def test_pytest_arguments_follow_two_dashes(bed: ModuleType) -> None:
+    args = bed.parse(["images", "--mode", "user", "--", "-q", "tests/test_run.py"])
+    assert (args.mode, args.pytest) == (["user"], ["-q", "tests/test_run.py"])
+    with pytest.raises(SystemExit):
+        bed.parse(["images", "--mode", "nowhere"])
+
+
+def test_the_page_has_a_place_for_the_table() -> None:
+    text = (TOP / "docs/platforms.md").read_text()
+    assert text.count("<!-- bed: begin -->\n") == text.count("<!-- bed: end -->\n") == 1
