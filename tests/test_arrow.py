@@ -333,6 +333,15 @@ def test_python_objects_are_counted_before_they_are_made(monkeypatch: pytest.Mon
     assert len(arrow.build_series(None, [0, 12, 1, None], [""], stream(pyarrow.table({"0": [1] * 12})))) == 12
 
 
+def test_many_small_ones_are_counted() -> None:
+    text, _buffers = child.encode(pandas.DataFrame({"a": [1]}), LIMIT)
+    with pytest.raises(ProtocolError, match="too many tables and columns"):
+        serializer.decode(b"[" + b",".join([bytes(text)] * 4000) + b"]", [])
+    with pytest.raises(child.NotData, match="more than 2000000 items"):
+        child.encode([pyarrow.table({"a": [1]})] * 4000, LIMIT)
+    assert len(cross([pyarrow.table({"a": [1]})] * 3000)) == 3000
+
+
 def test_mutated_streams_only_ever_raise_our_errors() -> None:
     dice = random.Random(48)
     seeds = [

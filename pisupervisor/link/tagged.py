@@ -37,6 +37,7 @@ class Rebuilder:
         self.buffers: list[bytes | memoryview | None] = list(buffers)
         self.max_nesting = max_nesting
         self.reader = reader
+        self._arrow_budget: Any = None
 
     def value(self, node: Any, depth: int) -> Any:
         """``node`` with all tagged objects built; lists and dicts are changed in place."""
@@ -70,6 +71,13 @@ class Rebuilder:
         if data is None:
             raise ProtocolError("a buffer that is used twice")
         return data
+
+    def arrow_budget(self) -> Any:
+        if self._arrow_budget is None:
+            from pisupervisor.link.arrow import Budget
+
+            self._arrow_budget = Budget()
+        return self._arrow_budget
 
     def finish(self) -> None:
         if any(data is not None for data in self.buffers):
@@ -187,27 +195,27 @@ def _scalar(rebuilder: Rebuilder, payload: Any) -> Any:
 def _table(rebuilder: Rebuilder, payload: Any) -> Any:
     from pisupervisor.link.arrow import build_table
 
-    return build_table(rebuilder.blob(*fields(payload, object)))
+    return build_table(rebuilder.blob(*fields(payload, object)), rebuilder.arrow_budget())
 
 
 def _batch(rebuilder: Rebuilder, payload: Any) -> Any:
     from pisupervisor.link.arrow import build_batch
 
-    return build_batch(rebuilder.blob(*fields(payload, object)))
+    return build_batch(rebuilder.blob(*fields(payload, object)), rebuilder.arrow_budget())
 
 
 def _frame(rebuilder: Rebuilder, payload: Any) -> Any:
     from pisupervisor.link.arrow import build_frame
 
     labels, levels, rows, dtypes, where = fields(payload, list, list, list, list, object)
-    return build_frame(labels, levels, rows, dtypes, rebuilder.blob(where))
+    return build_frame(labels, levels, rows, dtypes, rebuilder.blob(where), rebuilder.arrow_budget())
 
 
 def _series(rebuilder: Rebuilder, payload: Any) -> Any:
     from pisupervisor.link.arrow import build_series
 
     name, rows, dtypes, where = fields(payload, object, list, list, object)
-    return build_series(name, rows, dtypes, rebuilder.blob(where))
+    return build_series(name, rows, dtypes, rebuilder.blob(where), rebuilder.arrow_budget())
 
 
 def _own(rebuilder: Rebuilder, payload: Any) -> Any:
