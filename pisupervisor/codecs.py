@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _WORDS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-:<>")
 _LONGEST_NAME = 200
+ARROW = (
+    "arrow"  #: in ``types``: objects of pandas and pyarrow may come back, whose bytes pyarrow then reads in the host
+)
 #: what the closed format itself is made of; a codec for one of these would never be asked
 _OWN = (type(None), bool, int, float, complex, str, bytes, bytearray, memoryview, list, tuple, dict, set, frozenset)
 
@@ -73,16 +76,21 @@ class Serializer(Protocol):
         """In the host. What it raises is a SerializationError of the call."""
 
 
-def check_types(types: Any) -> tuple[TypeCodec, ...]:
+def check_types(types: Any) -> tuple[TypeCodec | str, ...]:
     """Raises OptionsError for what are no codecs, or two for one thing."""
-    if not isinstance(types, (list, tuple)) or not all(isinstance(codec, TypeCodec) for codec in types):
-        raise OptionsError(f"types: expected a list of TypeCodec(...), not {types!r}")
+    if not isinstance(types, (list, tuple)) or not all(isinstance(each, TypeCodec) or each == ARROW for each in types):
+        raise OptionsError(f'types: expected a list of TypeCodec(...) and "arrow", not {types!r}')
     for part in ("name", "type"):
-        values = [getattr(codec, part) for codec in types]
+        values = [getattr(codec, part) for codec in codecs_of(types)]
         twice = [value for value in values if values.count(value) > 1]
         if twice:
             raise OptionsError(f"types: two codecs for {twice[0]!r}; give each a {part} of its own")
     return tuple(types)
+
+
+def codecs_of(types: Sequence[TypeCodec | str]) -> list[TypeCodec]:
+    """Without the words for what we know ourselves."""
+    return [each for each in types if isinstance(each, TypeCodec)]
 
 
 def check_results(results: Any) -> None:
@@ -92,15 +100,19 @@ def check_results(results: Any) -> None:
     raise OptionsError(f"results: {results!r} is neither 'data' nor 'pickle', nor has it dumps and loads to call")
 
 
-def lesson(types: Sequence[TypeCodec], results: Any, packer: Packer, reader: CodeReader) -> tuple[bytes, list[Code]]:
+def lesson(
+    types: Sequence[TypeCodec | str], results: Any, packer: Packer, reader: CodeReader
+) -> tuple[bytes, list[Code]]:
     """What each new child has to learn: the arguments of its call "learn", and the code that they name. Raises OptionsError
     for code that is not there, SerializationError for what cannot travel.
     """
     codes: list[Code] = []
     entries = [
-        (codec.name, _reference(codec.type, reader, codes), _reference(codec.encode, reader, codes)) for codec in types
+        (codec.name, _reference(codec.type, reader, codes), _reference(codec.encode, reader, codes))
+        for codec in codecs_of(types)
     ]
-    return packer.plain_arguments((entries, None if isinstance(results, str) else results), {}), codes
+    serializer = None if isinstance(results, str) else results
+    return packer.plain_arguments((entries, serializer, ARROW in types), {}), codes
 
 
 def _reference(part: Any, reader: CodeReader, codes: list[Code]) -> Any:

@@ -195,7 +195,8 @@ class IsolationOptions:
                          see, or functions from a dotted name to source text or None; asked in order, last of all
     results              "data": what comes back can never run code in the host; "pickle": the caller trusts the child; or a
                          Serializer of the caller's own, who trusts that with the child's bytes
-    types                TypeCodec entries: objects of the caller's own types that may come back beside plain data
+    types                what may come back beside plain data: TypeCodec entries for objects of the caller's own types; "arrow"
+                         for pandas' and pyarrow's, whose bytes pyarrow then reads in the host (extra "arrow")
     zero_copy            results that are big arrays are used where the child has put them, and can still write: for those
                          who trust the child; the default is a copy
     degrade              names of protections that may be missing (see PROTECTIONS); ``applied`` then says so
@@ -227,7 +228,7 @@ class IsolationOptions:
     import_paths: Sequence[str | os.PathLike[str]] = ()
     modules: Sequence[str | os.PathLike[str] | Callable[[str], str | bytes | None]] = ()
     results: Literal["data", "pickle"] | Serializer = "data"
-    types: Sequence[TypeCodec] = ()
+    types: Sequence[TypeCodec | Literal["arrow"]] = ()
     zero_copy: bool = False
     degrade: Sequence[str] = ()
     start_timeout: float | None = 30.0

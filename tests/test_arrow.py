@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 import pytest
 from helpers import linux, resident
 
-from pihost.inside import encode as child
+from pihost.inside import encode as child, taught
 from pisupervisor import Limits, ProcessIsolator, ProtocolError, SerializationError
 from pisupervisor.link import arrow, arrow_messages, serializer
+from pisupervisor.link.reader import Reader
 
 pandas = pytest.importorskip("pandas")
 pyarrow = pytest.importorskip("pyarrow")
@@ -24,9 +25,18 @@ LIMIT = 64 << 20
 PACKAGES = [next(path for path in sys.path if path.endswith("site-packages"))]
 
 
+READER = Reader(arrow=True)
+
+
+@pytest.fixture(autouse=True)
+def _asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child's half runs in this process here, and has been told."""
+    monkeypatch.setattr(taught, "arrow", True)
+
+
 def cross(value: Any) -> Any:
     text, buffers = child.encode(value, LIMIT)
-    return serializer.decode(text, [bytes(buffer) for buffer in buffers])
+    return serializer.decode(text, [bytes(buffer) for buffer in buffers], reader=READER)
 
 
 FRAME = pandas.DataFrame({
@@ -111,7 +121,7 @@ def test_too_large_is_said_before_it_is_copied() -> None:
 @pytest.fixture(scope="module")
 def isolator() -> Iterator[ProcessIsolator]:
     limits = Limits(memory="1G", pids=128)
-    with ProcessIsolator.create(import_paths=PACKAGES, limits=limits) as isolator:
+    with ProcessIsolator.create(import_paths=PACKAGES, limits=limits, types=["arrow"]) as isolator:
         yield isolator
 
 
@@ -149,6 +159,24 @@ def test_declared_as_a_frame(isolator: ProcessIsolator) -> None:
         isolator.invoke(lambda: 1, returns=pandas.DataFrame)
 
 
+@linux
+def test_nobody_asked_for_it() -> None:
+    """The child says so; one that sends it all the same has broken the protocol, and pyarrow reads nothing of it."""
+    with ProcessIsolator.create(import_paths=PACKAGES, limits=Limits(memory="1G", pids=128)) as plain:
+        for make in (lambda: pandas.DataFrame({"a": [1]}), lambda: [pyarrow.table({"a": [1]})]):
+            with pytest.raises(SerializationError, match=r"types=\['arrow'\]"):
+                plain.invoke(make)
+
+        def send_all_the_same() -> Any:
+            from pihost.inside import taught
+
+            taught.arrow = True
+            return pandas.DataFrame({"a": [1]})
+
+        with pytest.raises(ProtocolError, match="not among types="):
+            plain.invoke(send_all_the_same)
+
+
 # --- without the extra ------------------------------------------------------------------------------------------------
 
 
@@ -158,7 +186,7 @@ def test_a_host_without_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch,
     kept = [bytes(buffer) for buffer in buffers]
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(SerializationError, match=r"pip install 'pisupervisor\[arrow\]'") as caught:
-        serializer.decode(text, kept)
+        serializer.decode(text, kept, reader=READER)
     assert caught.value.direction == "from child"
 
 
@@ -336,7 +364,7 @@ def test_python_objects_are_counted_before_they_are_made(monkeypatch: pytest.Mon
 def test_many_small_ones_are_counted() -> None:
     text, _buffers = child.encode(pandas.DataFrame({"a": [1]}), LIMIT)
     with pytest.raises(ProtocolError, match="too many tables and columns"):
-        serializer.decode(b"[" + b",".join([bytes(text)] * 4000) + b"]", [])
+        serializer.decode(b"[" + b",".join([bytes(text)] * 4000) + b"]", [], reader=READER)
     with pytest.raises(child.NotData, match="more than 2000000 items"):
         child.encode([pyarrow.table({"a": [1]})] * 4000, LIMIT)
     assert len(cross([pyarrow.table({"a": [1]})] * 3000)) == 3000

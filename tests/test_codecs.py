@@ -206,7 +206,7 @@ def test_what_is_no_codec(wrong: dict[str, Any], match: str) -> None:
         TypeCodec(**wrong)
 
 
-@pytest.mark.parametrize("wrong", [None, 5, MONEY, [Money], [MONEY, MONEY], [MONEY, TypeCodec(
+@pytest.mark.parametrize("wrong", [None, 5, MONEY, "arrow", ["parrow"], [Money], [MONEY, MONEY], [MONEY, TypeCodec(
     type=Tip, encode=str, decode=str, name=MONEY.name)]])  # fmt: skip
 def test_what_are_no_types(wrong: Any) -> None:
     with pytest.raises(OptionsError, match="types"):

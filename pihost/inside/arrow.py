@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import sys
 
+from pihost.inside import taught
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -39,6 +41,17 @@ _NULLABLE = frozenset(
         "string",
     )
 )
+
+
+def write(walk: Walk, value: Any) -> Any:
+    if not taught.arrow:
+        walk.refuse(
+            f"{type(value)} is not data unless the host asks for types=['arrow']; to_dict(), to_pylist() and to_numpy() are"
+        )
+    pandas = sys.modules.get("pandas")
+    if pandas is None or not isinstance(value, (pandas.DataFrame, pandas.Series)):
+        return write_table(walk, value)
+    return write_frame(walk, value) if isinstance(value, pandas.DataFrame) else write_series(walk, value)
 
 
 def write_table(walk: Walk, value: Any) -> Any:

@@ -196,8 +196,9 @@ class Worker:
         return [over, taught.serialized(item)]
 
     def learn(self, arguments: bytes) -> None:
-        (entries, serializer), _nothing = load(arguments)
-        taught.learn([(name, self.find(kind), self.find(encoder)) for name, kind, encoder in entries], serializer)
+        (entries, serializer, arrow), _nothing = load(arguments)
+        found = [(name, self.find(kind), self.find(encoder)) for name, kind, encoder in entries]
+        taught.learn(found, serializer, arrow)
         self.sends_plain &= serializer is None
 
     def find(self, part: Any) -> Any:

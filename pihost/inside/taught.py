@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 encoders: dict[type, tuple[str, Callable[[Any], Any]]] = {}
 serializer: Any = None
+arrow = False  # whether the host reads what pandas and pyarrow hold
 
 
 class Serialized:
@@ -26,13 +27,13 @@ class Serialized:
         self.data = data
 
 
-def learn(entries: Iterable[tuple[str, type, Callable[[Any], Any]]], own_serializer: Any) -> None:
-    global serializer
+def learn(entries: Iterable[tuple[str, type, Callable[[Any], Any]]], own_serializer: Any, reads_arrow: bool) -> None:
+    global serializer, arrow
     for name, kind, encoder in entries:
         if not isinstance(kind, type):
             raise TypeError(f"types: {name!r} is to be a class, not {kind!r}")
         encoders[kind] = (name, encoder)
-    serializer = own_serializer
+    serializer, arrow = own_serializer, reads_arrow
 
 
 def find_writer(kind: type) -> Callable[[Walk, Any], Any] | None:

@@ -247,22 +247,10 @@ def _check_dtype(walk: Walk, dtype: Any) -> None:
         walk.refuse(f"numpy dtype {str(dtype)[:100]!r} is not data; use numbers, bool, datetime64, bytes or text")
 
 
-def _write_frame(walk: Walk, value: Any) -> Any:
+def _write_by_arrow(walk: Walk, value: Any) -> Any:
     from pihost.inside import arrow
 
-    return arrow.write_frame(walk, value)
-
-
-def _write_series(walk: Walk, value: Any) -> Any:
-    from pihost.inside import arrow
-
-    return arrow.write_series(walk, value)
-
-
-def _write_table(walk: Walk, value: Any) -> Any:
-    from pihost.inside import arrow
-
-    return arrow.write_table(walk, value)
+    return arrow.write(walk, value)
 
 
 # In this order: a datetime is a date, a numpy.float64 a float, an IntEnum an int.
@@ -270,6 +258,6 @@ _ELSEWHERE: tuple[tuple[str, str, Callable[[Walk, Any], Any]], ...] = (
     ("enum", "Enum", _write_enum), ("numpy", "ndarray", _write_array), ("numpy", "generic", _write_scalar),
     ("datetime", "datetime", _write_datetime), ("datetime", "date", _write_date), ("datetime", "time", _write_time),
     ("datetime", "timedelta", _write_timedelta), ("decimal", "Decimal", _write_decimal),
-    ("uuid", "UUID", _write_uuid), ("pathlib", "PurePath", _write_path), ("pandas", "DataFrame", _write_frame),
-    ("pandas", "Series", _write_series), ("pyarrow", "Table", _write_table), ("pyarrow", "RecordBatch", _write_table),
+    ("uuid", "UUID", _write_uuid), ("pathlib", "PurePath", _write_path), ("pandas", "DataFrame", _write_by_arrow),
+    ("pandas", "Series", _write_by_arrow), ("pyarrow", "Table", _write_by_arrow), ("pyarrow", "RecordBatch", _write_by_arrow),
 )  # fmt: skip

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 class Reader(NamedTuple):
     """``decoders`` of the application's own types by their names; ``loads`` of its serializer; ``pickled``: whether it
-    trusts its children's pickles.
+    trusts its children's pickles; ``arrow``: whether pyarrow may read their bytes.
     """
 
     decoders: Mapping[str, Callable[[Any], Any]] = {}
     loads: Callable[[bytes], Any] | None = None
     pickled: bool = False
+    arrow: bool = False
 
     def own(self, name: str, data: Any) -> Any:
         """An object of a type of the application's. Raises SerializationError where its decoder raises."""
@@ -43,10 +44,12 @@ DATA = Reader()
 
 def reader_for(options: IsolationOptions) -> Reader:
     results: Any = options.results
+    codecs: list[Any] = [each for each in options.types if not isinstance(each, str)]
     return Reader(
-        decoders={codec.name: codec.decode for codec in options.types},
+        decoders={codec.name: codec.decode for codec in codecs},
         loads=None if isinstance(results, str) else results.loads,
         pickled=results == "pickle" if isinstance(results, str) else False,
+        arrow="arrow" in options.types,
     )
 
 

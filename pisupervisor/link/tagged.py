@@ -73,6 +73,8 @@ class Rebuilder:
         return data
 
     def arrow_budget(self) -> Any:
+        if not self.reader.arrow:
+            raise ProtocolError("a table or frame, where 'arrow' is not among types=")
         if self._arrow_budget is None:
             from pisupervisor.link.arrow import Budget
 
