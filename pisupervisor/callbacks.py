@@ -63,7 +63,11 @@ class Callbacks:
             return _FAILED + f"more than {self._rate:g} calls of the host in a second".encode()
         if not self._bytes.may_pass(len(body)):
             return _FAILED + f"more than {self._size} bytes for the host in a second".encode()
-        name, args, kwargs = _request(kind, body, self._reader)
+        try:
+            name, args, kwargs = _request(kind, body, self._reader)
+        except SerializationError as error:  # no numpy here, a decoder of the application's that raised ...
+            self._log("reading what a callback was called with", error)
+            return _FAILED + b"the host cannot read these arguments"
         if name == IMPORT and self._modules is not None and kind == wire.CALLBACK_RAW:
             return self._source(args)
         entry = self._functions.get(name)
@@ -130,7 +134,7 @@ def _request(kind: int, body: bytes, reader: Reader) -> tuple[str, list[Any], di
             name, args, kwargs = decode(text, []), [bytes(part) for part in buffers], {}
         else:
             name, args, kwargs = decode(text, buffers, reader=reader)
-    except (wire.BadFrame, SerializationError, TypeError, ValueError) as error:
+    except (wire.BadFrame, TypeError, ValueError) as error:
         raise ProtocolError(f"a callback that cannot be read: {error}") from None
     if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):
         raise ProtocolError("a callback that is not a name, a list and a mapping")

@@ -17,9 +17,8 @@ if TYPE_CHECKING:
 
 _WORDS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-:<>")
 _LONGEST_NAME = 200
-ARROW = (
-    "arrow"  #: in ``types``: objects of pandas and pyarrow may come back, whose bytes pyarrow then reads in the host
-)
+#: in ``types``: objects of pandas and pyarrow may come back, whose bytes pyarrow then reads in the host
+ARROW = "arrow"
 #: what the closed format itself is made of; a codec for one of these would never be asked
 _OWN = (type(None), bool, int, float, complex, str, bytes, bytearray, memoryview, list, tuple, dict, set, frozenset)
 
@@ -137,6 +136,5 @@ def _is_serializer(results: Any) -> bool:
 
 
 def _name_of(kind: Any) -> str:
-    if isinstance(kind, str):
-        return "".join(letter if letter in _WORDS else "_" for letter in kind)[-_LONGEST_NAME:]
-    return f"{kind.__module__}.{kind.__qualname__}"[-_LONGEST_NAME:]
+    said = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+    return "".join(letter if letter in _WORDS else "_" for letter in said)[-_LONGEST_NAME:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import pickle
 import sys
 import threading
@@ -139,6 +140,25 @@ def test_a_decoder_that_raises_fails_the_call_alone(isolator: ProcessIsolator) -
 
 
 @linux
+def test_a_decoder_that_raises_fails_a_callback_alone(
+    isolator: ProcessIsolator, caplog: pytest.LogCaptureFixture
+) -> None:
+    def pay(currency: str) -> str:
+        import pihost
+
+        try:
+            return str(pihost.call_host("currency", [Money(1, currency)]))
+        except pihost.HostError as error:
+            return f"refused: {error}"
+
+    isolator.register_callback("currency", lambda paid: paid[0].currency)
+    with caplog.at_level(logging.ERROR, "pisupervisor"):
+        assert isolator.invoke(pay, "XXX") == "refused: the host cannot read these arguments"
+    assert "no currency: XXX" in caplog.text
+    assert isolator.invoke(pay, "EUR") == "EUR"
+
+
+@linux
 def test_an_encoder_that_raises_is_user_code_that_raises() -> None:
     with ProcessIsolator.create(types=[TypeCodec(type=Money, encode=lambda money: 1 / 0, decode=to_money)]) as isolator:
         with pytest.raises(ZeroDivisionError) as caught:
@@ -204,6 +224,11 @@ def test_what_cannot_be_taught_is_no_isolator(tmp_path: Path) -> None:
 def test_what_is_no_codec(wrong: dict[str, Any], match: str) -> None:
     with pytest.raises(OptionsError, match=match):
         TypeCodec(**wrong)
+
+
+def test_any_class_has_a_name() -> None:
+    for kind in (type("Gr\u00f6\u00dfe", (), {}), type("x" * 500, (), {}), Money):
+        assert 0 < len(TypeCodec(type=kind, encode=str, decode=str).name) <= 200
 
 
 @pytest.mark.parametrize("wrong", [None, 5, MONEY, "arrow", ["parrow"], [Money], [MONEY, MONEY], [MONEY, TypeCodec(
