@@ -280,7 +280,7 @@ class ProcessIsolator:
         self._keeper.check_open()
         from pisupervisor import shared
 
-        return shared.shared_array(self.id, shape, dtype, self._keeper.release)
+        return shared.shared_array(self.id, shape, dtype, self._keeper.forget_memory)
 
     def object_count(self) -> int:
         """How many objects and streams live in the child for the sake of a handle here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import operator
 import os
@@ -9,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pisupervisor.errors import OptionsError
-from pisupervisor.link.arenas import memory_file
+from pisupervisor.link.arenas import SIZE_SEALS, memory_file
 
 _MAX_DIMENSIONS = 32  # what every numpy takes
 _KINDS = "biufcmM"  # numbers, and times: what a stranger's bytes cannot make more of
@@ -36,7 +37,7 @@ def shared_array(isolator: int, shape: int | Sequence[int], dtype: Any, forget: 
     kind = _dtype(numpy, dtype)
     lengths = _lengths(shape)
     size = max(1, _size(lengths, kind.itemsize))
-    fd = memory_file(size)
+    fd = memory_file(size, SIZE_SEALS | fcntl.F_SEAL_SEAL)
     try:
         memory = SharedMemory(fd, size)
     except (OSError, ValueError) as error:
@@ -59,7 +60,7 @@ def reduce(obj: Any, used: dict[int, SharedMemory], isolator: int) -> Any:
     if memory is None or memory.isolator != isolator:
         return NotImplemented
     offset = _address(obj) - _address(numpy.frombuffer(memory, "u1"))
-    return numpy.ndarray, (obj.shape, obj.dtype.str, memory, offset, obj.strides)
+    return numpy.ndarray, (obj.shape, obj.dtype, memory, offset, obj.strides)
 
 
 def _address(array: Any) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import fcntl
+import gzip
 import io
+import lzma
 import multiprocessing
 import os
 import pty
@@ -297,6 +300,23 @@ def test_a_closed_file_is_refused(isolator: ProcessIsolator, tmp_path: Path) -> 
 
 
 @linux
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda path: gzip.GzipFile(path, "wb"), lambda path: io.TextIOWrapper(gzip.GzipFile(path, "wb")),
+        lambda path: bz2.BZ2File(path, "wb"), lambda path: lzma.LZMAFile(path, "wb"),  # noqa: SIM115
+        lambda path: tempfile.SpooledTemporaryFile(),  # noqa: SIM115
+        lambda path: socket.socketpair()[0].makefile("rw"),
+    ],
+    ids=["gzip", "gzip text", "bz2", "lzma", "spooled", "both ways"],
+)  # fmt: skip
+def test_what_is_more_than_its_descriptor_is_refused(make: Callable[[Path], Any], tmp_path: Path) -> None:
+    """The child would write to the bare descriptor, and past what packs it."""
+    with ProcessIsolator.create() as isolator, make(tmp_path / "x") as file, pytest.raises(SerializationError):
+        isolator.invoke(print, file)
+
+
+@linux
 def test_too_many_at_once_are_refused() -> None:
     pipes = [os.pipe() for _ in range(33)]
     ends = [Descriptor(end) for pipe in pipes for end in pipe]
@@ -329,6 +349,17 @@ def test_what_a_call_does_not_take_is_closed_in_the_child(isolator: ProcessIsola
 class Unloadable:
     def __reduce__(self) -> Any:
         return int, ("no number",)
+
+
+@linux
+def test_what_the_child_starts_does_not_inherit_them(isolator: ProcessIsolator) -> None:
+    def listing(file: Any) -> str:
+        import subprocess
+
+        return subprocess.run(["/bin/ls", "/proc/self/fd"], capture_output=True, text=True, close_fds=False).stdout
+
+    with open(__file__) as file:
+        assert isolator.invoke(listing, file).split() == ["0", "1", "2", "3"]  # 3 is ls's own
 
 
 @linux

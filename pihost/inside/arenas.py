@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 _CHUNK = 8 << 20  # bytes copied at once: other threads get their turn in between
 
 
-def open_map(fd: int, size: int) -> mmap.mmap:
-    """Memory of the host's, shared; the descriptor is closed (the map has a copy of its own)."""
+def open_map(fd: int, size: int, *, paid: bool = False) -> mmap.mmap:
+    """Memory of the host's, shared; the descriptor is closed (the map has a copy of its own). ``paid``: make all pages here,
+    so that they are charged to this child's limit; the host insists on that.
+    """
     import mmap  # a small C module, but most children never need it
 
     try:
+        if paid:
+            os.posix_fallocate(fd, 0, size)
         return mmap.mmap(fd, size)
     finally:
         os.close(fd)
@@ -36,7 +40,7 @@ class Arena:
     """One that arguments come in. Views of the map, and arrays built on them, are references to it that can be counted."""
 
     def __init__(self, fd: int, size: int, kept: bool) -> None:
-        self.area, self.kept = open_map(fd, size), kept  # no name but this one refers to the map
+        self.area, self.kept = open_map(fd, size, paid=True), kept  # no name but this one refers to the map
         self._idle = self._references()
 
     def _references(self) -> int:
@@ -62,8 +66,6 @@ class Arguments:
         for other in dropped:
             self._arenas.pop(other, None)
         try:
-            # Whoever touches a page first pays for it: here, so that the child's own limit counts it.
-            os.posix_fallocate(fd, 0, size)
             self._arenas[number] = Arena(fd, size, kept)
         except (OSError, ValueError, ImportError):
             return False
@@ -131,7 +133,7 @@ class Results:
         if number in self._maps:
             return number  # given back meanwhile
         try:
-            self._maps[number] = open_map(fds[0], length)
+            self._maps[number] = open_map(fds[0], length, paid=True)
         except (LookupError, OSError, ValueError, ImportError):  # no descriptor, no room for the map
             return None
         return number

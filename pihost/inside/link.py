@@ -49,7 +49,7 @@ class Link:
     def _read(self, missing: int) -> bool:
         # Always recvmsg: a plain recv would drop descriptors that ride on the bytes it takes.
         size = _BUFFER if missing < _BUFFER else min(missing, 1 << 24)
-        data, ancillary, flags, _address = self.sock.recvmsg(size, _FD_SPACE)
+        data, ancillary, flags, _address = self.sock.recvmsg(size, _FD_SPACE, _socket.MSG_CMSG_CLOEXEC)
         # The kernel joins nothing behind what carries descriptors: each batch belongs to one frame, and they come in order.
         if ancillary or flags & _socket.MSG_CTRUNC:  # truncated: there was no number left for them
             self._batches.append(

@@ -1,7 +1,8 @@
 """Memory that the host and one child both see, so that big buffers are copied once and no pages are made anew.
 
-Made and sealed here: a child cannot shrink it, which would be a SIGBUS in the host. Pages are paid for by whoever touches
-them first; the child does, for arguments before the host writes (see ``pihost.inside.arenas``), for results by writing.
+Made and sealed here: a child cannot shrink it, which would be a SIGBUS in the host. Pages are paid for by whoever makes
+them: the child, all of them, before the host touches one. That is checked (see ``Arena.settle``); a child that could leave
+them to the host, and keep its map for ever, would be free of its own memory limit.
 """
 
 from __future__ import annotations
@@ -24,18 +25,20 @@ if TYPE_CHECKING:
 
     from pisupervisor.options import IsolationOptions
 
-_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+SIZE_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+_F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1: no more writable maps, and no holes
+_MADV_POPULATE_WRITE = 23  # Linux 5.14
 _CHUNK = 8 << 20  # bytes copied at once: other threads get their turn in between, and the cache is used as it is
 _UNLIMITED = 1 << 62
 
 
-def memory_file(size: int) -> int:
-    """A descriptor of ``size`` bytes of memory whose size nobody can change. Raises IsolationError."""
+def memory_file(size: int, seals: int) -> int:
+    """A descriptor of ``size`` bytes of memory, sealed at least against a change of size. Raises IsolationError."""
     try:
         fd = os.memfd_create("pisupervisor", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, size)
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
         except BaseException:
             os.close(fd)
             raise
@@ -50,21 +53,34 @@ class Arena:
     def __init__(self, size: int) -> None:
         self.number = int.from_bytes(os.urandom(7), "little")
         self.size = size
-        self.fd = memory_file(size)
-        self.area: Any = None
-
-    def open(self, flags: int = 0) -> None:
-        """Map it. Raises IsolationError."""
+        self.settled = False
+        self.fd = memory_file(size, SIZE_SEALS)
         try:
-            self.area = mmap.mmap(self.fd, self.size, mmap.MAP_SHARED | flags)
+            self.area = mmap.mmap(self.fd, size)
         except (OSError, ValueError) as error:
-            raise IsolationError(f"no room for a map of {self.size} bytes: {error}") from error
+            raise IsolationError(f"no room for a map of {size} bytes: {error}") from error
         self._idle = self._references()
 
-    def open_lent(self) -> None:
-        """For arguments, when the child has made the pages: all at once, as one fault each takes longer than the copy."""
-        self.open(mmap.MAP_POPULATE)
-        self.area[0] = wire.LENT
+    def settle(self) -> None:
+        """When the child has mapped it, and before this process touches a page: see that the child has made all of them, and
+        that none can be taken away, for whoever makes them anew would pay for them. Raises ProtocolError.
+        """
+        try:
+            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _F_SEAL_FUTURE_WRITE | fcntl.F_SEAL_SEAL)
+        except OSError as error:
+            raise ProtocolError("an arena that the child has sealed itself") from error
+        made = os.fstat(self.fd).st_blocks * 512
+        if made < self.size:
+            raise ProtocolError(f"an arena of which the child has made {made} bytes, not {self.size}")
+        self.settled = True
+        self.close_fd()
+
+    def populate(self) -> None:
+        """Map all pages at once, as one fault each takes longer than the copy."""
+        try:
+            self.area.madvise(_MADV_POPULATE_WRITE)
+        except OSError:
+            return  # Linux 5.13 does without
 
     def _references(self) -> int:
         return sys.getrefcount(self.area)
@@ -75,30 +91,27 @@ class Arena:
 
     def is_free(self) -> bool:
         """Whether the child says so. One that lies spoils its own arguments and results, and nothing else."""
-        return self.area is not None and self.area[0] == wire.FREE and self.is_idle()
+        return self.settled and self.area[0] == wire.FREE and self.is_idle()
 
     def close_fd(self) -> None:
-        """The child has it, and here the map is enough."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
-    def write(self, regions: list[Iterable[Any]], starts: list[int]) -> None:
-        """Each region is buffers one after the other. Through the map, or where there is none through the descriptor."""
-        for at, region in zip(starts, regions, strict=True):
-            for buffer in region:
-                source = memoryview(buffer).cast("B")
-                for start in range(0, source.nbytes, _CHUNK):
-                    self._write(at, source[start : start + _CHUNK])
-                    at += min(_CHUNK, source.nbytes - start)
+    def __del__(self) -> None:
+        if "fd" in self.__dict__:
+            self.close_fd()
 
-    def _write(self, at: int, piece: memoryview) -> None:
-        if self.area is not None:
-            self.area[at : at + piece.nbytes] = piece
-            return
-        while piece:
-            written = os.pwrite(self.fd, piece, at)
-            piece, at = piece[written:], at + written
+    def write(self, regions: list[Iterable[Any]], starts: list[int]) -> None:
+        """Each region is buffers one after the other."""
+        with memoryview(self.area) as target:
+            for at, region in zip(starts, regions, strict=True):
+                for buffer in region:
+                    source = memoryview(buffer).cast("B")
+                    for start in range(0, source.nbytes, _CHUNK):
+                        piece = source[start : start + _CHUNK]
+                        target[at : at + piece.nbytes] = piece
+                        at += piece.nbytes
 
 
 class Choice(NamedTuple):
@@ -151,9 +164,15 @@ class Arenas:
             self._in[choice.reuse].area[0] = wire.LENT
             return self._in[choice.reuse], choice
 
+    def accepted(self, arena: Arena) -> None:
+        """The child has it. Raises ProtocolError where it has not done its part."""
+        with self._lock:  # once it is settled it might be taken for a free one
+            arena.settle()
+            arena.populate()
+            arena.area[0] = wire.LENT
+
     def refused(self, arena: Arena) -> None:
         """The child has no room for it, or no descriptor."""
-        arena.close_fd()
         with self._lock:
             self._in.pop(arena.number, None)
 
@@ -166,8 +185,6 @@ class Arenas:
                 return _numbers(choice.reuse, self._out[choice.reuse].size), None
             try:
                 arena = _renew(self._out, choice) if choice.keep else None
-                if arena is not None:
-                    arena.open()
             except IsolationError:
                 arena = None
             if arena is None:
@@ -193,12 +210,14 @@ class Arenas:
         except wire.BadFrame as error:
             raise ProtocolError(f"the child sent {error}") from None
         with self._lock:
+            starts, end = wire.place(lengths)
             arena = self._out.get(number)
-            self._read.add(number)
-        starts, end = wire.place(lengths)
-        if arena is None or end > arena.size:
-            raise ProtocolError(f"a result of {sum(lengths)} bytes in an arena that is not there or too small")
-        whole = memoryview(arena.area) if self.lend else memoryview(arena.area).toreadonly()
+            if arena is None or end > arena.size:
+                raise ProtocolError(f"a result of {sum(lengths)} bytes in an arena that is not there or too small")
+            if not arena.settled:
+                arena.settle()
+            whole = memoryview(arena.area) if self.lend else memoryview(arena.area).toreadonly()
+            self._read.add(number)  # not before there is a view: another thread may sweep
         return text, [whole[start : start + length] for start, length in zip(starts, lengths, strict=True)]
 
     def sweep(self) -> None:

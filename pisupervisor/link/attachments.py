@@ -117,15 +117,11 @@ def _fill(
     """The arena that they are in now, None where the child cannot take one: they are part of the call then."""
     starts, end = wire.place(lengths)
     arena, choice = arenas.take(end)
-    try:
-        if choice.reuse is None:
-            body = pack_call("arena", False, arena.number, arena.size, choice.keep, [*choice.drop])
-            if unpack_answer(connection.call(body, deadline, fds=(arena.fd,), within=within), DATA) is not True:
-                arenas.refused(arena)
-                return None
-            if choice.keep:
-                arena.open_lent()
-        arena.write(regions, starts)
-    finally:
-        arena.close_fd()
+    if choice.reuse is None:
+        body = pack_call("arena", False, arena.number, arena.size, choice.keep, [*choice.drop])
+        if unpack_answer(connection.call(body, deadline, fds=(arena.fd,), within=within), DATA) is not True:
+            arenas.refused(arena)
+            return None
+        arenas.accepted(arena)
+    arena.write(regions, starts)
     return arena

@@ -106,6 +106,13 @@ class Connection:
         """The child is gone. Handles may keep this connection, and results that were lent keep their own memory."""
         self._arenas = None
 
+    def forget_memory(self, number: int) -> None:
+        """A shared array is gone; the child is told with the next call."""
+        self.released.append(number)
+        arenas = self._arenas
+        if arenas is not None:
+            arenas.shared.discard(number)
+
     # --- calls ------------------------------------------------------------------------------------------------
 
     def call(
@@ -368,11 +375,7 @@ class Connection:
         if len(body) != 8:
             raise ProtocolError("room asked for without a size")
         answer, arena = self.arenas().room(int.from_bytes(body, "little"))
-        try:
-            self._tell(pending, answer, () if arena is None else (arena.fd,), deadline)
-        finally:
-            if arena is not None:
-                arena.close_fd()
+        self._tell(pending, answer, () if arena is None else (arena.fd,), deadline)
 
     def _tell(self, pending: Pending, answer: bytes, fds: tuple[int, ...], deadline: float | None) -> None:
         pending.asked = None

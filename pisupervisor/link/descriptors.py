@@ -86,11 +86,13 @@ def _reduce_socket(sock: socket.socket, passed: list[Passed], networked: bool) -
 
 
 def _reduce_file(file: Any, passed: list[Passed], networked: bool) -> Any:
+    if isinstance(file, (io.BytesIO, io.StringIO)):
+        return NotImplemented  # data
+    if not _is_plain(file):  # such as GzipFile, which has the descriptor of what it unpacks
+        raise _refused(f"a {type(file).__name__}", "what it reads or writes is not what stands at its descriptor")
     try:
         fd = file.fileno()
-    except (OSError, ValueError):  # BytesIO, StringIO: data, not descriptors; or closed
-        if isinstance(file, (io.BytesIO, io.StringIO)):
-            return NotImplemented
+    except (OSError, ValueError):
         raise _refused("a file object", "it is closed, or has no descriptor") from None
     from pihost.inside.attached import file as build
 
@@ -101,6 +103,15 @@ def _reduce_file(file: Any, passed: list[Passed], networked: bool) -> Any:
         buffering = 1 if getattr(file, "line_buffering", False) else -1
         return build, (index, mode, buffering, (file.encoding, file.errors))
     return build, (index, mode + "b", 0 if isinstance(file, io.RawIOBase) else -1, None)
+
+
+def _is_plain(file: Any) -> bool:
+    """Whether it is made of what ``open`` and ``makefile`` make, all the way down."""
+    if isinstance(file, io.TextIOWrapper):
+        file = file.buffer
+    if isinstance(file, (io.BufferedReader, io.BufferedWriter, io.BufferedRandom)):
+        file = file.raw
+    return isinstance(file, (io.FileIO, socket.SocketIO))
 
 
 def _settle(file: Any) -> None:

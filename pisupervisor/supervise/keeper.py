@@ -145,11 +145,11 @@ class Keeper:
             sys.stderr.write(line)
             sys.stderr.flush()
 
-    def release(self, number: int) -> None:
-        """The child, if there is one, keeps what has this number no longer; told with the next call."""
+    def forget_memory(self, number: int) -> None:
+        """A shared array is gone here. Comes from a collector, at any moment: the child is told with the next call."""
         connection = self.connection
         if connection is not None and os.getpid() == self.owner:
-            connection.released.append(number)
+            connection.forget_memory(number)
 
     def _arenas(self) -> Arenas:
         from pisupervisor.link.arenas import arenas_for
