@@ -19,8 +19,8 @@ _shared: dict[int, mmap.mmap] = {}  # by the host's number, for as long as the h
 
 
 def has_parts(call: tuple[Any, ...]) -> bool:
-    """Whether anything came with the call, or is still out from calls before it."""
-    return tuple in map(type, call) or arenas.arguments.any_lent
+    """Whether anything came with the call, or should have, or is still out from calls before it."""
+    return tuple in map(type, call) or call[0] == "arena" or arenas.arguments.any_lent
 
 
 class Call:
@@ -62,7 +62,7 @@ def _take_shared(fds: list[int | None], shared: list[tuple[int, int, int]]) -> N
 
 def take(index: int) -> int:
     """A descriptor that came with the call; it belongs to the caller from now on."""
-    fds = _call.fds
+    fds = getattr(_call, "fds", [])
     if index >= len(fds):  # the kernel hands over as many as there is room for
         raise OSError(24, "Too many open files in the child: not all that came with the call could be taken")
     fd, fds[index] = fds[index], None
