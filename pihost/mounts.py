@@ -1,4 +1,4 @@
-"""What a root is made of: Bind, Tmpfs, Proc, Folder, File, Symlink, each with ``describe()`` and ``execute()``.
+"""What a root is made of: Bind, Layer, Tmpfs, Proc, Folder, File, Symlink, each with ``describe()`` and ``execute()``.
 
 Bind sources are taken (open_tree) before anything is mounted: no path of the host is walked twice, and a source below
 the folder that the new root is built on stays reachable. They go to an fd, not to a path, for the same reason.
@@ -40,7 +40,7 @@ class Bind(Mount):
         self.tree, self.late = -1, False
 
     def describe(self) -> str:
-        return f"bind {self.source} at {self.target}"
+        return f"{type(self).__name__.lower()} {self.source} at {self.target}"
 
     def open(self, kernel: Any = syscalls) -> None:
         """Take the source, while it can be seen. Its flags are set before anything can be reached through it."""
@@ -74,6 +74,23 @@ def set_flags_late(path: str, flags: int, kernel: Any) -> None:
             if (point + "/").startswith(path + "/"):
                 held = sum(flag for name, flag in _OPTIONS.items() if name in fields[5].split(","))
                 kernel.mount("", point, "", syscalls.MS_REMOUNT | syscalls.MS_BIND | flags | held)
+
+
+class Layer(Bind):
+    """A read-only folder of code that does not change, as a layer of an overlay (45 us; beside an empty one, for it takes
+    two): mountinfo then shows no path of the host. Where the kernel refuses that, a Bind.
+    """
+
+    def open(self, kernel: Any = syscalls) -> None:  # noqa: ARG002
+        self.tree = os.open(self.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # old kernels: no detached layers
+
+    def execute(self, base: str, kernel: Any = syscalls) -> None:
+        target, empty = (f"/proc/self/fd/{open_target(base, path, True)}" for path in (self.target, "/pis/empty"))
+        layers = f"lowerdir=/proc/self/fd/{self.tree}:{empty},redirect_dir=nofollow,xino=off"
+        try:
+            kernel.mount("overlay", target, "overlay", READ_ONLY, layers)
+        except OSError:
+            Bind(f"/proc/self/fd/{self.tree}", self.target, self.flags).execute(base, kernel)
 
 
 def open_target(base: str, path: str, folder: bool) -> int:
@@ -158,7 +175,7 @@ class Symlink(Mount):
         os.symlink(self.to, base + self.target)
 
 
-KINDS = {"bind": Bind, "tmpfs": Tmpfs, "proc": Proc, "folder": Folder, "file": File, "symlink": Symlink}
+KINDS = {"bind": Bind, "layer": Layer, "tmpfs": Tmpfs, "proc": Proc, "folder": Folder, "file": File, "symlink": Symlink}
 
 
 def read(entries: list[list[Any]]) -> list[Mount]:

@@ -279,6 +279,7 @@ class Zygote:
         confine.run(confine.PAYLOAD, plan, fds)
         sys.path += self.plan.import_paths
         gc.enable()
+        _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # KeyboardInterrupt, as programs expect
         link = serve.Link(confine.LINK)
         link.send(wire.READY, 0, [b"1"])
         os.close(say_ready)

@@ -120,6 +120,12 @@ def _undelegated() -> str:
     return "" if _limits() else "this process has groups of its own"
 
 
+def _overlay() -> str:
+    return _try_unshare(
+        None, "--mount", "mount", "-t", "overlay", "-o", "ro,lowerdir=/usr/bin:/usr/lib", "x", "/usr/lib"
+    )
+
+
 def _testsuite() -> str:
     """CPython's own tests, which Debian has in a package of their own."""
     try:
@@ -129,8 +135,8 @@ def _testsuite() -> str:
     return "" if found else "this interpreter came without its test package (Debian: libpython3.x-testsuite)"
 
 
-def _try_unshare(user: int | None) -> str:
-    command = ["unshare", "--user", "--map-root-user", "true"]
+def _try_unshare(user: int | None, *command: str) -> str:
+    command = ("unshare", "--user", "--map-root-user", *(command or ("true",)))
     groups = None if user is None else ()
     done = subprocess.run(
         command, user=user, group=user, extra_groups=groups, cwd="/", capture_output=True, text=True, check=False
@@ -189,6 +195,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "landlock": _landlock,
     "landlock_net": _landlock_net,
     "landlock_scopes": _landlock_scopes,
+    "overlay": _overlay,
     "testsuite": _testsuite,
 }
 

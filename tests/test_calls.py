@@ -500,6 +500,15 @@ def test_an_exception_class_of_their_own(shared: ProcessIsolator) -> None:
     assert type(caught.value).__mro__[1] is not KeyError
 
 
+def test_an_interrupt_is_what_it_is_in_every_python() -> None:
+    """Programs send SIGINT to themselves, and catch what comes."""
+    source = "import os, signal\ntry:\n    os.kill(os.getpid(), 2)\n    signal.pause()\nexcept KeyboardInterrupt: caught = True"
+    with ProcessIsolator.create() as isolator:
+        before = isolator.pid
+        assert isolator.run_source(f"{source}\ncaught", timeout=10.0).value is True
+        assert isolator.pid == before
+
+
 @pytest.mark.parametrize("source", ["raise SystemExit(3)", "raise KeyboardInterrupt", "exit(4)"])
 def test_leaving_ends_the_call_not_the_child(source: str) -> None:
     with ProcessIsolator.create() as isolator:

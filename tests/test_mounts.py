@@ -19,6 +19,7 @@ from pihost.syscalls import MS_NODEV, MS_NOEXEC, MS_NOSUID, MS_RDONLY
     ("entry", "text"),
     [
         (["bind", "/usr", "/usr", 7], "bind /usr at /usr"),
+        (["layer", "/lib/x", "/x", 7], "layer /lib/x at /x"),
         (["tmpfs", "/tmp", 1024, 8, 1000, 1000], "tmpfs /tmp"),
         (["proc", "/proc", "subset=pid"], "proc /proc"),
         (["folder", "/dev/shm"], "folder /dev/shm"),
@@ -89,6 +90,31 @@ def test_before_linux_5_12_flags_come_mount_by_mount(tmp_path: Path) -> None:
     first, second = (line.split(",") for line in done.stdout.splitlines())
     assert {"ro", "nosuid", "nodev"} <= set(first)
     assert {"ro", "nosuid", "nodev", "noexec"} <= set(second)
+
+
+def test_a_layer_names_no_path(tmp_path: Path) -> None:
+    source, base, kernel = tmp_path / "source", tmp_path / "base", Recorder()
+    source.mkdir()
+    base.mkdir()
+    layer = mounts.Layer(str(source), "/a/b", mounts.READ_ONLY)
+    layer.open(kernel)
+    layer.execute(str(base), kernel)
+    ((name, _source, target, kind, flags, data),) = kernel.calls
+    assert (name, kind, flags) == ("mount", "overlay", MS_RDONLY | MS_NOSUID | MS_NODEV)
+    assert os.path.samefile(target, base / "a/b")
+    assert str(tmp_path) not in data
+
+
+def test_a_layer_that_the_kernel_refuses_is_a_bind(tmp_path: Path) -> None:
+    source, base, kernel = tmp_path / "source", tmp_path / "base", Recorder(failing="mount")
+    source.mkdir()
+    base.mkdir()
+    layer = mounts.Layer(str(source), "/a/b", mounts.READ_ONLY)
+    layer.open(kernel)
+    layer.execute(str(base), kernel)
+    assert kernel.names() == ["mount", "open_tree", "set_mount_flags", "move_mount"]
+    assert kernel.calls[2][2] == MS_RDONLY | MS_NOSUID | MS_NODEV
+    assert kernel.calls[3][2] == f"{base}/a/b"
 
 
 def test_a_file_is_bound_over_an_empty_one(tmp_path: Path) -> None:

@@ -144,16 +144,25 @@ def test_an_ordinary_user_has_one_id_which_the_zygote_sees_as_0() -> None:
 
 
 def test_everything_of_the_host_is_read_only() -> None:
-    binds = [entry for entry in template(IsolationOptions(), HOME, cloudpickle="/cp").root if entry[0] == "bind"]
+    root = template(IsolationOptions(), HOME, cloudpickle="/cp").root
+    binds = [entry for entry in root if entry[0] in ("bind", "layer")]
     writable = [entry for entry in binds if not entry[3] & syscalls.MS_RDONLY]
     devices = [f"/dev/{name}" for name in ("null", "zero", "full", "random", "urandom")]
     assert [entry[1] for entry in writable] == [*devices, "/proc"]
     assert {target for _, source, target, _ in binds if source.startswith("/home")} == {"/py", *HOME.packages}
 
 
+def test_no_folder_of_ours_shows_where_it_lies_on_the_host() -> None:
+    """A bind's source is in mountinfo for the child to read; a layer's is not."""
+    root = template(IsolationOptions(), HOME, cloudpickle="/cp").root
+    layers = {entry[2]: entry[3:] for entry in root if entry[0] == "layer"}
+    assert layers == {place: [mounts.READ_ONLY] for place in ("/py", "/pis/pihost", "/pis/cloudpickle")}
+
+
 def test_etc_is_made_up() -> None:
     files = {entry[1]: entry[2] for entry in template(IsolationOptions()).root if entry[0] == "file"}
-    assert files["/etc/passwd"].count("\n") == 2
+    assert files["/etc/passwd"].count("\n") == 3
+    assert files["/etc/hosts"].splitlines()[0] == "127.0.0.1 localhost pihost"
     assert "user:x:1000:1000" in files["/etc/passwd"]
     assert files["/etc/hostname"] == "pihost\n"
     shown = [entry[1] for entry in template(IsolationOptions()).root if entry[0] == "bind" and "/etc/" in entry[1]]
@@ -278,7 +287,7 @@ def test_preloaded_libraries_are_told_to_start_no_threads() -> None:
 
 def test_the_inside_knows_no_more_than_it_must() -> None:
     plan = child(IsolationOptions(limits=Limits(result="2M"), results="pickle"))
-    assert plan.limits == {"result": 2 << 20, "pickle": 1, "modules": 0}
+    assert plan.limits == {"result": 2 << 20, "pickle": 1, "modules": 0, "concurrency": 1}
 
 
 def test_every_limit_that_is_reported_is_a_protection() -> None:

@@ -8,6 +8,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import features
 import pytest
 from conftest import OrdinaryUser
 
@@ -57,15 +58,20 @@ def test_everything_else_holds(ordinary_user: OrdinaryUser) -> None:
             why = {name: entry.detail for name, entry in isolator.applied.items() if not entry.holds}
             facts = isolator.invoke_method(sys.argv[1], "facts")
             status = dict(line.split(":\\t", 1) for line in open(f"/proc/{isolator.pid}/status").read().splitlines())
+            mounts = isolator.run_source("open('/proc/self/mountinfo').read()").value
             mine = {name: os.readlink(f"/proc/self/ns/{name}") for name in os.listdir("/proc/self/ns")}
             its = {name: os.readlink(f"/proc/{isolator.pid}/ns/{name}") for name in mine}
-        tell(holds=holds, why=why, facts=facts, status=status, shared=[name for name in mine if mine[name] == its[name]])
+        tell(holds=holds, why=why, facts=facts, status=status,
+             mounts=mounts, shared=[name for name in mine if mine[name] == its[name]])
     """
     found = run(ordinary_user, source)
     lacking = {name for name, holds in found["holds"].items() if not holds}
     assert lacking | {"swap"} == {*LACKING, "cpu_weight", "cpuset", "io"}, "a host without swap needs no limit of it"
     assert all(found["why"][name] for name in lacking)
     assert found["shared"] == []
+    assert " / /pis/pihost ro," in found["mounts"] or features.missing("overlay"), (
+        "where it lies is not the child's business"
+    )
     facts, status = found["facts"], found["status"]
     assert (facts["ids"][0], facts["pid"], facts["session"], facts["hostname"]) == ([1000] * 3, 2, True, "pihost")
     assert sorted(facts["fds"]) == ["0", "1", "2", "3"]

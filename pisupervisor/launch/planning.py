@@ -40,6 +40,18 @@ _READ = EXECUTE | READ_FILE | READ_DIR
 _DEVICES = ("null", "zero", "full", "random", "urandom")
 _ETC_BINDS = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/localtime")
 _ETC_NETWORK = ("/etc/resolv.conf", "/etc/hosts", "/etc/ssl", "/etc/nsswitch.conf")
+#: nobody, nogroup: what the host's files belong to, as seen through a map of one id
+_USERS = (
+    "root:x:0:0:root:/:/usr/sbin/nologin\nuser:x:{user}:{user}:user:/tmp:/bin/sh\n"
+    "nobody:x:65534:65534:nobody:/:/usr/sbin/nologin\n"
+)
+_GROUPS = "root:x:0:\nuser:x:{user}:\nnogroup:x:65534:\n"
+_PROTOCOLS = (("ip", 0), ("icmp", 1), ("tcp", 6), ("udp", 17), ("ipv6", 41), ("ipv6-icmp", 58))
+_SERVICES = (
+    "echo 7/tcp", "echo 7/udp", "daytime 13/tcp", "daytime 13/udp", "ftp 21/tcp", "ssh 22/tcp", "telnet 23/tcp",
+    "smtp 25/tcp", "domain 53/tcp", "domain 53/udp", "http 80/tcp", "pop3 110/tcp", "ntp 123/udp", "imap2 143/tcp",
+    "https 443/tcp", "https 443/udp", "submission 587/tcp", "imaps 993/tcp", "pop3s 995/tcp",
+)  # fmt: skip
 _LOADER_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 #: libraries that start threads when imported would make the zygote unfit to fork
@@ -90,9 +102,9 @@ def template_plan(
     program: bytes, host_environment: dict[str, str], listen: bool = False,
 ) -> TemplatePlan:  # fmt: skip
     """What the zygote for these options is. ``package`` is pihost's folder, ``cloudpickle`` that package's, or None."""
-    root = [*_system(), *_interpreter(interpreter), ["bind", package, f"{OURS}/pihost", mounts.READ_ONLY]]
+    root = [*_system(), *_interpreter(interpreter), ["layer", package, f"{OURS}/pihost", mounts.READ_ONLY]]
     if cloudpickle:
-        root.append(["bind", cloudpickle, f"{OURS}/cloudpickle", mounts.READ_ONLY])
+        root.append(["layer", cloudpickle, f"{OURS}/cloudpickle", mounts.READ_ONLY])
     root += _devices() + _etc(options)
     root += [["folder", "/tmp"], ["folder", "/dev/shm"], ["folder", "/proc"], ["bind", "/proc", "/proc", 0]]
     for source, place, final, flags in binds(options, interpreter):
@@ -231,7 +243,7 @@ def _system() -> list[list[Any]]:
 def _interpreter(interpreter: Interpreter) -> list[list[Any]]:
     if not interpreter.relocated:
         return []
-    return [["bind", interpreter.prefix, interpreter.inside(interpreter.prefix), mounts.READ_ONLY]]
+    return [["layer", interpreter.prefix, interpreter.inside(interpreter.prefix), mounts.READ_ONLY]]
 
 
 def _devices() -> list[list[Any]]:
@@ -245,17 +257,18 @@ def _devices() -> list[list[Any]]:
 
 def _etc(options: IsolationOptions) -> list[list[Any]]:
     """A synthetic /etc: no users, no secrets of the host."""
-    user = options.security.user
-    passwd = f"root:x:0:0:root:/:/usr/sbin/nologin\nuser:x:{user}:{user}:user:/tmp:/bin/sh\n"
+    user, name = options.security.user, options.security.hostname
     entries: list[list[Any]] = [
-        ["file", "/etc/passwd", passwd],
-        ["file", "/etc/group", f"root:x:0:\nuser:x:{user}:\n"],
-        ["file", "/etc/hostname", options.security.hostname + "\n"],
+        ["file", "/etc/passwd", _USERS.format(user=user)],
+        ["file", "/etc/group", _GROUPS.format(user=user)],
+        ["file", "/etc/hostname", f"{name}\n"],
+        ["file", "/etc/protocols", "".join(f"{word} {number} {word.upper()}\n" for word, number in _PROTOCOLS)],
+        ["file", "/etc/services", "".join(f"{word}\n" for word in _SERVICES)],
     ]
     shared = _ETC_BINDS + (_ETC_NETWORK if options.network == "host" else ())
     entries += [["bind", path, path, mounts.READ_ONLY] for path in shared if os.path.exists(path)]
     if options.network != "host":
-        entries.append(["file", "/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n"])
+        entries.append(["file", "/etc/hosts", f"127.0.0.1 localhost {name}\n::1 localhost\n"])
         entries.append(["file", "/etc/nsswitch.conf", "passwd: files\ngroup: files\nhosts: files\n"])
     return entries
 
