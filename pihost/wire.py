@@ -3,10 +3,9 @@
     host                                      child
       | <------------------------- READY  id 0, walls are up, before any user code
       | CODE    id n, a module's source ---->|   (no answer; kept by its key)
-      | OUTPUT  id n, two pipe ends -------->|   (no answer; stdout and stderr of the next call)
       | STDIO   id n, stdout and stderr ---->|   (no answer; where they go outside of such a call; the body says how many)
       | RELEASE id n, numbers of objects --->|   (no answer; they are kept no longer)
-      | CALL    id n, what to run ---------->|
+      | CALL    id n, what to run ---------->|   (with it the pipes for its stdout and stderr, if it is captured)
       | INNER   id n, id m, what to run ---->|   (a call that the callback of call m makes)
       | <---------------- CALLBACK, CALLBACK_RAW  id m, a name and arguments: for a function of the host
       | ANSWER  id m ----------------------->|   before it, other calls may be made and answered in turn
@@ -16,7 +15,7 @@
       | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
       | <------------------------- one of RESULT, MAPPED, PICKLED, STREAM, RAISED, REFUSED  id n, the (last part of the) answer
 
-Descriptors ride on OUTPUT, STDIO, CALL, INNER and ANSWER, where their kind says so (RIDING), and on nothing that a child
+Descriptors ride on STDIO, CALL, INNER and ANSWER, where their kind says so (RIDING), and on nothing that a child
 sends.
 A frame is a 16-byte header (magic, version, kind, id, length; little endian) and ``length`` bytes, 1 at the least.
 Host to child the body is a pickle: the host is trusted. Child to host it is never one, unless the caller asked for
@@ -40,7 +39,7 @@ PIECE_SIZE = 1 << 20
 STDERR_TAIL = 4096  #: bytes of the end of stderr that PID 1 keeps where nobody reads it
 MAX_BUFFERS = 1000  #: binary buffers beside the text of one value
 
-CODE, CALL, OUTPUT, EXIT, STDIO, RELEASE, ANSWER, INNER = 1, 2, 3, 4, 5, 6, 7, 8
+CODE, CALL, INNER, EXIT, STDIO, RELEASE, ANSWER = 1, 2, 3, 4, 5, 6, 7
 RIDING = 32  #: added to the kind of a frame with which descriptors come
 READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM = 64, 65, 66, 67, 68, 69, 70, 71, 72
 MAPPED, ROOM = 73, 74

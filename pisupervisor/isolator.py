@@ -17,7 +17,7 @@ from pisupervisor.records import replace
 # What is not needed to start a zygote is imported while that wakes up (see ``ProcessIsolator.__init__``).
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
     from types import TracebackType
     from typing import Any
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pisupervisor.results import Applied, CallResult, ExitInfo, SystemCall, Usage
     from pisupervisor.supervise.keeper import FirstCall
     from pisupervisor.supervise.lifecycle import State
+    from pisupervisor.supervise.pipeline import Pipeline
     from pisupervisor.supervise.session import Outcome
     from pisupervisor.worker import Worker
 
@@ -222,6 +223,39 @@ class ProcessIsolator:
             cpu_time=result.usage.cpu_time, peak_memory=result.usage.peak_memory, stderr_tail=result.stderr[-4096:],
             stdout=result.stdout, stderr=result.stderr, truncated=result.truncated,
         )  # fmt: skip
+
+    def map(
+        self, function: Callable[..., Any] | str, /, *iterables: Iterable[Any], timeout: float | None = None,
+        returns: Any = None, idempotent: bool = False, in_flight: int = 128,
+    ) -> Pipeline:  # fmt: skip
+        """``function`` (or a target as text, ``"plugin.py:shrink"``) on each item, as ``map`` does it: an iterator over the
+        results, in order. The function is sent once; up to ``in_flight`` calls are on their way or wait in the child, and so
+        many items are fetched ahead.
+
+        ``timeout`` is for each call, from the answer before it. What a call raises ends the iteration; those that are under
+        way then are done all the same. A child that dies ends it too, unless ``idempotent``.
+        """
+        from pisupervisor.options import check_count, check_timeout
+        from pisupervisor.supervise.pipeline import Pipeline, Target
+
+        check_count(in_flight, "in_flight", 1, 1 << 16)
+        limit = self.options.call_timeout if timeout is None else check_timeout(timeout)
+        if isinstance(function, str):
+            path, _, name = function.rpartition(":")
+            target = Target(self._code(path, name), name)
+        else:
+            target = Target(None, "", self._packer.function(function, (), {}))
+        self._keeper.check_open()
+        arguments = self._packer.arguments
+        payloads = (arguments(items, {}) for items in zip(*iterables))  # noqa: B905 - as map does it
+        finish = None
+        if returns is not None:
+            from functools import partial
+
+            from pisupervisor.link.serializer import build
+
+            finish = partial(build, returns=returns)
+        return Pipeline(self._session, target, payloads, limit, in_flight, idempotent, finish)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> IsolationFuture:
         """``invoke`` without waiting: a future. Its ``cancel()`` kills the work if it runs already."""

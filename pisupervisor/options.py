@@ -265,9 +265,7 @@ class IsolationOptions:
         _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, LONGEST))
         _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))
         _integer(self.max_calls, "max_calls", 1, 1 << 62)
-        if self.max_concurrency is None:
-            raise OptionsError("max_concurrency: None is not a whole number from 1 to 1000")
-        _integer(self.max_concurrency, "max_concurrency", 1, 1000)
+        check_count(self.max_concurrency, "max_concurrency", 1, 1000)
         _store(self, "callback_rate", _number(self.callback_rate, "callback_rate", 0.001, 1e9))
         _store(self, "callback_bytes", _size_or_none(self.callback_bytes, "callback_bytes"))
         _integer(self.callback_depth, "callback_depth", 0, 50)
@@ -306,6 +304,14 @@ def check_timeout(value: float) -> float:
     """The ``timeout`` of one call in seconds. Raises OptionsError for what is no time."""
     _number(value, "timeout", 0.0, LONGEST)
     return value
+
+
+def check_count(value: int, name: str, low: int, high: int) -> None:
+    """Raises OptionsError for what is no whole number from ``low`` to ``high``."""
+    _integer(_NO_NUMBER if value is None else value, name, low, high)
+
+
+_NO_NUMBER: Any = "None"
 
 
 def _integer(value: int | None, name: str, low: int, high: int) -> None:

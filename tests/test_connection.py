@@ -93,7 +93,7 @@ def test_nobody_can_answer_a_call_before_it_is_made() -> None:
         (frame(kind=0), "kind 0"),
         (frame(kind=wire.CALL), "which no child may send"),
         (frame(kind=wire.CODE), "which no child may send"),
-        (frame(kind=wire.OUTPUT), "which no child may send"),
+        (frame(kind=wire.INNER), "which no child may send"),
         (frame(kind=wire.READY), "ready said twice"),
         (frame(ident=0), "an answer to call 0"),
         (frame(ident=2), "an answer to call 2"),
@@ -230,7 +230,7 @@ def test_descriptors_that_a_child_attaches_are_dropped(
 
 
 def receive_pipes(peer: socket.socket) -> list[int]:
-    """The write ends of stdout and stderr, as a child gets them with the OUTPUT frame."""
+    """The write ends of stdout and stderr, as a child gets them with the call."""
     received: list[int] = []
     while not received:
         received = socket.recv_fds(peer, 4096, 2)[1]

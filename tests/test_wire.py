@@ -10,7 +10,7 @@ from hypothesis import given, settings, strategies
 from pihost import wire
 from pihost.wire import BadFrame
 
-KINDS = (wire.CODE, wire.CALL, wire.OUTPUT, *sorted(wire.FROM_CHILD))
+KINDS = (wire.CODE, wire.CALL, wire.INNER, *sorted(wire.FROM_CHILD))
 
 
 @given(
@@ -30,7 +30,7 @@ def test_the_bytes_are_the_documented_ones() -> None:
 
 
 def test_host_and_child_kinds_are_apart() -> None:
-    assert not {wire.CODE, wire.CALL, wire.OUTPUT} & wire.FROM_CHILD
+    assert not {wire.CODE, wire.CALL, wire.INNER} & wire.FROM_CHILD
     assert len(set(KINDS)) == len(KINDS)
 
 

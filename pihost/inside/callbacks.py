@@ -80,6 +80,9 @@ class Host:
             if frame[0] == wire.ANSWER and frame[1] == own:
                 self.waiting.pop(own, None)
                 return frame[2] if kind == wire.ROOM else _understand(frame[2])
+            if frame[0] == wire.CALL or frame[0] == wire.EXIT:
+                self._link.postpone(frame)
+                continue
             self._serve_one(frame)
             self.call_id = own
 

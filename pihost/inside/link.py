@@ -14,7 +14,7 @@ if False:  # typing costs 5 ms, and only a type checker reads this
 
 _BUFFER = 1 << 16
 _LARGEST = 1 << 32  # the host's frames may be as long as their header says
-_FD_SPACE = _socket.CMSG_SPACE(wire.MAX_DESCRIPTORS * 4)
+_FD_SPACE = _socket.CMSG_SPACE((wire.MAX_DESCRIPTORS + 2) * 4)  # two are for what the call writes
 _HEADER = wire.HEADER.size
 
 
@@ -26,6 +26,7 @@ class Link:
         self._data: bytes | bytearray = b""  # what was read, from ``_at`` on not yet taken
         self._at = 0
         self._batches: list[list[int]] = []  # of descriptors, each of one frame
+        self._postponed: list[tuple[tuple[int, int, bytes], list[int]]] = []
         self._fds: list[int] = []  # of the frame that was received last
         self._sending = _thread.allocate_lock()
 
@@ -69,6 +70,16 @@ class Link:
             return self._fds
         fds, self._fds = self._fds, []
         return fds
+
+    def postpone(self, frame: tuple[int, int, bytes]) -> None:
+        """It comes when the call that runs is over: that waits for the host, and this is nothing of its own."""
+        self._postponed.append((frame, self.take_fds()))
+
+    def receive_postponed(self) -> tuple[int, int, bytes] | None:
+        if not self._postponed:
+            return None
+        frame, self._fds = self._postponed.pop(0)
+        return frame
 
     def send_whole(self, kind: int, ident: int, parts: list[bytes]) -> None:
         body = parts[0] if len(parts) == 1 else b"".join(parts)

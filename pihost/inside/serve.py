@@ -40,7 +40,7 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
         return Threads(worker, limits["concurrency"]).serve()
     worker.host = callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
     while True:
-        frame = link.receive()
+        frame = link.receive_postponed() or link.receive()
         if frame is None:
             return 0
         worker.serve_one(frame)
@@ -58,7 +58,9 @@ class Worker:
         self.loop = awaiting.Loop()
         self.loops = [self.loop]
         self.released: list[int] = []
-        self.output: list[int] = []  # pipes for what the next call writes, if that is captured
+        self.output: list[
+            int
+        ] = []  # pipes for what the next call writes, if that is captured: the first that ride on it
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
 
@@ -77,6 +79,8 @@ class Worker:
                 self.host.call_id = ident
             call = _pickle.loads(body if kind == wire.CALL else body[wire.OUTER.size :])
             fds = self.inbox.take_fds()
+            if call[1]:
+                self.output, fds = fds[:2], fds[2:]
             if fds or self.released or attached.has_parts(call):
                 with attached.Call(call, fds):
                     self.drop_released()
@@ -88,8 +92,6 @@ class Worker:
             self.link.send(answer[0], ident, answer[1])
         elif kind == wire.CODE:
             self.library.add(_pickle.loads(body))
-        elif kind == wire.OUTPUT:
-            self.output = self.inbox.take_fds()
         elif kind == wire.STDIO:
             redirect(self.inbox.take_fds(), body[0])
         elif kind == wire.RELEASE:
@@ -171,6 +173,13 @@ class Worker:
         function, args, kwargs = load(arguments)
         return function(*args, **kwargs)
 
+    def keep_function(self, arguments: bytes) -> int:
+        return objects.kept.keep(load(arguments)[0])
+
+    def call_kept(self, number: int, arguments: bytes) -> object:
+        args, kwargs = load(arguments)
+        return objects.kept.get(number)(*args, **kwargs)
+
     def create_object(self, key: str, target: str, arguments: bytes) -> int:
         return objects.kept.keep(self.loop.complete(self.call_method(key, target, arguments)))
 
@@ -218,6 +227,8 @@ class Worker:
 VERBS: dict[str, Callable[..., object]] = {
     "method": Worker.call_method,
     "function": Worker.call_function,
+    "keep function": Worker.keep_function,
+    "kept": Worker.call_kept,
     "source": Worker.run_source,
     "script": Worker.run_script,
     "create": Worker.create_object,
@@ -230,7 +241,7 @@ VERBS: dict[str, Callable[..., object]] = {
     "learn": Worker.learn,
     "arena": Worker.add_arena,
 }
-OF_USERS = frozenset(("method", "function", "source", "on object", "apply"))  # whose values are the user's own
+OF_USERS = frozenset(("method", "function", "source", "on object", "apply", "kept"))  # whose values are the user's own
 
 
 class Unloadable(Exception):

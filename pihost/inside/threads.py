@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pihost.inside.serve import Worker
 
     Frame = tuple[int, int, bytes]
-    Job = tuple[Frame, list[int], list[int], list[int]]  # with descriptors, pipes for its output, released objects
+    Job = tuple[Frame, list[int], list[int]]  # with descriptors, and objects released before it
 
 
 class Inbox:
@@ -79,7 +79,7 @@ class Threads:
 
     def _put(self, frame: Frame) -> None:
         worker = self._worker
-        job = (frame, worker.link.take_fds(), worker.take_output(), worker.released)
+        job = (frame, worker.link.take_fds(), worker.released)
         worker.released = []
         with self._lock:
             self._jobs.append(job)
@@ -109,8 +109,6 @@ class Threads:
         outer = frame[1] if frame[0] == wire.ANSWER else wire.OUTER.unpack_from(frame[2])[0]
         inbox = self._waiting.get(outer)
         if inbox is not None:
-            if frame[0] == wire.INNER and self._worker.output:
-                inbox.put((wire.OUTPUT, 0, b"\0"), self._worker.take_output())
             inbox.put(frame, self._worker.link.take_fds())
 
     # --- in each thread ---------------------------------------------------------------------------------------
@@ -123,8 +121,7 @@ class Threads:
         callbacks.of_threads[_thread.get_ident()] = worker.host
         try:
             while True:
-                frame, fds, worker.output, worker.released = self._next(inbox)
-                inbox.fds = fds
+                frame, inbox.fds, worker.released = self._next(inbox)
                 worker.serve_one(frame)
         except OSError:
             pass  # the host is gone, and so are we in a moment

@@ -78,6 +78,8 @@ class Connection:
         self._is_over = is_over or _never
         self._answer = answer  # for what the child asks while it works on a call: kind and body in, body out
         self._stdio, self._displaced = stdio, False
+        self._in_callbacks: dict[int, list[int]] = {}  # by thread, the ids of their calls
+        self._unowned: list[Pending] = []  # that ask something, and whose caller is not there: whoever reads sees to it
         self._outputs: list[Output] = []  # of the calls under way that are captured, the innermost last
         self._frames = Frames()
         self._began = 0.0  # when the frame began that is not whole yet
@@ -128,7 +130,7 @@ class Connection:
             return self._call_captured(Request(body, fds, within), deadline, output, ident)
         if self._displaced or self.released:
             self.tidy(deadline)
-        pending = Pending(ident or self.new_ident(), self.largest, None if self._readers is None else Bell())
+        pending = Pending(ident or self.new_ident(), self.largest, self.new_bell())
         self.begin(pending, Request(body, fds, within), deadline)
         return self._wait(pending, deadline, None)
 
@@ -161,6 +163,21 @@ class Connection:
             self._feed(said)
         return text
 
+    def new_bell(self) -> Bell | None:
+        return None if self._readers is None else Bell()
+
+    def frame(self, pending: Pending, body: bytes) -> bytes:
+        """A call as it is sent with ``send_frames``; its answer may come from then on."""
+        self.calls[pending.ident] = pending
+        return wire.pack_header(wire.CALL, pending.ident, len(body)) + body
+
+    def send_frames(self, data: bytes, deadline: float | None) -> None:
+        if self._displaced or self.released:
+            self.tidy(deadline)
+        with self._sending:
+            sent = self._send_some(data, NeverSent)
+            self._push(memoryview(data)[sent:], deadline)
+
     def begin(self, pending: Pending, request: Request, deadline: float | None = None) -> None:
         """Send a call, do not wait."""
         self.calls[pending.ident] = pending  # before it is sent: another thread may read its answer
@@ -185,9 +202,7 @@ class Connection:
         self._release(deadline)
         self._outputs.append(captured)
         try:
-            with self._sending:  # the pipes are for the call that comes next
-                self.send(wire.OUTPUT, b"\0", captured.writers, deadline)
-                self.begin(pending, request, deadline)
+            self.begin(pending, request._replace(fds=captured.writers + request.fds), deadline)
             answer = self._wait(pending, deadline, captured)
         except (LinkClosed, DeadlinePassed) as error:
             captured.drain()
@@ -221,10 +236,10 @@ class Connection:
             del self.released[: len(numbers)]  # others may have added some since
             self.send(wire.RELEASE, struct.pack(f"<{len(numbers)}Q", *numbers), deadline=deadline)
 
-    def waits_for_host(self, ident: int) -> bool:
-        """Whether that call is in a callback."""
-        pending = self.calls.get(ident)
-        return pending is not None and pending.asked is not None
+    def in_callback(self, caller: int) -> int:
+        """The id of the call whose callback that thread runs, 0 if it runs none."""
+        chain = self._in_callbacks.get(caller)
+        return chain[-1] if chain else 0
 
     def new_ident(self) -> int:
         """Random: an answer given before its call cannot guess it. Drawn by the dozen, a system call each is half a
@@ -300,19 +315,35 @@ class Connection:
 
     # --- in ---------------------------------------------------------------------------------------------------
 
-    def wait(self, ident: int, deadline: float | None = None) -> Answer:
+    def wait(self, pending: Pending, deadline: float | None = None) -> Answer:
         """For the answer to a call that was begun. Raises what ``call`` raises."""
-        return self._wait(self.calls[ident], deadline, None)
+        return self._wait(pending, deadline, None)
+
+    def dispatch_what_is_there(self, *, read: bool = False) -> None:
+        """What was read together with the last answer; ``read``: and what can be read without waiting."""
+        if self._readers is not None:
+            return  # whoever reads does that
+        if read:
+            try:
+                self._feed(self.link.recv(READ, _AT_ONCE))
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise LinkClosed from error
+        while (frame := self._frames.next()) is not None:
+            self.dispatch(frame)
 
     def _wait(self, pending: Pending, deadline: float | None, captured: Output | None) -> Answer:
         try:
             if self._readers is not None:
                 self._wait_with_others(pending, deadline, captured)
             while pending.answer is None:
-                if pending.asked is None:
-                    self._read(deadline, captured)
-                else:
+                if pending.asked is not None:
                     self._callback(pending, deadline)
+                elif (other := self._take_unowned()) is not None:
+                    self._callback(other, deadline)
+                else:
+                    self._read(deadline, captured)
             return pending.answer
         finally:
             self.calls.pop(pending.ident, None)
@@ -322,15 +353,25 @@ class Connection:
             while pending.answer is None:
                 if self._is_broken:
                     raise LinkClosed
-                if pending.asked is not None:
+                asking = pending if pending.asked is not None else self._take_unowned()
+                if asking is not None:
                     self._leave(pending)  # the application's function may take its time
-                    self._callback(pending, deadline)
+                    self._callback(asking, deadline)
                 elif self._may_read(pending):
                     self._read(deadline, captured)
                 else:
                     self._sleep(pending, deadline, captured)
         finally:
             self._leave(pending)
+
+    def _take_unowned(self) -> Pending | None:
+        """A call that asks something and has nobody who waits for it, unless somebody does so by now."""
+        while self._unowned:
+            with self._lock:
+                pending = self._unowned.pop() if self._unowned else None
+            if pending is not None and pending.asked is not None:
+                return pending
+        return None
 
     def _may_read(self, pending: Pending) -> bool:
         with self._lock:
@@ -366,7 +407,14 @@ class Connection:
             return
         if self._answer is None or asked is None:
             raise ProtocolError("a callback where there are none")
-        answer = self._answer(*asked)  # may call into the child in turn
+        chain = self._in_callbacks.setdefault(threading.get_ident(), [])
+        chain.append(pending.ident)
+        try:
+            answer = self._answer(*asked)  # may call into the child in turn
+        finally:
+            chain.pop()
+            if not chain:
+                del self._in_callbacks[threading.get_ident()]
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlinePassed
         self._tell(pending, answer, (), deadline)
@@ -394,6 +442,8 @@ class Connection:
         if pending.take(kind, body):
             if pending.answer is not None:
                 self.calls.pop(ident, None)  # nothing more may come for it
+            elif not pending.owned:
+                self._unowned.append(pending)
             if pending.bell is not None:
                 pending.bell.ring()
 

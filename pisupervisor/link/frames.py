@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HEADER = wire.HEADER.size
 _PLAIN = struct.Struct("<HBBQIII")  # a header and the counts of a value
+_COUNTS = struct.Struct("<II")
 READ = 1 << 16
 
 
@@ -41,6 +42,18 @@ def plain_text(data: bytes, ident: int) -> bytes | None:
     if length != len(data) - _HEADER or text != len(data) - _PLAIN.size or length > wire.MAX_FRAME:
         return None
     return data[_PLAIN.size :]
+
+
+def text_of(answer: Answer) -> bytes | None:
+    """The same of an answer that was taken apart already."""
+    body = answer.body
+    if (
+        answer.kind != wire.RESULT
+        or len(body) < _COUNTS.size
+        or _COUNTS.unpack_from(body) != (len(body) - _COUNTS.size, 0)
+    ):
+        return None
+    return body[_COUNTS.size :]
 
 
 class Frames:
@@ -91,14 +104,14 @@ class Frames:
 class Pending:
     """A call under way and what has come of it: pieces, a callback that waits for its answer, the answer.
 
-    ``bell`` is rung when there is something new, where others than the caller may read it. ``largest`` bounds the answer
-    in bytes, however many pieces it comes in.
+    ``owned``: a thread waits for it. ``bell`` is rung when there is something new, where others than the caller may
+    read it. ``largest`` bounds the answer in bytes, however many pieces it comes in.
     """
 
-    __slots__ = ("_largest", "_pieces", "_roomed", "_whole", "answer", "asked", "bell", "ident")
+    __slots__ = ("_largest", "_pieces", "_roomed", "_whole", "answer", "asked", "bell", "ident", "owned")
 
-    def __init__(self, ident: int, largest: int, bell: Ringing | None = None) -> None:
-        self.ident, self._largest, self.bell = ident, largest, bell
+    def __init__(self, ident: int, largest: int, bell: Ringing | None = None, *, owned: bool = True) -> None:
+        self.ident, self._largest, self.bell, self.owned = ident, largest, bell, owned
         self.answer: Answer | None = None
         self.asked: tuple[int, bytes] | None = None  # kind and body of a callback, until somebody sees to it
         self._whole: bytearray | None = None

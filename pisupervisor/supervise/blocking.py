@@ -96,7 +96,9 @@ class Begun(Blocking):
             connection.calls.pop(ident, None)
             raise error
         return (
-            connection.wait(ident, deadline) if first else exchange(connection, body, deadline, output, ident, within)
+            connection.wait(connection.calls[ident], deadline)
+            if first
+            else exchange(connection, body, deadline, output, ident, within)
         )
 
 

@@ -368,6 +368,9 @@ class Keeper:
         if not self.turn.take(0):
             return False
         try:
+            connection = self.connection
+            if connection is not None and connection.calls:
+                return False  # of a map whose next result nobody has asked for yet
             if self.child is child and not child.ended:
                 self.enter("stop")
                 self.end(child, ExitReason.KILLED, why)

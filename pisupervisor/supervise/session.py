@@ -87,9 +87,7 @@ class Session:
 
     def __init__(self, keeper: Keeper) -> None:
         self.keeper, self.options = keeper, keeper.options
-        self._under_way: dict[
-            int, list[tuple[Call, int]]
-        ] = {}  # by caller, with their ids: a callback may call in turn
+        self._under_way: dict[int, list[Call]] = {}  # by caller: a callback may call in turn
         self._unwanted: set[int] = set()  # callers whose present call was cancelled while it waited
         self._calls = 0  # that the present child has answered
         self._caller: Child | None = None  # the child they were counted on
@@ -209,8 +207,8 @@ class Session:
             raise IsolationError("the child is not ready yet: a callback of on_start cannot call into it")
         if child is None or connection is None:
             raise IsolatorClosed("the child whose callback this is has ended")
-        outer, ident = under_way[-1]
-        if not connection.waits_for_host(ident):
+        outer = under_way[-1]
+        if not connection.in_callback(caller):
             raise IsolationError("this thread is in the middle of a call into that child, and not in a callback of it")
         if outer.deadline is not None and (call.deadline is None or outer.deadline < call.deadline):
             call = call._replace(deadline=outer.deadline, limit=outer.limit)
@@ -255,11 +253,11 @@ class Session:
         if caller in self._unwanted:
             raise IsolatorClosed(_NOT_WANTED)
         chain = self._under_way.get(caller)
-        within = chain[-1][1] if chain else 0
+        within = connection.in_callback(caller) if chain else 0
         if chain is None:
             chain = self._under_way[caller] = []
         ident = io.new_ident(connection)
-        chain.append((call, ident))
+        chain.append(call)
         try:
             code = call.code
             if code is not None and code.key not in connection.sent:

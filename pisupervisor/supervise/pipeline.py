@@ -1,0 +1,250 @@
+"""``map``: many calls under way on one link, sent by the dozen, answered in order; arguments are fetched as they are needed."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from pihost import wire
+from pisupervisor.errors import IsolationError, ProtocolError
+from pisupervisor.link.calls import Payload, body_of
+from pisupervisor.link.connection import Connection, Request
+from pisupervisor.link.frames import Answer, Pending, text_of
+from pisupervisor.link.serializer import decode_plain
+from pisupervisor.supervise.blocking import Blocking, exchange, run_through
+from pisupervisor.supervise.exits import termination
+from pisupervisor.supervise.session import Call
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from pisupervisor.link.calls import Attached
+    from pisupervisor.link.sources import Code
+    from pisupervisor.supervise.session import Session
+
+_BYTES = 1 << 17  # under way, one call excepted: what the socket takes without anybody waiting
+
+
+def room(under_way: int, size: int, most: int) -> int:
+    """How many calls are to be sent now, where so many, of ``size`` bytes together, are under way. Not one by one: half of
+    what may be at once, so that a system call carries many. Pure.
+    """
+    if under_way and (size >= _BYTES or under_way > most // 2):
+        return 0
+    return most - under_way
+
+
+class Item:
+    """One call. ``pending`` is None until it is sent, and again where it is to be sent anew."""
+
+    __slots__ = ("payload", "pending", "size")
+
+    def __init__(self, payload: bytes | Payload) -> None:
+        self.payload = payload
+        self.size = len(payload) if isinstance(payload, bytes) else 0
+        self.pending: Pending | None = None
+
+
+class Target:
+    """What is called with each item: code of a file, or a function that is sent once to each child and kept there."""
+
+    def __init__(self, code: Code | None, name: str, function: bytes | Payload | None = None) -> None:
+        self.code, self._name, self._function = code, name, function
+        self._number = 0
+
+    def settle(self, connection: Connection, deadline: float | None) -> None:
+        """In a child that has not seen it yet. Raises what that comes to."""
+        from pisupervisor.link.calls import pack_code, unpack_answer
+        from pisupervisor.link.reader import DATA
+
+        if self.code is not None and self.code.key not in connection.sent:
+            connection.send(wire.CODE, pack_code(self.code), deadline=deadline)
+            connection.sent.add(self.code.key)
+        if self._function is not None:
+            body = body_of("keep function", False, (self._function,))
+            answer = exchange(connection, body, deadline, None, connection.new_ident(), 0)
+            number = unpack_answer(answer, DATA)
+            if type(number) is not int:
+                raise ProtocolError("an answer that is none to such a call")
+            self._number = number
+
+    def call(self, payload: bytes | Payload) -> tuple[Any, ...]:
+        if self.code is not None:
+            return "method", self.code.key, self._name, payload
+        return "kept", self._number, payload
+
+    def release(self, connection: Connection | None) -> None:
+        if connection is not None and self._number:
+            connection.released.append(self._number)
+
+
+class Pipeline(Blocking):
+    """An iterator over the results. Used by one thread at a time; others may call meanwhile, and the same one between two
+    results: its calls come behind those that are under way.
+    """
+
+    def __init__(
+        self, session: Session, target: Target, payloads: Iterator[bytes | Payload], limit: float | None, in_flight: int,
+        idempotent: bool, finish: Callable[[Any], Any] | None,
+    ) -> None:  # fmt: skip
+        self._session, self._target, self._payloads, self._limit = session, target, payloads, limit
+        self._most, self._idempotent, self._finish = in_flight, idempotent, finish
+        self._waiting: deque[Item] = deque()  # to be sent
+        self._flight: deque[Item] = deque()  # sent, in order
+        self._size = 0  # bytes of those
+        self._since = time.monotonic()  # when the first of them came to be the first
+        self._connection: Connection | None = None
+        self._error: BaseException | None = None  # of the application's own iterable: raised when it is its turn
+        self._broken: ProtocolError | None = None
+        self._is_over = False
+
+    def __iter__(self) -> Pipeline:
+        return self
+
+    def __next__(self) -> Any:
+        if self._is_over:
+            raise StopIteration
+        try:
+            self._fetch()
+            if not self._flight and not self._waiting:
+                if self._error is not None:
+                    raise self._error
+                raise StopIteration
+            answer = self._next_answer()
+            value = answer if self._finish is None else self._finish(answer)
+        except BaseException:
+            self.close()
+            raise
+        return value
+
+    def _fetch(self) -> None:
+        """Arguments for the calls that are to be sent now. Before anything of the isolator is held: it is foreign code."""
+        count = room(len(self._flight), self._size, self._most) - len(self._waiting)
+        size = self._size
+        while count > 0 and self._error is None and (size < _BYTES or not self._waiting):
+            try:
+                item = Item(next(self._payloads))
+            except StopIteration:
+                return
+            except BaseException as error:
+                self._error = error
+                return
+            self._waiting.append(item)
+            size += item.size
+            count -= 1
+
+    def _next_answer(self) -> Any:
+        """The value of the first call under way."""
+        head = self._flight[0] if self._flight else None
+        connection = self._connection
+        if head is None or head.pending is None or head.pending.answer is None or self._waiting or connection is None:
+            return self._go_on()
+        text = text_of(head.pending.answer)
+        if text is None or self._session.keeper.reader.pickled:
+            return self._go_on()
+        try:
+            value = decode_plain(text, self._session.keeper.reader)
+        except ProtocolError as error:
+            self._broken = error
+            return self._go_on()
+        self._done(head)
+        return value
+
+    def _go_on(self) -> Any:
+        """Send what is to be sent, and wait for the first answer: on the way of all calls, with what may happen on it."""
+        since = self._since if self._flight else time.monotonic()
+        deadline = None if self._limit is None else since + self._limit
+        call = Call(b"", None, self._limit, deadline, False, None, None, None, False, self._idempotent)
+        done = run_through(self._session.run(call, self))
+        return done.value
+
+    def _done(self, head: Item) -> None:
+        self._flight.popleft()
+        self._size -= head.size
+        self._since = time.monotonic()
+
+    # --- what the way of a call asks for ----------------------------------------------------------------------
+
+    async def exchange(
+        self, connection: Connection, _body: bytes | Attached, deadline: float | None, _output: int | None, _ident: int,
+        _within: int,
+    ) -> Answer:  # fmt: skip
+        """The answer to the first of the calls."""
+        if self._broken is not None:
+            raise self._broken
+        if connection is not self._connection:
+            self._move_to(connection, deadline)
+        self._send(connection, deadline)
+        head = self._flight[0]
+        if head.pending is None:
+            raise IsolationError("a call was lost: please report this")
+        if deadline is not None and deadline < time.monotonic():
+            connection.dispatch_what_is_there(read=True)  # who asks late finds what has come in time
+        answer = connection.wait(head.pending, deadline)
+        connection.dispatch_what_is_there()
+        self._done(head)
+        return answer
+
+    def _move_to(self, connection: Connection, deadline: float | None) -> None:
+        """Another child: what the last one has not answered is lost, or sent anew."""
+        lost = [item for item in self._flight if item.pending is not None and item.pending.answer is None]
+        info = self._session.keeper.last_exit
+        if lost and not self._idempotent and info is not None:
+            self._connection = None
+            raise termination(info, (b"", b"", False))
+        self._target.settle(connection, deadline)
+        self._waiting.extendleft(reversed(self._flight))
+        self._flight.clear()
+        self._size, self._connection = 0, connection
+
+    def _send(self, connection: Connection, deadline: float | None) -> None:
+        frames: list[bytes] = []
+        while self._waiting:
+            item = self._waiting.popleft()
+            self._flight.append(item)
+            self._size += item.size
+            if item.pending is not None and item.pending.answer is not None:
+                continue  # the child that has died had answered this one
+            item.pending = Pending(connection.new_ident(), connection.largest, connection.new_bell(), owned=False)
+            body = body_of(*self._verb(item.payload))
+            if isinstance(body, bytes):
+                frames.append(connection.frame(item.pending, body))
+                continue
+            self._flush(connection, frames, deadline)
+            from pisupervisor.link import attachments
+
+            packed, fds = attachments.send(body, connection, deadline)
+            connection.begin(item.pending, Request(packed, fds), deadline)
+        self._flush(connection, frames, deadline)
+
+    def _verb(self, payload: bytes | Payload) -> tuple[str, bool, tuple[Any, ...]]:
+        verb, *arguments = self._target.call(payload)
+        return verb, False, tuple(arguments)
+
+    @staticmethod
+    def _flush(connection: Connection, frames: list[bytes], deadline: float | None) -> None:
+        if frames:
+            connection.send_frames(b"".join(frames), deadline)
+            frames.clear()
+
+    # --- the end ----------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """No more results. Calls that are under way are done all the same, and come to nothing. Idempotent."""
+        if not self._is_over:
+            self._is_over = True
+            self._target.release(self._connection)
+            self._waiting.clear()
+            self._flight.clear()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if "_is_over" in self.__dict__:
+            self.close()
