@@ -23,7 +23,7 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 SHELL = [
-    "scripts/test", "scripts/demo", "scripts/bench", "scripts/soak", "scripts/vm-test", ".ci/run",
+    "scripts/test", "scripts/demo", "scripts/bench", "scripts/soak", "scripts/fuzz", "scripts/vm-test", ".ci/run",
     *sorted(str(path.relative_to(TOP)) for path in (TOP / "scripts/lib").rglob("*.sh")),
 ]  # fmt: skip
 EXAMPLES = sorted(str(file.relative_to(TOP)) for file in (TOP / "examples").rglob("*.py"))

@@ -119,7 +119,7 @@ def build(value: Any, returns: Any) -> Any:
         if _is_mixed_enum(returns):
             return returns(value)
         return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, ValueError, AttributeError) as error:  # an array, say, where a dict is wanted
         raise SerializationError(f"the result is not a {_named(returns)}: {error}", direction=_FROM_CHILD) from error
     except (TypeError, RecursionError) as error:
         message = f"returns={_named(returns)} cannot be built: {error}"
