@@ -402,6 +402,46 @@ def test_H17_callbacks_within_callbacks() -> None:
         assert isolator.invoke(len, "abc") == 3
 
 
+# Not os.close(3): the thread that reads holds the socket open, and to the host that is a child that says nothing.
+SIDE_BY_SIDE = [
+    "send(HEADER.pack(0x5149, 1, RESULT, 1, 0xFFFFFFFF))", "send(b'garbage' * 100)", "send(HEADER.pack(0x5149, 1, RESULT, 1, 0))",
+    "send(frame(RESULT, 999, value(b'1')))", "send(frame(READY, 0, b'1'))", "send(frame(2, 0, b'1'))", "send(frame(70, 2**64 - 1, b'x'))",
+    "link = socket.socket(fileno=os.dup(3)); socket.send_fds(link, [b'x'], [1] * 253); send(b'?' * 99)",
+    "socket.socket(fileno=os.dup(3)).shutdown(socket.SHUT_WR)",
+]  # fmt: skip
+
+
+def _attack_from_within(code: str) -> None:
+    names: dict[str, Any] = {}
+    exec(PRELUDE + code + "\ntime.sleep(100)", names)
+
+
+@pytest.mark.parametrize("code", SIDE_BY_SIDE)
+def test_a_bad_word_among_calls_side_by_side(code: str) -> None:
+    """It ends the child, and each of the calls in it, with one error of ours: nobody waits for ever."""
+    with ProcessIsolator.create(limits=limits(), max_concurrency=4, restart=RestartPolicy(backoff=0.0)) as isolator:
+        ends: list[BaseException] = []
+
+        def call(code: str) -> None:
+            try:
+                isolator.invoke(_attack_from_within, code)
+            except IsolationError as error:
+                ends.append(error)
+
+        threads = [threading.Thread(target=call, args=(each,)) for each in ("", "", "", code)]
+        with bounded(10.0):
+            for thread in threads:
+                thread.start()
+                time.sleep(0.1)
+            for thread in threads:
+                thread.join(10.0)
+        assert len(ends) == 4
+        assert all(isinstance(end, (ProtocolError, ChildTerminated)) for end in ends), ends
+        reasons = {end.exit_info.reason for end in ends if isinstance(end, ChildTerminated)}
+        assert reasons <= {ExitReason.PROTOCOL}
+        assert isolator.invoke(len, "abc") == 3
+
+
 # --- the child itself ----------------------------------------------------------------------------------------------
 
 
