@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import sysconfig
 import tempfile
 import threading
@@ -16,9 +18,13 @@ from helpers import linux, nothing_left, open_fds, write
 from pihost import wire
 from pisupervisor import (
     Filesystem,
+    IsolationContext,
+    IsolationError,
     IsolationOptions,
     Limits,
     MemoryLimitExceeded,
+    Plugin,
+    ProcessHost,
     ProcessIsolator,
     ProtocolError,
     RestartPolicy,
@@ -230,6 +236,79 @@ def test_two_isolators_at_once() -> None:
         for thread in threads:
             thread.join()
     assert failed == []
+
+
+@linux
+def test_calls_side_by_side_in_one_child() -> None:
+    """Each has an arena of its own there and back, for as long as it needs it."""
+
+    def twice(array: Any, kept: bool) -> Any:
+        import builtins
+        import time
+
+        if kept:
+            builtins.kept = [*getattr(builtins, "kept", [])[-3:], (array, float(array[0]))]  # type: ignore[attr-defined]
+        time.sleep(0.001)
+        return array * 2
+
+    def intact() -> bool:
+        import builtins
+
+        return all(bool((array == value).all()) for array, value in builtins.kept)  # type: ignore[attr-defined]
+
+    failed: list[object] = []
+
+    def work(number: int) -> None:
+        for step in range(40):
+            array = np.full(20_000 + 4_000 * (step % 5), float(100 * number + step))
+            try:
+                if not (isolator.invoke(twice, array, step % 7 == 0) == array * 2).all():
+                    failed.append((number, step))
+            except Exception as error:
+                failed.append(error)
+
+    with ProcessIsolator.create(import_paths=SITE, max_concurrency=4, limits=Limits(memory="256M")) as isolator:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert failed == []
+        assert isolator.invoke(intact)
+        isolator.run_source("import builtins; del builtins.kept")
+        isolator.run_source("1")
+        assert all(arena.is_free() for arena in arenas(isolator)._in.values())
+        assert all(arena.is_free() for arena in arenas(isolator)._out.values())
+
+
+class Doubling(Plugin):
+    def execute(self, context: IsolationContext) -> Any:
+        context.properties["size"] = context.arguments[0].nbytes
+        context.arguments[0] = None
+        return bytes(MB)
+
+
+@linux
+def test_plugins_get_and_give_what_is_big() -> None:
+    with ProcessHost() as host:
+        done = host.execute_plugin(Doubling(), IsolationContext(arguments=[memoryview(bytes(MB))]))
+        assert done.result == bytes(MB)
+        assert done.context.properties == {"size": MB}
+
+
+@linux
+def test_a_host_without_descriptors_is_told(isolator: ProcessIsolator) -> None:
+    isolator.restart()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    spare = os.dup(0)  # all below it are taken
+    os.close(spare)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, hard))
+    try:
+        with pytest.raises(IsolationError, match=r"no memory file of \d+ bytes.*ulimit -n"):
+            isolator.invoke(len, memoryview(bytes(MB)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert isolator.invoke(len, memoryview(bytes(MB))) == MB
 
 
 # --- what is kept, and who pays ----------------------------------------------------------------------------------------

@@ -36,6 +36,14 @@ def memory(seals: int = 0, flags: int = os.MFD_ALLOW_SEALING) -> int:
     return fd
 
 
+def read_only_memory() -> int:
+    fd = memory()
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    finally:
+        os.close(fd)
+
+
 def listening() -> int:
     sock = socket.socket(socket.AF_UNIX)
     sock.bind(f"\0pisupervisor-test-{os.getpid()}")
@@ -110,6 +118,7 @@ BAD: dict[str, tuple[Callable[[], int], str]] = {
     "epoll": (epoll, "kernel's own kind"),
     "memory that can be shrunk": (memory, "F_SEAL_SHRINK"),
     "memory without seals": (lambda: memory(flags=0), "F_SEAL_SHRINK"),
+    "memory for reading only": (read_only_memory, "F_SEAL_SHRINK"),
     "UNIX datagram pair": (
         lambda: _one(*(end.detach() for end in socket.socketpair(type=socket.SOCK_DGRAM))),
         "not connected for good",
@@ -397,6 +406,22 @@ def test_what_was_opened_for_reading_stays_so(isolator: ProcessIsolator, tmp_pat
     with open(path) as file:
         assert isolator.invoke(reopen, file) == ["PermissionError"] * 3 + ["bad descriptor"]
     assert path.read_text() == "precious"
+
+
+@linux
+@pytest.mark.root
+def test_one_end_of_a_pipe_is_no_way_to_the_other(isolator: ProcessIsolator) -> None:
+    def reopen(pipe: Any, flags: int) -> str:
+        try:
+            os.close(os.open(f"/proc/self/fd/{pipe.fileno()}", flags))
+        except OSError as error:
+            return type(error).__name__
+        return "opened"
+
+    reader, writer = os.pipe()
+    with open(reader, "rb") as back, open(writer, "wb") as pipe:
+        assert isolator.invoke(reopen, back, os.O_WRONLY) == "PermissionError"
+        assert isolator.invoke(reopen, pipe, os.O_RDONLY) == "PermissionError"
 
 
 @linux

@@ -207,6 +207,7 @@ def test_ten_thousand_leave_nothing(isolator: ProcessIsolator) -> None:
     assert (isolator.invoke(child), maps(), len(open_fds())) == before
 
 
+@pytest.mark.root
 def test_memory_is_paid_for_by_who_touches_it_first() -> None:
     def touch(array: Any) -> None:
         array[:] = 1

@@ -56,6 +56,7 @@ class Arguments:
     def __init__(self) -> None:
         self._arenas: dict[int, Arena] = {}  # those that are kept, and those of calls that have not loaded theirs
         self._lent: dict[int, Arena] = {}
+        self._lock = _thread.RLock()  # where calls run side by side: nothing is given back twice
 
     @property
     def any_lent(self) -> bool:
@@ -77,7 +78,8 @@ class Arguments:
         starts, _end = wire.place(lengths)
         whole = memoryview(arena.area)
         views = [whole[start : start + length] for start, length in zip(starts, lengths)]
-        self._viewed(number, arena)
+        with self._lock:
+            self._viewed(number, arena)
         return views
 
     def _viewed(self, number: int, arena: Arena) -> None:
@@ -86,15 +88,16 @@ class Arguments:
         else:
             self._arenas.pop(number, None)
 
-    def give_back(self, own: list[int]) -> None:
-        """Those that nothing refers to any more. After each call, with what came for it, be it loaded or not."""
-        for number in own:
-            if number in self._arenas:
-                self._viewed(number, self._arenas[number])
-        for number, arena in list(self._lent.items()):
-            if arena.is_idle():
-                self._lent.pop(number, None)  # another thread may look at the same time
-                arena.area[0] = wire.FREE
+    def give_back(self, unseen: list[int]) -> None:
+        """Those that nothing refers to any more. After each call; ``unseen`` came for it, and were not looked at."""
+        with self._lock:
+            for number in unseen:
+                if number in self._arenas:
+                    self._viewed(number, self._arenas[number])
+            for number, arena in list(self._lent.items()):
+                if arena.is_idle():
+                    del self._lent[number]
+                    arena.area[0] = wire.FREE  # from here on the host may fill it again
 
 
 class Results:
@@ -102,7 +105,7 @@ class Results:
 
     def __init__(self) -> None:
         self._maps: dict[int, mmap.mmap] = {}
-        self._lock = _thread.allocate_lock()  # where calls run side by side, also while the host is asked
+        self._lock = _thread.RLock()  # where calls run side by side, also while the host is asked
 
     def room(self, size: int) -> tuple[int, mmap.mmap] | None:
         """An arena of at least ``size`` bytes that the host does not read from, marked as lent."""

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-_call = _thread._local()  # ``fds`` of the call that this thread works on, None where one was taken; ``bare``: as ints
+#: of the call that this thread works on: ``fds``, None where one was taken; ``bare``, those that are ints now; ``unseen``,
+#: arenas that were not looked at
+_call = _thread._local()
 _shared: dict[int, mmap.mmap] = {}  # by the host's number, for as long as the host has the array
 
 
@@ -36,16 +38,17 @@ class Call:
             _take_shared(self._fds, part[3])
 
     def __enter__(self) -> None:
-        self._outer = getattr(_call, "fds", ())
-        _call.fds = self._fds
+        self._outer = getattr(_call, "fds", []), getattr(_call, "unseen", [])
+        _call.fds, _call.unseen = self._fds, [part[1] for part in self._parts]
 
     def __exit__(self, *_error: object) -> None:
-        _call.fds = self._outer
+        unseen = _call.unseen
+        _call.fds, _call.unseen = self._outer
         for fd in self._fds:
             if fd is not None:
                 os.close(fd)
-        if self._parts or arenas.arguments.any_lent:
-            arenas.arguments.give_back([part[1] for part in self._parts])
+        if unseen or arenas.arguments.any_lent:
+            arenas.arguments.give_back(unseen)
 
 
 def _take_shared(fds: list[int | None], shared: list[tuple[int, int, int]]) -> None:
@@ -75,6 +78,8 @@ def load(data: bytes | None, arena: int | None, regions: list[Any], _shared: lis
     """Unpickle arguments. ``regions``: lengths of what lies in the arena, or where there is none the bytes themselves; the
     first is the pickle where ``data`` is None. ``_shared``: see ``_take_shared``.
     """
+    if arena in _call.unseen:
+        _call.unseen.remove(arena)
     views = regions if arena is None else arenas.arguments.views(arena, regions)
     bare: list[int] = []
     _call.bare = bare

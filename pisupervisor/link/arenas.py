@@ -228,9 +228,10 @@ class Arenas:
     def _sweep(self) -> None:
         for number in list(self._read):
             arena = self._out.get(number)
-            if arena is None or arena.is_idle():
+            if arena is None:
                 self._read.discard(number)
-            if arena is not None and arena.is_idle():
+            elif arena.is_idle():
+                self._read.discard(number)  # from here on it is the child's, who may have filled it again in a moment
                 arena.area[0] = wire.FREE
 
 

@@ -177,7 +177,9 @@ def _file_system(fd: int) -> str | None:
 
 
 def _check_memory(fd: int) -> None:
-    """A memfd may pass; a host that has mapped it dies of SIGBUS if somebody shrinks it. pidfds and namespaces look alike."""
+    """A memfd may pass if nobody can shrink it, of which a host that has mapped it dies by SIGBUS. How it was opened says
+    nothing: its mode is 0777, so that /proc/self/fd opens it for writing anew. pidfds and namespaces look alike.
+    """
     try:
         seals = fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:
@@ -185,8 +187,7 @@ def _check_memory(fd: int) -> None:
         raise _refused(
             "a descriptor of the kernel's own kind", f"{what} is on no file system that is seen here"
         ) from None
-    writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_RDONLY
-    if writable and not seals & fcntl.F_SEAL_SHRINK:
+    if not seals & fcntl.F_SEAL_SHRINK:
         raise _refused("a memory file", "the child could shrink it under who has mapped it; add F_SEAL_SHRINK first")
 
 
