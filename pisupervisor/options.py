@@ -211,6 +211,7 @@ class IsolationOptions:
     callback_depth       how deep calls from callbacks from calls may be nested
     die_on_crash         the application gets a SIGTERM when a child crashes, unless a handler says ``handled``
     debug                the child stops itself (SIGSTOP) before user code, and says so on the host's stderr
+    cgroup               an empty cgroup v2 group that children's groups are made in, instead of what is found; full path
     log_level            of the child's side, on the host's stderr; default: PISUPERVISOR_LOG_LEVEL, else WARNING
     """
 
@@ -241,6 +242,7 @@ class IsolationOptions:
     callback_depth: int = 16
     die_on_crash: bool = False
     debug: bool = False
+    cgroup: str | os.PathLike[str] | None = None
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] | None = None
 
     def __post_init__(self) -> None:
@@ -261,6 +263,7 @@ class IsolationOptions:
         if self.python is not None:
             _store(self, "python", os.path.abspath(os.fspath(self.python)))
         _store(self, "import_paths", _existing(self.import_paths, "import_paths"))
+        _store(self, "cgroup", _group(self.cgroup))
         _store(self, "start_timeout", _number(self.start_timeout, "start_timeout", 0.0, LONGEST) or None)
         _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, LONGEST))
         _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))
@@ -379,6 +382,18 @@ def _existing(paths: Any, name: str) -> tuple[str, ...]:
         if not os.path.exists(path):
             raise OptionsError(f"{name}: {path} does not exist")
     return found
+
+
+def _group(path: Any) -> str | None:
+    if path is None:
+        return None
+    try:
+        group = os.path.normpath(os.fspath(path))
+    except TypeError:
+        raise OptionsError(f"cgroup: expected a path such as '/sys/fs/cgroup/mine', not {path!r}") from None
+    if not isinstance(group, str) or not os.path.isfile(f"{group}/cgroup.controllers"):
+        raise OptionsError(f"cgroup: {path} is no group of cgroup v2; make one, as root: mkdir /sys/fs/cgroup/mine")
+    return group
 
 
 def _bind(entry: Any, name: str) -> tuple[str, str]:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from pisupervisor.errors import FeatureUnavailable
+from pisupervisor.errors import FeatureUnavailable, OptionsError
 from pisupervisor.launch import planning
 from pisupervisor.limits import cgroups, delegation, systemd, v2_files
 from pisupervisor.limits.cgroups import CgroupHost, GroupLimits, Place
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.delegation import LEAF, find_claim, unit_of
+from pisupervisor.limits.detect import detect
 from pisupervisor.options import IoLimit, IsolationOptions
 
 MIB = 1 << 20
@@ -118,6 +120,33 @@ def test_a_process_from_outside_of_the_namespace_cannot_be_moved(tmp_path: Path)
 def test_a_read_only_tree_names_the_containers_switch() -> None:
     assert "unmask=/sys/fs/cgroup" in delegation.refusal_remedy(OSError(errno.EROFS, ""))
     assert delegation.refusal_remedy(OSError(errno.EACCES, "")) == "", "who may is told by the claim"
+
+
+def test_a_group_that_was_named_is_used_and_no_other(tmp_path: Path) -> None:
+    group = str(tree(tmp_path / "mine", "memory"))
+    outside = delegation.claim_given(group, f"{CG}/elsewhere", 0)
+    assert (outside.base, outside.scope, outside.how, outside.why) == (group, group, f"{group}, as asked", "")
+    for own in (group, f"{group}/{LEAF}"):
+        assert delegation.claim_given(group, own, 0).scope == "", "children are born in it anyway"
+    assert f"chown 1000 {group}" in delegation.claim_given(group, CG, 1000).remedy
+
+
+def test_a_group_where_others_live_is_not_taken(tmp_path: Path) -> None:
+    group = str(tree(tmp_path / "theirs", "memory", procs="7\n"))
+    assert "somebody else" in delegation.claim_given(group, CG, 0).why
+    assert delegation.claim_given(group, group, 0).why == "", "this process may move itself and what it lives with"
+
+
+@pytest.mark.parametrize("path", ["/not/there", "/tmp", 7])
+def test_what_is_no_group_is_refused(path: object) -> None:
+    with pytest.raises(OptionsError, match="cgroup: "):
+        IsolationOptions(cgroup=path)  # type: ignore[arg-type]
+
+
+def test_a_named_group_needs_cgroup_v2_alone(need: Callable[..., None]) -> None:
+    need("v1")
+    with pytest.raises(OptionsError, match="on v1"):
+        detect(group="/sys/fs/cgroup/unified")
 
 
 # --- hosts ---------------------------------------------------------------------------------------------------------

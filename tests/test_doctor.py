@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -99,7 +100,8 @@ def test_an_ordinary_user(ordinary_user: OrdinaryUser) -> None:
     done = user.run(user.python, "-m", "pisupervisor", "doctor", "--json")
     told = json.loads(done.stdout)
     found = told["protections"]
-    for name in WALLS:
+    hidden = set(re.findall(r":(/.*)", Path("/proc/self/cgroup").read_text())) == {"/"}  # by a container's namespace
+    for name in set(WALLS) - ({"cgroup"} if hidden else set()):
         assert found[name]["verdict"] in ("holds", "degraded"), (name, found[name])
         assert found[name]["proof"]
     assert "Traceback" not in done.stderr
@@ -126,8 +128,8 @@ def without_cgroups() -> CgroupHost:
 def pretend(monkeypatch: pytest.MonkeyPatch, **changes: Any) -> features.Features:
     """A host whose features differ in this; what remains is real."""
     changed = replace(features.probe(), **changes)
-    monkeypatch.setattr(features, "probe", lambda _member=None: changed)
-    monkeypatch.setattr(templates, "probe", lambda _member=None: changed, raising=False)
+    monkeypatch.setattr(features, "probe", lambda *_wishes: changed)
+    monkeypatch.setattr(templates, "probe", lambda *_wishes: changed, raising=False)
     return changed
 
 

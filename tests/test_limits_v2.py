@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from helpers import DEGRADE, wait_until
+from helpers import DEGRADE, wait_until, zygote_of
 
 from pihost import syscalls
 from pisupervisor import (
@@ -336,6 +336,10 @@ class TestReadBack:
         assert own_groups(host) == []
 
 
+def group_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cgroup").read_text().strip().removeprefix("0::")
+
+
 def fork_chain() -> None:
     """Each process forks the next and ends at once: no list of pids is ever up to date."""
     while True:
@@ -417,6 +421,30 @@ class TestIsolator:
             assert applied[name].holds
             assert host.how in applied[name].how or name == "swap"
         assert own_groups(host) == []
+
+    @pytest.mark.root
+    def test_a_group_that_was_named_is_used(self) -> None:
+        """The application stays outside of it; what children are born from goes there, another zygote too."""
+        group = Path(f"/sys/fs/cgroup/pisupervisor-test-{os.getpid()}")
+        group.mkdir()
+        own = Path("/proc/self/cgroup").read_text()
+        try:
+            with ProcessIsolator.create(
+                IsolationOptions(limits=Limits(memory="64M", pids=16), cgroup=group, degrade=DEGRADE)
+            ) as isolator:
+                assert group_of(isolator.pid or 0).startswith(f"/{group.name}/pisupervisor/")
+                assert group_of(zygote_of(isolator)) == f"/{group.name}/{LEAF}"
+                assert f"{group}, as asked" in isolator.applied["memory"].how
+                os.kill(zygote_of(isolator), signal.SIGKILL)
+                assert wait_until(lambda: isolator.state == "backoff", 20)
+                assert isolator.run_source("6 * 7").value == 42
+                assert group_of(isolator.pid or 0).startswith(f"/{group.name}/pisupervisor/")
+            assert Path("/proc/self/cgroup").read_text() == own
+            assert not (group / "pisupervisor").exists()
+        finally:
+            assert wait_until(lambda: not directories.read(f"{group}/{LEAF}/cgroup.procs"), 10)
+            (group / LEAF).rmdir()
+            group.rmdir()
 
     def test_memory(self) -> None:
         with ProcessIsolator.create(IsolationOptions(limits=self.LIMITS, degrade=DEGRADE)) as isolator:

@@ -24,9 +24,9 @@ class Features:
     cgroups: CgroupHost
 
 
-def probe(member: int | None = None) -> Features:
+def probe(member: int | None = None, group: str | os.PathLike[str] | None = None) -> Features:
     """Ask the kernel. Costs under a millisecond; callers keep the answer for as long as their zygote lives, whose pid is
-    ``member`` (see ``limits.detect``).
+    ``member``; ``group`` is the one that the caller wants used (see ``limits.detect``).
     """
     return Features(
         root=os.geteuid() == 0,
@@ -35,5 +35,5 @@ def probe(member: int | None = None) -> Features:
         kernel=os.uname().release,
         namespaces=frozenset(name for name in NAMESPACES if os.path.exists(f"/proc/self/ns/{name}")),
         landlock_abi=syscalls.landlock_abi(),
-        cgroups=detect(member),
+        cgroups=detect(member, None if group is None else os.fspath(group)),
     )

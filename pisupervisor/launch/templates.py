@@ -42,6 +42,7 @@ class Template:
         self.reader: Any = None  # the isolators' CodeReader
         self.ids: IdBlock | None = None
         self._warmed = False
+        self._cgroup = options.cgroup
         try:
             self.interpreter: Interpreter = find_interpreter(_python(options))
             self.python = self.interpreter.executable
@@ -66,7 +67,7 @@ class Template:
         from pisupervisor.launch.ids import IdBlock
         from pisupervisor.limits import cgroups
 
-        self.features: Features = probe(self.zygote.pid)
+        self.features: Features = probe(self.zygote.pid, options.cgroup)
         planning.required(options, self.features)
         planning.check_writable(options, self.features)
         planning.lacking_limits(options, self.features.cgroups)
@@ -102,7 +103,7 @@ class Template:
                 if self.features.cgroups.scope:  # it has died with the old one
                     from pisupervisor.launch.features import probe
 
-                    self.features = probe(zygote.pid)
+                    self.features = probe(zygote.pid, self._cgroup)
                 self.zygote, self._warmed = zygote, False
             return self.zygote
 
@@ -166,7 +167,7 @@ def template_key(options: IsolationOptions) -> tuple[Any, ...]:
     return (
         options.python, options.preload, options.import_paths, options.filesystem, options.network, options.log_level,
         _profile_key(options.security.seccomp), options.security.watch, options.security.user, options.security.hostname,
-        options.security.landlock, options.degrade, tuple(sorted(options.environment.items())), inherited,
+        options.security.landlock, options.degrade, options.cgroup, tuple(sorted(options.environment.items())), inherited,
     )  # fmt: skip
 
 

@@ -42,22 +42,27 @@ class Claim(NamedTuple):
     scope: str = ""
 
 
-def detect(cgroup: str, mountinfo: str, name: str, swap_on: bool, member: int | None = None) -> CgroupHost:
+def detect(
+    cgroup: str, mountinfo: str, name: str, swap_on: bool, *, member: int | None = None, given: str | None = None
+) -> CgroupHost:
     """The CgroupHost of a v2 machine. Moves this process into the leaf, if its own group is ours and it is not there
-    yet; makes and removes one group called ``name``. ``member``: see ``limits.detect``.
+    yet; makes and removes one group called ``name``. ``member`` and ``given``: see ``limits.detect``.
     """
     own = find_unified(cgroup, mountinfo)
     uid = os.geteuid()
     if own is None:
         nothing = Place(None, None, "the cgroup v2 hierarchy is mounted nowhere that this process sees", _MOUNT)
         return CgroupHost("v2", dict.fromkeys(CONTROLLERS, nothing), memsw=False, swap_on=swap_on, uid=uid)
-    claim = find_claim(own, mount_of(own), systemd.has_delegated, systemd_runs=systemd.runs(), uid=uid)
-    if claim.why and member is not None and systemd.runs():
+    if given is not None:
+        claim = claim_given(given, own, uid)
+    else:
+        claim = find_claim(own, mount_of(own), systemd.has_delegated, systemd_runs=systemd.runs(), uid=uid)
+    if claim.why and given is None and member is not None and systemd.runs():
         claim = claim_scope(claim, member, mountinfo)
     if claim.why:
         places = dict.fromkeys(CONTROLLERS, Place(claim.base, None, claim.why, claim.remedy))
         return CgroupHost("v2", places, memsw=False, swap_on=swap_on, uid=uid)
-    places, memsw = try_claim(claim, name)
+    places, memsw = try_claim(claim, name, member)
     return CgroupHost("v2", places, memsw=memsw, swap_on=swap_on, uid=uid, how=claim.how, scope=claim.scope)
 
 
@@ -99,6 +104,19 @@ def mount_of(path: str) -> str:
     return path
 
 
+def claim_given(given: str, own: str, uid: int) -> Claim:
+    """The group that the caller named. Where this process lives outside of it, the process that children are born from is
+    put there (``scope``).
+    """
+    chown = f"as root: chown {uid} {given} {given}/cgroup.procs {given}/cgroup.subtree_control"
+    remedy = f"{chown}; and start the application in it: a user may not move processes into it from outside"
+    inside = own == given or own == f"{given}/{LEAF}"
+    if not inside and _is_occupied(given):
+        return Claim(given, why=f"processes of somebody else live in {given}", remedy="name a group without processes")
+    top = given if systemd.runs() else mount_of(given)
+    return Claim(given, top=top, how=f"{given}, as asked", remedy=remedy, scope="" if inside else given)
+
+
 def claim_scope(refused: Claim, member: int, mountinfo: str) -> Claim:
     """A scope of systemd's for the process ``member``, which is of ours; the old claim with one more reason without."""
     try:
@@ -114,12 +132,15 @@ def claim_scope(refused: Claim, member: int, mountinfo: str) -> Claim:
 # --- making it so -------------------------------------------------------------------------------------------------
 
 
-def try_claim(claim: Claim, name: str) -> tuple[dict[str, Place], bool]:
+def try_claim(claim: Claim, name: str, member: int | None = None) -> tuple[dict[str, Place], bool]:
     """Hand controllers down to the children-to-be of ``claim.base``, make a group there, look, remove it.
 
-    Returns a Place for each controller, and whether memory groups can limit swap.
+    Returns a Place for each controller, and whether memory groups can limit swap. ``member`` is put into the leaf where
+    the claim is a scope.
     """
     try:
+        if claim.scope and member is not None:
+            put_into_leaf(claim.base, member)
         hand_down(claim.top, claim.base)
         path = make_group(claim.base, name)
     except OSError as error:
@@ -216,19 +237,24 @@ def _enable(path: str, controller: str) -> None:
 
 def move_into_leaf(base: str) -> None:
     """Move every process of ``base`` to the leaf, ourselves among them. Raises OSError."""
+    for pid in directories.read(f"{base}/cgroup.procs").split():
+        if pid == b"0":
+            raise OSError(EBUSY, "a process from outside of this namespace is in it", base)
+        put_into_leaf(base, int(pid))
+
+
+def put_into_leaf(base: str, pid: int) -> None:
+    """Move one process to the leaf of ``base``, which is made where it is missing. Raises OSError."""
     leaf = f"{base}/{LEAF}"
     try:
         os.mkdir(leaf)
     except FileExistsError:
         pass
-    for pid in directories.read(f"{base}/cgroup.procs").split():
-        if pid == b"0":
-            raise OSError(EBUSY, "a process from outside of this namespace is in it", base)
-        try:
-            directories.write(f"{leaf}/cgroup.procs", pid)
-        except OSError as error:
-            if error.errno != ESRCH:  # it has ended
-                raise
+    try:
+        directories.write(f"{leaf}/cgroup.procs", b"%d" % pid)
+    except OSError as error:
+        if error.errno != ESRCH:  # it has ended
+            raise
 
 
 def make_group(base: str, name: str) -> str:

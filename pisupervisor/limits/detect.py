@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 
+from pisupervisor.errors import OptionsError
 from pisupervisor.limits import directories
 from pisupervisor.records import NamedTuple
 
@@ -44,8 +45,8 @@ class CgroupHost(NamedTuple):
     ``memsw``: memory groups can limit swap; ``swap_on``: the host has swap; ``uid``: who asked. ``unified``: our own
     group on the v2 hierarchy, which has ``cgroup.freeze`` on hybrid hosts too; None: there is none, no group can be made
     in it, or (mode "v2") children have their own there. ``kills``: its groups have ``cgroup.kill`` (Linux 5.14), and a
-    child may enter them. ``how``: by what right there are groups, in words; v2 only. ``scope``: they live and die with
-    that scope, and with the process that was given for it.
+    child may enter them. ``how``: by what right there are groups, in words; v2 only. ``scope``: where the process was put
+    that children are born from, if it was; they are for its children alone, and another one has to be put there anew.
     """
 
     mode: Mode
@@ -71,11 +72,11 @@ class Probe(NamedTuple):
     files: frozenset[str] = frozenset()
 
 
-def detect(member: int | None = None) -> CgroupHost:
+def detect(member: int | None = None, group: str | None = None) -> CgroupHost:
     """Look at this machine, making and removing one empty group per hierarchy (about 1 ms).
 
     ``member``: the process from which children will be born. On v2, where this process has no group of its own, systemd
-    is asked to give that one a scope.
+    is asked to give that one a scope. ``group``: use this v2 group and no other. Raises OptionsError for that on v1.
     """
     with open("/proc/self/cgroup") as own, open("/proc/self/mountinfo") as mounts:
         cgroup, mountinfo = own.read(), mounts.read()
@@ -84,7 +85,9 @@ def detect(member: int | None = None) -> CgroupHost:
     if mode == "v2":
         from pisupervisor.limits import delegation
 
-        return delegation.detect(cgroup, mountinfo, name, _has_swap(), member)
+        return delegation.detect(cgroup, mountinfo, name, _has_swap(), member=member, given=group)
+    if group is not None:
+        raise OptionsError(f"cgroup: {group} would be used on cgroup v2 alone; the controllers of this host are on v1")
     host = describe_host(mode, found, _has_swap(), lambda base: probe_group(base, name), os.geteuid())
     unified = find_unified(cgroup, mountinfo)
     if unified is None or (probe := probe_group(unified, name)).error is not None:
