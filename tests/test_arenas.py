@@ -136,6 +136,9 @@ def test_bytes_and_memoryviews_of_any_depth() -> None:
             "memoryview",
             data,
         )
+        assert isolator.invoke(lambda view: view.nbytes, memoryview(b"")) == 0
+        with pytest.raises(SerializationError, match="not one piece"):
+            isolator.invoke(len, memoryview(data)[::2])
         small = memoryview(b"abcdefgh").cast("H", [2, 2])
         assert isolator.invoke(lambda view: (view.format, view.shape, view.tolist()), small) == (
             "H",

@@ -171,3 +171,32 @@ def test_a_folder_that_only_root_can_read(ordinary_user: OrdinaryUser, tmp_path:
     found = run(ordinary_user, source, str(tmp_path / "secret"))
     assert str(tmp_path / "secret") in found["text"]
     assert os.path.basename(tmp_path) in found["text"]
+
+
+def test_big_data_and_open_files(ordinary_user: OrdinaryUser) -> None:
+    """The child has the user's own id outside: what keeps a file that was opened for reading from being opened anew for
+    writing is Landlock alone. A pipe it does not keep, as the README says.
+    """
+    source = """
+        def reopen(file, flags):
+            try:
+                os.close(os.open(f"/proc/self/fd/{file.fileno()}", flags))
+            except OSError as error:
+                return type(error).__name__
+            return "opened"
+
+        with open("precious", "w") as file:
+            file.write("precious")
+        reader, writer = os.pipe()
+        with ProcessIsolator.create(DEGRADED) as isolator, open("precious") as file, open(reader) as pipe:
+            os.close(writer)
+            tell(
+                there=isolator.invoke(len, memoryview(bytes(1 << 20))),
+                back=len(isolator.invoke(bytes, 1 << 20)),
+                read=isolator.invoke(lambda file: file.read(), file),
+                file=isolator.invoke(reopen, file, os.O_WRONLY),
+                pipe=isolator.invoke(reopen, pipe, os.O_WRONLY),
+            )
+        """
+    found = run(ordinary_user, source)
+    assert found == {"there": 1 << 20, "back": 1 << 20, "read": "precious", "file": "PermissionError", "pipe": "opened"}

@@ -103,7 +103,7 @@ def forget(numbers: Iterable[int]) -> None:
 
 def memory(buffer: Any, form: str, shape: tuple[int, ...]) -> memoryview:
     """A memoryview among the arguments."""
-    view = memoryview(buffer).cast("B")
+    view = memoryview(buffer)
     return view if form == "B" and len(shape) == 1 else view.cast(form, shape)  # type: ignore[call-overload]
 
 

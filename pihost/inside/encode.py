@@ -63,16 +63,13 @@ def encode(value: Any, max_bytes: int) -> tuple[bytes, list[Any]]:
     text = quick(value) if quick is not None else None
     if text is None:
         return Walk(max_bytes).run(value)
-    check_size(len(text), max_bytes)
+    if len(text) > max_bytes:
+        raise NotData(_too_large(len(text), max_bytes))
     return text, []
 
 
-def check_size(size: int, limit: int) -> None:
-    """Raises NotData for a value that takes more."""
-    if size > limit:
-        raise NotData(
-            f"the result takes {size} bytes, more than Limits.result ({limit}); return less, or raise Limits(result=...)"
-        )
+def _too_large(size: int, limit: int) -> str:
+    return f"the result takes {size} bytes, more than Limits.result ({limit}); return less, or raise Limits(result=...)"
 
 
 def _quick_int(value: int) -> bytes | None:
@@ -221,7 +218,8 @@ class Walk:
 
     def grow(self, size: int) -> None:
         self.size += size
-        check_size(self.size, self.max_bytes)
+        if self.size > self.max_bytes:
+            raise NotData(_too_large(self.size, self.max_bytes))
 
     def refuse_kind(self, value: Any) -> NoReturn:
         self.refuse(f"{shown(value)} is not data; {_WAY_OUT}")

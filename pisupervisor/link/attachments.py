@@ -26,19 +26,21 @@ _SHARED = frozenset(("numpy", "pisupervisor.shared"))  # where classes of shared
 class Attachments:
     """Collects them while one pickle is written. ``parts`` are that pickle's pieces; large bytes in it are not copied."""
 
+    files: list[Passed] | None = None  # made when there are any: most calls have nothing but their pickle
+    shared: dict[int, SharedMemory] | None = None
+    buffers: list[memoryview] | None = None
+
     def __init__(self, isolator: int, networked: bool) -> None:
         self.isolator, self.networked = isolator, networked
         self.parts: list[bytes] = []
         self.write = self.parts.append  # what a pickler asks of a file
-        self.buffers: list[memoryview] = []
-        self.files: list[Passed] = []
-        self.shared: dict[int, SharedMemory] = {}
 
     def buffer(self, buffer: PickleBuffer) -> bool:
         """pickle's ``buffer_callback``: whether it stays in the pickle."""
         raw = buffer.raw()
         if raw.nbytes < wire.BIG:
             return True
+        self.buffers = self.buffers or []
         self.buffers.append(raw)
         return False
 
@@ -50,31 +52,35 @@ class Attachments:
         if kind.__module__ in _SHARED:
             from pisupervisor import shared
 
+            self.shared = {} if self.shared is None else self.shared
             return shared.reduce(obj, self.shared, self.isolator)
         if getattr(kind, "fileno", None) is not None or kind.__module__ == "tempfile":
             from pisupervisor.link import descriptors
 
+            self.files = [] if self.files is None else self.files
             return descriptors.reduce(obj, self.files, self.networked)
         return NotImplemented
 
     def payload(self) -> bytes | Payload:
         """What was written, as bytes where that is all there is to it."""
-        size = sum(memoryview(part).nbytes for part in self.parts)  # a small buffer comes as it is
+        parts = self.parts
+        size = sum(memoryview(part).nbytes for part in parts) if len(parts) > 1 else len(parts[0])
         if size < wire.BIG and not (self.buffers or self.files or self.shared):
-            return b"".join(self.parts)
+            return parts[0] if len(parts) == 1 else b"".join(parts)
         from pisupervisor.link.calls import Payload
 
-        return Payload(tuple(self.parts), size, tuple(self.buffers), tuple(self.files), tuple(self.shared.values()))
+        shared = tuple((self.shared or {}).values())
+        return Payload(tuple(parts), size, tuple(self.buffers or ()), tuple(self.files or ()), shared)
 
 
 def _reduce_memoryview(view: memoryview) -> Any:
     from pihost.inside.attached import memory  # by name: the child has the other end
 
     if not view.c_contiguous or len(view.format) != 1:
-        why = f"a memoryview of format {view.format!r} that is not one piece of memory" if len(view.format) == 1 else (
-            f"a memoryview of format {view.format!r}"
-        )  # fmt: skip
-        raise SerializationError(f"{why} cannot be sent; send bytes(...) of it", direction="to child")
+        why = "a memoryview that is not one piece of memory, or of a format with a byte order"
+        raise SerializationError(f"{why}, cannot be sent; send bytes(...) of it", direction="to child")
+    if view.nbytes == 0:
+        return memory, (b"", "B", (0,))  # what is empty cannot be cast
     return memory, (PickleBuffer(view.cast("B")), view.format, view.shape)
 
 
