@@ -423,8 +423,9 @@ def test_arguments_larger_than_a_frame(shared: ProcessIsolator) -> None:
     assert shared.invoke(lambda data: hash(data) and len(data), data) == 10 << 20
 
 
-def test_a_result_above_the_limit() -> None:
-    with ProcessIsolator.create(limits=Limits(result="1M")) as isolator:
+@pytest.mark.parametrize("results", ["data", "pickle"])
+def test_a_result_above_the_limit(results: Any) -> None:
+    with ProcessIsolator.create(limits=Limits(result="1M"), results=results) as isolator:
         pid = isolator.pid
         assert len(isolator.invoke(lambda: bytes(1_000_000))) == 1_000_000
         for make in (lambda: bytes(2 << 20), lambda: "x" * (2 << 20), lambda: list(range(1 << 20))):

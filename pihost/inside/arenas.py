@@ -12,7 +12,7 @@ import os
 import sys
 
 from pihost import wire
-from pihost.inside import callbacks
+from pihost.inside import callbacks, encode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -157,8 +157,8 @@ def ship(text: bytes, buffers: list[Any]) -> tuple[int, list[Any]]:
     return wire.RESULT, wire.pack_value(text, buffers)
 
 
-def ship_pickled(value: object) -> tuple[int, list[Any]]:
-    """The same for a host that trusts this child's pickles."""
+def ship_pickled(value: object, limit: int) -> tuple[int, list[Any]]:
+    """The same for a host that trusts this child's pickles. Raises NotData for more than ``limit`` bytes."""
     buffers: list[memoryview] = []
 
     def stays(buffer: Any) -> bool:
@@ -168,7 +168,9 @@ def ship_pickled(value: object) -> tuple[int, list[Any]]:
         buffers.append(raw)
         return False
 
-    kind, parts = ship(_pickle.dumps(value, 5, buffer_callback=stays), buffers)
+    text = _pickle.dumps(value, 5, buffer_callback=stays)
+    encode.check_size(len(text) + sum(buffer.nbytes for buffer in buffers), limit)
+    kind, parts = ship(text, buffers)
     return wire.PICKLED if kind == wire.RESULT else kind, parts
 
 

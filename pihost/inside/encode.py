@@ -63,13 +63,16 @@ def encode(value: Any, max_bytes: int) -> tuple[bytes, list[Any]]:
     text = quick(value) if quick is not None else None
     if text is None:
         return Walk(max_bytes).run(value)
-    if len(text) > max_bytes:
-        raise NotData(_too_large(len(text), max_bytes))
+    check_size(len(text), max_bytes)
     return text, []
 
 
-def _too_large(size: int, limit: int) -> str:
-    return f"the result takes {size} bytes, more than Limits.result ({limit}); return less, or raise Limits(result=...)"
+def check_size(size: int, limit: int) -> None:
+    """Raises NotData for a value that takes more."""
+    if size > limit:
+        raise NotData(
+            f"the result takes {size} bytes, more than Limits.result ({limit}); return less, or raise Limits(result=...)"
+        )
 
 
 def _quick_int(value: int) -> bytes | None:
@@ -218,8 +221,7 @@ class Walk:
 
     def grow(self, size: int) -> None:
         self.size += size
-        if self.size > self.max_bytes:
-            raise NotData(_too_large(self.size, self.max_bytes))
+        check_size(self.size, self.max_bytes)
 
     def refuse_kind(self, value: Any) -> NoReturn:
         self.refuse(f"{shown(value)} is not data; {_WAY_OUT}")

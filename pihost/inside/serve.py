@@ -153,7 +153,7 @@ class Worker:
         if awaiting.is_stream(value):
             return wire.STREAM, [struct.pack("<Q", objects.kept.keep(self.loop.bound(value)))]
         if self.limits["pickle"]:
-            return arenas.ship_pickled(value)
+            return arenas.ship_pickled(value, self.limits["result"])
         text, buffers = encode.encode(value, self.limits["result"])
         return arenas.ship(text, buffers)
 
