@@ -206,9 +206,14 @@ def stream(table: Any, **options: Any) -> bytes:
     return bytes(sink.getvalue())
 
 
-def refused(data: bytes, match: str) -> None:
-    with pytest.raises(ProtocolError, match=match):
+def refused(data: bytes, match: str, error: type[Exception] = ProtocolError) -> None:
+    with pytest.raises(error, match=match):
         arrow.build_table(data)
+
+
+def not_taken(data: bytes, match: str) -> None:
+    """What an honest child may have: it lives on."""
+    refused(data, match, SerializationError)
 
 
 def test_the_control_is_read() -> None:
@@ -227,8 +232,8 @@ def test_what_is_compressed_is_refused_before_anything_is_inflated(codec: str) -
 
 
 def test_a_column_of_nothing_has_no_million_rows() -> None:
-    refused(stream(pyarrow.table({"a": pyarrow.nulls(1 << 27)})), "cells in")
-    refused(stream(pyarrow.table({"a": pyarrow.array([[None] * 3_000_000])})), "cells in")
+    not_taken(stream(pyarrow.table({"a": pyarrow.nulls(1 << 27)})), "cells in")
+    not_taken(stream(pyarrow.table({"a": pyarrow.array([[None] * 3_000_000])})), "cells in")
     empty = pyarrow.table({"a": pyarrow.array([b""] * 2, pyarrow.binary(0))})
     assert arrow.build_table(stream(empty)).num_rows == 2
 
@@ -254,13 +259,13 @@ def test_no_extension_type_is_ever_asked() -> None:
         table = pyarrow.table({"a": pyarrow.ExtensionArray.from_storage(Loud(), pyarrow.array([1]))})
         data = stream(table)
         Loud.asked.clear()
-        refused(data, "extension type")
+        not_taken(data, "extension type")
         assert Loud.asked == []
         pyarrow.ipc.open_stream(data).read_all()
         assert Loud.asked, "the control: pyarrow alone would have asked it"
     finally:
         pyarrow.unregister_extension_type("pisupervisor.loud")
-    refused(stream(pyarrow.table({"a": pyarrow.array([], pyarrow.json_())})), "extension type")
+    not_taken(stream(pyarrow.table({"a": pyarrow.array([], pyarrow.json_())})), "extension type")
 
 
 @pytest.mark.parametrize(
@@ -274,14 +279,14 @@ def test_no_extension_type_is_ever_asked() -> None:
     ids=lambda column: str(column.type),
 )  # fmt: skip
 def test_types_whose_values_may_take_no_room(column: Any) -> None:
-    refused(stream(pyarrow.table({"a": column})), "of the type")
+    not_taken(stream(pyarrow.table({"a": column})), "of the type")
 
 
 def test_no_path_for_a_time_zone() -> None:
     for zone in ("../../etc/passwd", "/etc/passwd", "", "x" * 200):
         table = pyarrow.table({"a": pyarrow.array([0], pyarrow.timestamp("s", zone))})
         if zone:
-            refused(stream(table), "time zone")
+            not_taken(stream(table), "time zone")
 
 
 def test_values_are_validated_in_full() -> None:
@@ -311,12 +316,12 @@ def test_streams_that_end_elsewhere(cut: int) -> None:
 
 def test_too_many_batches_and_columns() -> None:
     table = pyarrow.table({"a": [1]})
-    refused(stream(pyarrow.concat_tables([table] * (arrow_messages.MAX_MESSAGES + 5))), "messages")
-    refused(stream(pyarrow.table({str(n): [1] for n in range(10_001)})), "columns")
+    not_taken(stream(pyarrow.concat_tables([table] * (arrow_messages.MAX_MESSAGES + 5))), "messages")
+    not_taken(stream(pyarrow.table({str(n): [1] for n in range(10_001)})), "columns")
     deep = pyarrow.int8()
     for _ in range(25):
         deep = pyarrow.list_(deep)
-    refused(stream(pyarrow.table({"a": pyarrow.array([], deep)})), "nested too deep")
+    not_taken(stream(pyarrow.table({"a": pyarrow.array([], deep)})), "nested too deep")
 
 
 FRAME_PARTS: list[Any] = [["a"], [None], [0, 2, 1, None], [""]]
@@ -361,9 +366,24 @@ def test_python_objects_are_counted_before_they_are_made(monkeypatch: pytest.Mon
     assert len(arrow.build_series(None, [0, 12, 1, None], [""], stream(pyarrow.table({"0": [1] * 12})))) == 12
 
 
+@linux
+def test_a_table_that_is_not_taken_ends_no_child(isolator: ProcessIsolator) -> None:
+    def views() -> Any:
+        import pyarrow
+
+        return pyarrow.table({"a": pyarrow.array(["x"], pyarrow.string_view())})
+
+    pid = isolator.pid
+    with pytest.raises(SerializationError, match="of the type string_view; return plain columns"):
+        isolator.invoke(views)
+    with pytest.raises(SerializationError, match="cells in"):
+        isolator.invoke(lambda: __import__("pyarrow").table({"a": __import__("pyarrow").nulls(5_000_000)}))
+    assert isolator.pid == pid
+
+
 def test_many_small_ones_are_counted() -> None:
     text, _buffers = child.encode(pandas.DataFrame({"a": [1]}), LIMIT)
-    with pytest.raises(ProtocolError, match="too many tables and columns"):
+    with pytest.raises(SerializationError, match="too many tables and columns"):
         serializer.decode(b"[" + b",".join([bytes(text)] * 4000) + b"]", [], reader=READER)
     with pytest.raises(child.NotData, match="more than 2000000 items"):
         child.encode([pyarrow.table({"a": [1]})] * 4000, LIMIT)

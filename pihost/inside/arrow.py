@@ -25,22 +25,9 @@ if TYPE_CHECKING:
 
 ITEMS, TABLE = 100, 5  # a column costs the host as much time as a hundred values, a table as much as five columns
 _CHUNKS = 1000  # batches of one table; more are put together
-_NULLABLE = frozenset(
-    (
-        "Int8",
-        "Int16",
-        "Int32",
-        "Int64",
-        "UInt8",
-        "UInt16",
-        "UInt32",
-        "UInt64",
-        "Float32",
-        "Float64",
-        "boolean",
-        "string",
-    )
-)
+_NULLABLE = frozenset((
+    "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64", "Float32", "Float64", "boolean", "string",
+))  # fmt: skip
 
 
 def write(walk: Walk, value: Any) -> Any:

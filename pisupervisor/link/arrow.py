@@ -9,11 +9,10 @@ from collections.abc import Callable
 from typing import Any
 
 from pisupervisor.errors import ProtocolError, SerializationError
-from pisupervisor.link.arrow_messages import check_stream
+from pisupervisor.link.arrow_messages import check_stream, not_taken
 
-MAX_OBJECTS = (
-    2_000_000  #: values of columns that pandas makes Python objects of; as many as a result has items otherwise
-)
+#: values of columns that pandas makes Python objects of; as many as a result has items otherwise
+MAX_OBJECTS = 2_000_000
 _MAX_FIELDS = 10_000
 _MAX_NESTING = 20
 _ZONE = re.compile(r"[A-Za-z0-9_+\-]{1,32}(/[A-Za-z0-9_+\-]{1,32}){0,3}|[+-]\d\d:\d\d", re.ASCII)
@@ -31,14 +30,16 @@ class Budget:
         self._left = left
 
     def take(self, columns: int) -> None:
-        """Raises ProtocolError. A honest child counts alike, see ``pihost.inside.arrow``."""
+        """Raises SerializationError. An honest child counts alike, see ``pihost.inside.arrow``."""
         self._left -= 5 + columns
         if self._left < 0:
-            raise ProtocolError("a result of too many tables and columns")
+            raise not_taken("a result of too many tables and columns")
 
 
 def build_table(data: bytes | memoryview, budget: Budget | None = None) -> Any:
-    """A ``pyarrow.Table``. Raises ProtocolError for what no honest child sends, SerializationError without pyarrow."""
+    """A ``pyarrow.Table``. Raises ProtocolError for what no honest child sends, SerializationError without pyarrow and for
+    what may be honest and is not taken.
+    """
     pyarrow = _needed("pyarrow")
     own = bytes(data)  # a copy: what is checked is what is read
     check_stream(own)
@@ -48,7 +49,7 @@ def build_table(data: bytes | memoryview, budget: Budget | None = None) -> Any:
             _check_schema(pyarrow, stream.schema)
             table = stream.read_all()
         table.validate(full=True)
-    except ProtocolError:
+    except (ProtocolError, SerializationError):
         raise
     except Exception as error:  # pyarrow's own, OSError, KeyError, MemoryError ...: whatever hostile bytes can provoke
         raise ProtocolError(f"Arrow data that is not valid: {str(error)[:200]}") from None
@@ -176,20 +177,20 @@ def _check_schema(pyarrow: Any, schema: Any) -> None:
     level = [field.type for field in schema]
     for _ in range(_MAX_NESTING):
         if len(level) > _MAX_FIELDS:
-            raise ProtocolError(f"Arrow data of more than {_MAX_FIELDS} columns")
+            raise not_taken(f"Arrow data of more than {_MAX_FIELDS} columns")
         for kind in level:
             _check_type(pyarrow.types, kind)
         level = [inner for kind in level for inner in _inner(pyarrow.types, kind)]
         if not level:
             return
-    raise ProtocolError("Arrow data nested too deep")
+    raise not_taken("Arrow data nested too deep")
 
 
 def _check_type(types: Any, kind: Any) -> None:
     if types.is_timestamp(kind) and kind.tz is not None and not _ZONE.fullmatch(kind.tz):
-        raise ProtocolError(f"a time zone that is none: {kind.tz[:60]!r}")
+        raise not_taken(f"a time zone that is none: {kind.tz[:60]!r}")
     if not any(getattr(types, f"is_{name}")(kind) for name in _ALLOWED):
-        raise ProtocolError(f"Arrow data of the type {str(kind)[:100]}")
+        raise not_taken(f"Arrow data of the type {str(kind)[:100]}")
 
 
 _ALLOWED = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import struct
 
-from pisupervisor.errors import ProtocolError
+from pisupervisor.errors import ProtocolError, SerializationError
 
 MAX_MESSAGES = 3000  # a schema, a thousand batches, their dictionaries
 SPARE_CELLS = 1_000_000  # for columns of nothing; all others have a bit for each cell at the least
@@ -23,7 +23,9 @@ _NODES, _COMPRESSION = 1, 3  # fields of RecordBatch
 
 
 def check_stream(data: bytes) -> None:
-    """Raises ProtocolError for a stream that is not one schema and then batches, all of it plain and in proportion."""
+    """Raises ProtocolError for a stream that is not one schema and then batches, SerializationError for one that is not plain
+    or out of proportion: an honest child may have such a table.
+    """
     position, cells, messages, size = 0, 0, 0, -1
     try:
         while size:
@@ -38,13 +40,18 @@ def check_stream(data: bytes) -> None:
             position += size + body
             messages += 1
             if messages > MAX_MESSAGES or cells > 8 * len(data) + SPARE_CELLS:
-                raise ProtocolError(f"Arrow data of {messages} messages and {cells} cells in {len(data)} bytes")
+                raise not_taken(f"Arrow data of {messages} messages and {cells} cells in {len(data)} bytes")
             if (kind == _SCHEMA) != (messages == 1):
                 raise ProtocolError("an Arrow schema in the wrong place")
     except (struct.error, ValueError, IndexError, OverflowError) as error:
         raise ProtocolError(f"Arrow data that cannot be read: {error}") from None
     if position != len(data) or messages == 0:
         raise ProtocolError("Arrow data that does not end where it says")
+
+
+def not_taken(what: str) -> SerializationError:
+    """For what is refused unread, though it may be honest."""
+    return SerializationError(f"the child returned {what}; return plain columns", direction="from child")
 
 
 def _read_message(metadata: bytes, first: bool) -> tuple[int, int, int]:
@@ -54,7 +61,7 @@ def _read_message(metadata: bytes, first: bool) -> tuple[int, int, int]:
     if kind not in (_SCHEMA, _DICTIONARY, _BATCH) or not 0 <= body < 1 << 62:
         raise ProtocolError(f"an Arrow message of kind {kind} and {body} bytes")
     if first and b"ARROW:extension" in metadata:
-        raise ProtocolError("an Arrow extension type, which code would have to be asked for")
+        raise not_taken("an Arrow extension type, which code would have to be asked for")
     if kind == _SCHEMA:
         return kind, body, 0
     batch = message.table(_HEADER)
