@@ -191,6 +191,8 @@ class IsolationOptions:
     python               another interpreter, or the folder of a venv (its packages can then be imported)
     preload              modules imported once in the template, so that a fresh child has them at no cost
     import_paths         folders, zips or wheels that the child may import from, read-only
+    tenant               whose children these are: those of different tenants have no zygote in common, and so neither hash
+                         seed nor address layout, which children of one zygote share
     modules              loaders for what the child may import as source: folders and zips of the host, which it does not
                          see, or functions from a dotted name to source text or None; asked in order, last of all
     results              "data": what comes back can never run code in the host; "pickle": the caller trusts the child; or a
@@ -227,6 +229,7 @@ class IsolationOptions:
     python: str | os.PathLike[str] | None = None
     preload: Sequence[str] = ()
     import_paths: Sequence[str | os.PathLike[str]] = ()
+    tenant: str | None = None
     modules: Sequence[str | os.PathLike[str] | Callable[[str], str | bytes | None]] = ()
     results: Literal["data", "pickle"] | Serializer = "data"
     types: Sequence[TypeCodec | Literal["arrow"]] = ()
@@ -264,6 +267,8 @@ class IsolationOptions:
             _store(self, "python", os.path.abspath(os.fspath(self.python)))
         _store(self, "import_paths", _existing(self.import_paths, "import_paths"))
         _store(self, "cgroup", _group(self.cgroup))
+        if not isinstance(self.tenant, (str, type(None))):
+            raise OptionsError(f"tenant: expected a name, not {self.tenant!r}")
         _store(self, "start_timeout", _number(self.start_timeout, "start_timeout", 0.0, LONGEST) or None)
         _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, LONGEST))
         _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))

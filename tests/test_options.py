@@ -139,7 +139,7 @@ def test_a_limit_that_cannot_be_is_named(name: str, value: Any) -> None:
         ("restart", "always"), ("debug", 1), ("environment", ["A=B"]), ("environment", {"A": 1}),
         ("environment", {"A=B": "x"}), ("environment", {"": "x"}), ("environment", {"A": "x\0y"}),
         ("inherit_environment", "PATH"), ("inherit_environment", [""]), ("preload", "json"), ("preload", ["a b"]),
-        ("preload", ["os; evil"]), ("import_paths", "/usr/lib"), ("import_paths", ["/nowhere/at/all"]),
+        ("preload", ["os; evil"]), ("tenant", 7), ("import_paths", "/usr/lib"), ("import_paths", ["/nowhere/at/all"]),
         ("degrade", ["memroy"]), ("degrade", "memory"), ("start_timeout", -1), ("start_timeout", "5"),
         ("call_timeout", 0), ("log_level", "LOUD"),
     ],

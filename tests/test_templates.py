@@ -61,6 +61,7 @@ def test_a_template_keeps_it_warm() -> None:
         {"import_paths": ["/usr/share"]}, {"filesystem": Filesystem(read_only=["/var"])}, {"log_level": "DEBUG"},
         {"security": Security(seccomp="strict")}, {"security": Security(user=7)}, {"security": Security(hostname="x")},
         {"security": Security(landlock=False)}, {"python": "/usr/bin/python3"}, {"degrade": ["time"]},
+        {"tenant": "me"},
     ],
     ids=str,
 )  # fmt: skip

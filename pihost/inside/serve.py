@@ -9,6 +9,7 @@ import _pickle
 import _signal
 import os
 import struct
+import sys
 
 from pihost import wire
 from pihost.inside import arenas, attached, awaiting, callbacks, encode, objects, raised, resolve, run, taught
@@ -29,6 +30,7 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
     """Answer calls until the host closes the link; the exit code of the payload."""
     if debug:
         os.kill(os.getpid(), _signal.SIGSTOP)
+    reseed()
     worker = Worker(link, limits)
     if limits["modules"]:
         from pihost.inside import asking
@@ -44,6 +46,15 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
         if frame is None:
             return 0
         worker.serve_one(frame)
+
+
+def reseed() -> None:
+    """numpy's global generator, where it was preloaded. Python's own does it by itself; numpy's would give the same
+    numbers to all children of a zygote.
+    """
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
 
 
 class Worker:

@@ -168,6 +168,7 @@ def template_key(options: IsolationOptions) -> tuple[Any, ...]:
         options.python, options.preload, options.import_paths, options.filesystem, options.network, options.log_level,
         _profile_key(options.security.seccomp), options.security.watch, options.security.user, options.security.hostname,
         options.security.landlock, options.degrade, options.cgroup, tuple(sorted(options.environment.items())), inherited,
+        options.tenant,
     )  # fmt: skip
 
 

@@ -14,7 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import features
+import numpy
 import pytest
+from helpers import zygote_of
 from hostile import PRELUDE, attack, bounded, limits
 
 from pisupervisor import (
@@ -151,14 +153,32 @@ found
 
 
 def test_children_share_no_random_state() -> None:
-    with (
-        ProcessIsolator.create(limits=limits(), preload=["random"]) as one,
-        ProcessIsolator.create(limits=limits(), preload=["random"]) as two,
-    ):
-        code = "import random, tempfile; (random.random(), next(tempfile._get_candidate_names()))"
+    """numpy.random as well: it knows nothing of forks (NEP 19)."""
+    packages = os.path.dirname(os.path.dirname(os.path.abspath(numpy.__file__)))
+    shared = {"limits": limits(), "preload": ["random", "numpy.random", "ssl"], "import_paths": [packages]}
+    code = """
+import os, random, ssl, tempfile, uuid, numpy.random
+[random.random(), numpy.random.random(), ssl.RAND_bytes(8), next(tempfile._get_candidate_names()), os.urandom(8), uuid.uuid1().hex]
+"""
+    with ProcessIsolator.create(**shared) as one, ProcessIsolator.create(**shared) as two:
         first, second = one.run_source(code).value, two.run_source(code).value
-    assert first[0] != second[0]
-    assert first[1] != second[1]
+        assert zygote_of(one) == zygote_of(two)
+    assert [a for a, b in zip(first, second, strict=True) if a == b] == []
+
+
+def test_tenants_share_no_hash_seed_and_no_address() -> None:
+    """Children of one zygote do (they are forks): whoever knows his own could aim at the others'."""
+    code = "(hash('a'), id(Ellipsis), open('/proc/self/maps').read().split('[heap]')[0].splitlines()[-1].split('-')[0])"
+    mine = ProcessIsolator.create(limits=limits(), tenant="me")
+    with (
+        mine,
+        ProcessIsolator.create(limits=limits(), tenant="you") as yours,
+        ProcessIsolator.create(tenant="me") as again,
+    ):
+        seen = [isolator.run_source(code).value for isolator in (mine, yours, again)]
+    assert seen[0] == seen[2], "the control: the same tenant's"
+    assert seen[0][0] != seen[1][0]
+    assert seen[0][2] != seen[1][2]
 
 
 # --- what an answer costs the host ---------------------------------------------------------------------------------
