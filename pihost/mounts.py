@@ -1,4 +1,4 @@
-"""What a root is made of: Bind, Layer, Tmpfs, Proc, Folder, File, Symlink, each with ``describe()`` and ``execute()``.
+"""What a root is made of: Bind, Layer, Tmpfs, Overlay, Proc, Folder, File, Symlink, each with ``describe()`` and ``execute()``.
 
 Bind sources are taken (open_tree) before anything is mounted: no path of the host is walked twice, and a source below
 the folder that the new root is built on stays reachable. They go to an fd, not to a path, for the same reason.
@@ -133,6 +133,27 @@ class Tmpfs(Mount):
         kernel.mount("tmpfs", base + self.target, "tmpfs", syscalls.MS_NOSUID | syscalls.MS_NODEV, self.data)
 
 
+class Overlay(Mount):
+    """What is at ``target`` already, with a layer of the child's own on top: a tmpfs, which is then out of sight."""
+
+    def __init__(self, target: str, place: str, size: int, inodes: int, uid: int, gid: int) -> None:
+        self.target, self.place = target, place
+        self.scratch = Tmpfs(place, size, inodes, uid, gid)
+
+    def execute(self, base: str, kernel: Any = syscalls) -> None:
+        self.scratch.execute(base, kernel)
+        upper, work = f"{base}{self.place}/upper", f"{base}{self.place}/work"
+        for folder in (upper, work):
+            os.mkdir(folder, 0o755)
+        target = open_target(base, self.target, folder=True)  # no symbolic link is followed on the way
+        layers = f"lowerdir=/proc/self/fd/{target},upperdir={upper},workdir={work},userxattr"
+        try:
+            kernel.mount("overlay", f"/proc/self/fd/{target}", "overlay", WRITABLE, layers)
+        finally:
+            os.close(target)
+        kernel.umount_detach(base + self.place)
+
+
 class Proc(Mount):
     """A /proc of the new pid namespace: its own processes, nothing of the kernel."""
 
@@ -175,7 +196,10 @@ class Symlink(Mount):
         os.symlink(self.to, base + self.target)
 
 
-KINDS = {"bind": Bind, "layer": Layer, "tmpfs": Tmpfs, "proc": Proc, "folder": Folder, "file": File, "symlink": Symlink}
+KINDS = {
+    "bind": Bind, "layer": Layer, "overlay": Overlay, "tmpfs": Tmpfs, "proc": Proc, "folder": Folder, "file": File,
+    "symlink": Symlink,
+}  # fmt: skip
 
 
 def read(entries: list[list[Any]]) -> list[Mount]:

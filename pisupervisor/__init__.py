@@ -73,6 +73,7 @@ if TYPE_CHECKING:
         PluginHost as PluginHost,
         PluginResult as PluginResult,
         ProcessHost as ProcessHost,
+        RootfsHost as RootfsHost,
         ScannedHost as ScannedHost,
     )
     from pisupervisor.results import (
@@ -106,7 +107,7 @@ _HOMES = {
     "objects": ("IsolatedMethod", "IsolatedObject", "IsolatedStream"),
     "options": ("Filesystem", "IoLimit", "IsolationOptions", "Limits", "RestartPolicy", "Security"),
     "plugins": (
-        "IsolationContext", "NullHost", "Plugin", "PluginHost", "PluginResult", "ProcessHost", "ScannedHost",
+        "IsolationContext", "NullHost", "Plugin", "PluginHost", "PluginResult", "ProcessHost", "RootfsHost", "ScannedHost",
     ),
     "results": ("Applied", "CallResult", "ExitInfo", "ExitReason", "SystemCall", "Usage"),
 }  # fmt: skip

@@ -113,12 +113,24 @@ class Filesystem:
     """What the child sees beside the interpreter and its libraries.
 
     ``read_only`` and ``writable`` are host paths, shown at the same place, or ``(host path, path in the child)``.
+
+    ``rootfs`` is the folder of a root file system with a Python 3.9 or newer: the child sees that, read-only, in the place
+    of the host's system and of our ``/etc``; ``python=`` is then a path inside. That Python and its library become the
+    zygote, with the rights of the application, as any interpreter does: take it from where you trust it.
+
+    ``overlay`` are folders in the child's tree that it may change, each by up to ``Limits.scratch`` bytes: what it writes
+    there is its own, and gone with it. Files that were there stay as they are: they can be read and deleted, and be
+    replaced, but not be written to.
     """
 
     read_only: Sequence[str | os.PathLike[str] | tuple[str, str]] = ()
     writable: Sequence[str | os.PathLike[str] | tuple[str, str]] = ()
+    rootfs: str | os.PathLike[str] | None = None
+    overlay: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        _store(self, "rootfs", _rootfs(self.rootfs))
+        _store(self, "overlay", _places(self.overlay))
         for name in ("read_only", "writable"):
             _store(self, name, tuple(_bind(entry, name) for entry in _sequence(getattr(self, name), name)))
 
@@ -264,7 +276,7 @@ class IsolationOptions:
         if unknown:
             raise OptionsError(f"degrade: {', '.join(unknown)} is no protection; known: {', '.join(PROTECTIONS)}")
         if self.python is not None:
-            _store(self, "python", os.path.abspath(os.fspath(self.python)))
+            _store(self, "python", os.path.abspath(os.fspath(self.python)))  # inside a rootfs too: from its top
         _store(self, "import_paths", _existing(self.import_paths, "import_paths"))
         _store(self, "cgroup", _group(self.cgroup))
         if not isinstance(self.tenant, (str, type(None))):
@@ -415,6 +427,30 @@ def _bind(entry: Any, name: str) -> tuple[str, str]:
     return source, target
 
 
+def _rootfs(path: Any) -> str | None:
+    if path is None:
+        return None
+    try:
+        root: str = os.path.realpath(os.fspath(path))
+    except TypeError:
+        raise OptionsError(f"rootfs: expected the path of a folder, not {path!r}") from None
+    if not os.path.isdir(root) or root == "/":
+        raise OptionsError(f"rootfs: {root} is no folder with a root file system in it")
+    return root
+
+
+def _places(paths: Any) -> tuple[str, ...]:
+    found = tuple(_sequence(paths, "overlay"))
+    for place in found:
+        normal = isinstance(place, str) and place.startswith("/") and os.path.normpath(place) == place
+        if not normal or place.startswith("//") or "/" + place.split("/")[1] in _NO_OVERLAY or ":" in place:
+            raise OptionsError(f"overlay: {place!r} is no folder in the child that can be written to")
+        if any(other != place and place.startswith(other + "/") for other in found) or found.count(place) > 1:
+            raise OptionsError(f"overlay: {place!r} is named twice, or lies below another one")
+    return found
+
+
+_NO_OVERLAY = frozenset(("/", "/proc", "/dev", "/tmp", "/sys", "/py", "/pis"))
 _OURS = frozenset(("/", "/proc", "/dev", "/tmp", "/usr", "/etc", "/sys", "/py", "/pis"))
 
 

@@ -18,6 +18,7 @@ from typing import Any, Protocol, Self
 from pisupervisor.errors import IsolatorClosed, OptionsError
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.options import IsolationOptions
+from pisupervisor.records import replace
 
 
 @dataclass
@@ -125,6 +126,28 @@ class ProcessHost(_Host):
     def close(self) -> None:
         super().close()
         self.isolator.close()
+
+
+class RootfsHost(ProcessHost):
+    """The same in a root file system of the caller's, read-only: a folder with one, or an unpacked OCI bundle (a folder with
+    ``config.json`` and ``rootfs``). Nothing of it is run outside. Its Python must be of this one's minor version, for
+    plugins travel as closures do. ``Security(user=...)`` says as whom, ``Filesystem(overlay=...)`` what may be changed.
+
+    Raises OptionsError where no Python is found in it.
+    """
+
+    def __init__(self, rootfs: str | os.PathLike[str], options: IsolationOptions | None = None) -> None:
+        options = options or IsolationOptions()
+        if options.filesystem.rootfs is not None:
+            raise OptionsError("RootfsHost has its root file system: leave Filesystem(rootfs=...) out")
+        filesystem = replace(options.filesystem, rootfs=_root_of(rootfs))
+        super().__init__(replace(options, filesystem=filesystem))
+
+
+def _root_of(path: str | os.PathLike[str]) -> str:
+    folder = os.fspath(path)
+    is_bundle = all(os.path.exists(os.path.join(folder, name)) for name in ("config.json", "rootfs"))
+    return os.path.join(folder, "rootfs") if is_bundle else folder
 
 
 def _run(plugin: Any, properties: dict[str, Any], arguments: list[Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pisupervisor.errors import OptionsError
 
 _IMPORTERS = frozenset(("__import__", "import_module"))
-_OURS = "pisupervisor"
+_OURS = ("pisupervisor", "pihost")  # in a checkout they lie beside the application, not in site-packages
 
 
 class Import(NamedTuple):
@@ -29,7 +29,7 @@ def scan(kind: type) -> Iterator[Import]:
     first = kind.__module__
     if not isinstance(first, str):
         raise OptionsError(f"{kind.__qualname__}: its module has no name, so there is no source that could be scanned")
-    pending, seen = [first], {_OURS}
+    pending, seen = [first], set(_OURS)
     while pending:
         name = pending.pop()
         if name in seen:
@@ -91,7 +91,7 @@ def _own_modules(name: str) -> list[str]:
     application's: its own imports are its own affair.
     """
     parts = name.split(".")
-    if parts[0] in sys.stdlib_module_names or parts[0] == _OURS:
+    if parts[0] in sys.stdlib_module_names or parts[0] in _OURS:
         return []
     prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
     return [prefix for prefix in prefixes if prefix in sys.modules and not _is_installed(sys.modules[prefix])]

@@ -12,7 +12,7 @@ import pytest
 TOP = Path(__file__).parent.parent
 PIHOST = sorted((TOP / "pihost").rglob("*.py"))
 PISUPERVISOR = sorted((TOP / "pisupervisor").rglob("*.py"))
-AUDITED_LINES = 1260  #: what runs before the walls are up: to be read in one sitting
+AUDITED_LINES = 1290  #: what runs before the walls are up: to be read in one sitting
 BEHIND_THE_WALLS = {"init.py", "wire.py"}  #: of pihost's own folder, what does its work only when they are
 #: of the 10 to 40 ms kind: the zygote pays for them at every start, and each child with the pages it copies
 HEAVY = {

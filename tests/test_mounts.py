@@ -163,3 +163,24 @@ def test_a_file_of_ours_replaces_nothing(tmp_path: Path) -> None:
     (tmp_path / "passwd").write_text("somebody else's")
     with pytest.raises(FileExistsError):
         mounts.File("/passwd", "ours").execute(str(tmp_path))
+
+
+def test_an_overlay_has_its_layer_put_out_of_sight(tmp_path: Path) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "over").mkdir()
+    kernel = Recorder()
+    (overlay,) = mounts.read([["overlay", "/app", "/over", 4096, 16, 1000, 1000]])
+    overlay.execute(str(tmp_path), kernel)
+    assert kernel.names() == ["mount", "mount", "umount_detach"]
+    scratch, layers, hidden = kernel.calls
+    assert scratch[2] == hidden[1] == f"{tmp_path}/over"
+    assert "size=4096" in scratch[-1]
+    assert layers[4] == MS_NOSUID | MS_NODEV
+    assert f"upperdir={tmp_path}/over/upper,workdir={tmp_path}/over/work,userxattr" in layers[5]
+
+
+def test_an_overlay_follows_no_symbolic_link(tmp_path: Path) -> None:
+    (tmp_path / "over").mkdir()
+    (tmp_path / "app").symlink_to(tmp_path / "over")
+    with pytest.raises(OSError, match=r"Not a directory|symbolic link"):
+        mounts.Overlay("/app", "/over", 4096, 16, 1000, 1000).execute(str(tmp_path), Recorder())

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from helpers import linux, nothing_left, write
+from rootfs import shared
 
 from pisupervisor import (
     CallTimeout,
@@ -29,6 +30,7 @@ from pisupervisor import (
     ProtocolError,
     RemoteError,
     RestartPolicy,
+    RootfsHost,
     ScannedHost,
     SerializationError,
 )
@@ -40,6 +42,7 @@ OPTIONS = IsolationOptions(restart=RestartPolicy(backoff=0.0))
 HOSTS: dict[str, Callable[[], Any]] = {
     "null": NullHost,
     "process": lambda: ProcessHost(OPTIONS),
+    "rootfs": lambda: RootfsHost(shared(), OPTIONS),
     "scanned null": lambda: ScannedHost(NullHost(), deny=["ctypes"]),
     "scanned process": lambda: ScannedHost(ProcessHost(OPTIONS), deny=["ctypes"]),
 }

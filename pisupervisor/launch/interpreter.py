@@ -20,17 +20,21 @@ _QUESTION = (
 
 @dataclass(frozen=True, kw_only=True)
 class Interpreter:
-    """``prefix`` holds the interpreter, ``stdlib`` is its library folder, ``packages`` a venv's site folders."""
+    """``prefix`` holds the interpreter, ``stdlib`` is its library folder, ``packages`` a venv's site folders. With
+    ``rootfs`` all of them are paths inside of that, and ``site`` are its own folders of packages.
+    """
 
     executable: str
     prefix: str
     stdlib: str
     version: tuple[int, int]
     packages: tuple[str, ...] = ()
+    rootfs: str | None = None
+    site: tuple[str, ...] = ()
 
     @property
     def relocated(self) -> bool:
-        return self.prefix != "/usr" and not self.prefix.startswith("/usr/")
+        return self.rootfs is None and self.prefix != "/usr" and not self.prefix.startswith("/usr/")
 
     def inside(self, path: str) -> str:
         """Where a path of this interpreter is seen by the child."""
@@ -42,10 +46,13 @@ class Interpreter:
         """Folder for LD_LIBRARY_PATH when a relocated interpreter has a shared libpython, else None."""
         folder = os.path.join(self.prefix, "lib")
         try:
-            shared = any(name.startswith("libpython") and ".so" in name for name in os.listdir(folder))
+            shared = any(
+                name.startswith("libpython") and ".so" in name for name in os.listdir((self.rootfs or "") + folder)
+            )
         except OSError:
             return None
-        return self.inside(folder) if shared and self.relocated else None
+        elsewhere = self.relocated or (self.rootfs is not None and self.prefix != "/usr")
+        return self.inside(folder) if shared and elsewhere else None
 
 
 def find_interpreter(python: str | None) -> Interpreter:

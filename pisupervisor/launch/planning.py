@@ -102,10 +102,11 @@ def template_plan(
     program: bytes, host_environment: dict[str, str], listen: bool = False,
 ) -> TemplatePlan:  # fmt: skip
     """What the zygote for these options is. ``package`` is pihost's folder, ``cloudpickle`` that package's, or None."""
-    root = [*_system(), *_interpreter(interpreter), ["layer", package, f"{OURS}/pihost", mounts.READ_ONLY]]
+    root = [*_base(options, interpreter), ["layer", package, f"{OURS}/pihost", mounts.READ_ONLY]]
     if cloudpickle:
         root.append(["layer", cloudpickle, f"{OURS}/cloudpickle", mounts.READ_ONLY])
-    root += _devices() + _etc(options)
+    root += _devices() + (_etc(options) if interpreter.rootfs is None else [])
+    root += [["folder", f"{OURS}/over/{number}"] for number in range(len(options.filesystem.overlay))]
     root += [["folder", "/tmp"], ["folder", "/dev/shm"], ["folder", "/proc"], ["bind", "/proc", "/proc", 0]]
     for source, place, final, flags in binds(options, interpreter):
         # Also where it belongs: what is preloaded is imported here, before a child's own scratch covers it.
@@ -168,7 +169,7 @@ def file_rights(abi: int) -> int:
 
 def import_paths(options: IsolationOptions, interpreter: Interpreter) -> list[str]:
     """Folders and archives to import from, beside the standard library: shown inside where they lie outside."""
-    return [os.fspath(path) for path in (*options.import_paths, *interpreter.packages)]
+    return [os.fspath(path) for path in (*options.import_paths, *interpreter.packages, *interpreter.site)]
 
 
 def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str, str, str, int]]:
@@ -178,7 +179,8 @@ def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str
     what is bound inside them, whatever list they stand in: a writable folder must not cover a read-only part of it.
     Raises OptionsError for two binds at one place.
     """
-    wanted = [(path, path, mounts.READ_ONLY) for path in import_paths(options, interpreter)]
+    shown = [path for path in import_paths(options, interpreter) if path not in interpreter.site]
+    wanted = [(path, path, mounts.READ_ONLY) for path in shown]
     wanted += [(source, target, mounts.READ_ONLY) for source, target in options.filesystem.shown("read_only")]
     wanted += [(source, target, mounts.WRITABLE) for source, target in options.filesystem.shown("writable")]
     wanted = sorted(dict.fromkeys(wanted), key=lambda bind: bind[1].count("/"))
@@ -186,7 +188,7 @@ def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str
     for number, (source, target, flags) in enumerate(wanted):
         if any(target == other for _source, _aside, other, _flags in found):
             raise OptionsError(f"filesystem: two things are to be shown at {target}")
-        if flags == mounts.READ_ONLY and source == target and target.startswith("/usr/"):
+        if flags == mounts.READ_ONLY and source == target and target.startswith("/usr/") and interpreter.rootfs is None:
             continue  # /usr is there as a whole
         aside = f"{OURS}/aside/{number}" if _below(target, SCRATCH) else target
         found.append((source, aside, target, flags))
@@ -209,6 +211,10 @@ def check_writable(options: IsolationOptions, features: Features) -> None:
 def _own_mounts(options: IsolationOptions, interpreter: Interpreter) -> list[list[Any]]:
     limits, user = options.limits, options.security.user
     own: list[list[Any]] = [["tmpfs", place, int(limits.scratch), SCRATCH_INODES, user, user] for place in SCRATCH]
+    own += [
+        ["overlay", place, f"{OURS}/over/{number}", int(limits.scratch), SCRATCH_INODES, user, user]
+        for number, place in enumerate(options.filesystem.overlay)
+    ]
     own.append(["proc", "/proc", "subset=pid,hidepid=invisible"])
     own += [
         ["bind", aside, final, 0] for _source, aside, final, _flags in binds(options, interpreter) if aside != final
@@ -222,11 +228,22 @@ def _landlock_rules(options: IsolationOptions, abi: int) -> list[list[Any]]:
         return []
     full = file_rights(abi) & ~(MAKE_CHAR | MAKE_BLOCK | IOCTL_DEV)
     rules: list[list[Any]] = [["/", _READ], ["/dev", READ_FILE | WRITE_FILE | (TRUNCATE if abi >= 3 else 0)]]
-    rules += [[place, full] for place in SCRATCH]
+    rules += [[place, full] for place in (*SCRATCH, *options.filesystem.overlay)]
     for source, target in options.filesystem.shown("writable"):
         rights = full if os.path.isdir(source) else full & (EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE)
         rules.append([target, rights])
     return rules
+
+
+def _base(options: IsolationOptions, interpreter: Interpreter) -> list[list[Any]]:
+    """The system and the interpreter: the host's, or a root file system of the caller's with both."""
+    if interpreter.rootfs is None:
+        return [*_system(), *_interpreter(interpreter)]
+    from pisupervisor.launch import rootfs
+
+    places = [target for kind in ("read_only", "writable") for _source, target in options.filesystem.shown(kind)]
+    rootfs.check_places(interpreter.rootfs, [*places, *import_paths(options, interpreter)])
+    return rootfs.entries(interpreter.rootfs)
 
 
 def _system() -> list[list[Any]]:

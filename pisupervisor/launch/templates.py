@@ -13,7 +13,7 @@ import threading
 from pisupervisor.errors import IsolatorClosed
 from pisupervisor.launch.interpreter import Interpreter, find_interpreter
 from pisupervisor.launch.zygote import PACKAGE, Zygote, host_failure
-from pisupervisor.options import IsolationOptions
+from pisupervisor.options import IsolationOptions, host_python
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ class Template:
         self._warmed = False
         self._cgroup = options.cgroup
         try:
-            self.interpreter: Interpreter = find_interpreter(_python(options))
-            self.python = self.interpreter.executable
+            self.interpreter: Interpreter = _interpreter(options)
+            # What builds the root runs outside of it: nothing of a rootfs is run before that has become "/".
+            self.python = self.interpreter.executable if self.interpreter.rootfs is None else host_python()
             program, self.answers = _program(options)
         except OSError as error:
             raise host_failure(error) from error
@@ -180,8 +181,14 @@ def _profile_key(profile: Any) -> Any:
     return os.path.abspath(profile), found.st_mtime_ns, found.st_size, found.st_ino
 
 
-def _python(options: IsolationOptions) -> str | None:
-    return None if options.python is None else os.fspath(options.python)
+def _interpreter(options: IsolationOptions) -> Interpreter:
+    python = None if options.python is None else os.fspath(options.python)
+    root = options.filesystem.rootfs
+    if root is None:
+        return find_interpreter(python)
+    from pisupervisor.launch.rootfs import find_python
+
+    return find_python(os.fspath(root), python)
 
 
 def _program(options: IsolationOptions) -> tuple[bytes, Answers | None]:
