@@ -1,8 +1,8 @@
 """``AsyncProcessIsolator``: the surface of ``ProcessIsolator``, awaited.
 
-Calls wait in a thread of their own, one after another as on the isolator itself; what ends or pauses a child goes by a
-second one, so that it never stands behind a call. The event loop is never blocked, and cancelling a task that awaits a
-call kills the work.
+The commonest call is made by the loop itself, which reads the answer when it is there. What takes longer, or is more than
+plain values, goes on in a thread, as do all other calls; what ends or pauses a child goes by one of its own, so that it
+never stands behind a call. The event loop is never blocked, and cancelling a task that awaits a call kills the work.
 """
 
 from __future__ import annotations
@@ -11,20 +11,32 @@ import asyncio
 import functools
 import inspect
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pisupervisor.isolator import ProcessIsolator
+from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
 from pisupervisor.options import IsolationOptions
-from pisupervisor.results import Applied, CallResult, ExitInfo, SystemCall, Usage
+from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage
+from pisupervisor.supervise.onloop import LoopLink, answer_to
+from pisupervisor.supervise.session import Sent, WouldWait
 from pisupervisor.worker import Worker
 
 if TYPE_CHECKING:
+    from pisupervisor.link.connection import Connection
+    from pisupervisor.supervise.child import Child
     from pisupervisor.supervise.lifecycle import State
+    from pisupervisor.supervise.pipeline import Pipeline
+    from pisupervisor.supervise.session import Session
 
 _OVER = object()
+_KNOWN = 1000
+_within: ContextVar[int] = ContextVar("_within", default=0)  # the caller whose callback this is
 
 
 class AsyncProcessIsolator:
@@ -36,8 +48,14 @@ class AsyncProcessIsolator:
 
     def __init__(self, isolator: ProcessIsolator, calls: Worker) -> None:
         """Use ``create``."""
-        self._isolator, self._calls = isolator, calls
+        self._isolator = isolator
+        self._calls = _Workers("pisupervisor-async", isolator._session, isolator.options.max_concurrency, calls)
+        self._rest = _Workers(
+            "pisupervisor-async-rest", None, 1 << 16
+        )  # of calls that the loop has begun; of callbacks' calls
         self._control: Worker | None = None
+        self._link: LoopLink | None = None
+        self._known: set[Any] = set()  # what was called before: nothing of it must be imported or read first
 
     @classmethod
     async def create(cls, options: IsolationOptions | None = None, **changes: Any) -> Self:
@@ -63,11 +81,11 @@ class AsyncProcessIsolator:
 
     async def invoke_method(self, path: str | os.PathLike[str], target: str, /, *args: Any, **keywords: Any) -> Any:
         """See ``ProcessIsolator.invoke_method``."""
-        return self._awaited(await self._call(self._isolator.invoke_method, path, target, *args, **keywords))
+        return await self._plain((path, target), self._isolator.invoke_method, path, target, *args, **keywords)
 
     async def invoke(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         """See ``ProcessIsolator.invoke``. Of a generator the caller gets a stream for ``async for``."""
-        return self._awaited(await self._call(self._isolator.invoke, function, *args, **keywords))
+        return await self._plain(None, self._isolator.invoke, function, *args, **keywords)
 
     async def execute(self, function: Callable[..., Any] | str, /, *args: Any, **keywords: Any) -> CallResult:
         """See ``ProcessIsolator.execute``."""
@@ -83,6 +101,11 @@ class AsyncProcessIsolator:
         """See ``ProcessIsolator.run_script``."""
         info: ExitInfo = await self._call(self._isolator.run_script, path, argv, **keywords)
         return info
+
+    def map(self, function: Callable[..., Any] | str, /, *iterables: Iterable[Any], **keywords: Any) -> AsyncPipeline:
+        """See ``ProcessIsolator.map``: an async iterator. What is there at once is fetched at once."""
+        self._isolator._keeper.check_open()
+        return AsyncPipeline(self, partial(self._isolator.map, function, *iterables, **keywords))
 
     async def create_object(self, code: Any, /, *args: Any, **keywords: Any) -> AsyncIsolatedObject:
         """See ``ProcessIsolator.create_object``; methods of the handle are awaited."""
@@ -156,6 +179,9 @@ class AsyncProcessIsolator:
         finally:
             control.end()
             self._calls.end()
+            self._rest.end()
+            if self._link is not None:
+                self._link.close()
 
     async def resource_usage(self) -> Usage:
         """See ``ProcessIsolator.resource_usage``."""
@@ -211,7 +237,56 @@ class AsyncProcessIsolator:
 
     async def _call(self, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         self._isolator._keeper.check_open()
-        return await _wait(self._calls, method, *args, **keywords)
+        caller, connection = _within.get(), self._isolator._keeper.connection
+        if caller and connection is not None and connection.in_callback(caller):
+            return await self._rest.run(_acting, caller, method, *args, **keywords)
+        return await self._calls.run(method, *args, **keywords)
+
+    async def _plain(self, known: Any, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
+        """A call that the loop may make itself, where the same was made before and nothing stands in its way."""
+        self._isolator._keeper.check_open()
+        if known in self._known:
+            session = self._isolator._session
+            try:
+                with session.on_loop():
+                    sent: Sent = method(*args, **keywords)
+            except WouldWait:
+                pass
+            else:
+                return await self._answer(sent)
+        if len(self._known) > _KNOWN:
+            self._known.clear()
+        self._known.add(known)
+        return self._awaited(await self._call(method, *args, **keywords))
+
+    async def _answer(self, sent: Sent) -> Any:
+        short, session, error = sent.short, self._isolator._session, sent.error
+        try:
+            if sent.is_next:
+                link = self._link_to(short.connection)
+                text = await answer_to(short, link, short.call.deadline)
+                if text is not None:
+                    return session.end_short(short, text)
+        except asyncio.CancelledError as cancelled:
+            self._close_link()
+            short.child.kill(ExitReason.KILLED, "the call was cancelled")
+            self._rest.add(session.finish, short, cancelled)
+            raise
+        except Exception as raised:
+            error = raised
+        self._close_link()  # from here on a thread reads
+        done = await self._rest.run(session.finish, short, error, cancel=partial(_kill, short.child))
+        return self._awaited(self._isolator._result(done, short.call.limit, None))
+
+    def _link_to(self, connection: Connection) -> LoopLink:
+        if self._link is None or not self._link.is_open or self._link.connection is not connection:
+            self._close_link()
+            self._link = LoopLink(connection, asyncio.get_running_loop())
+        return self._link
+
+    def _close_link(self) -> None:
+        if self._link is not None:
+            self._link.close()
 
     async def _act(self, method: Callable[..., Any], /, *args: Any) -> Any:
         self._isolator._keeper.check_open()
@@ -231,8 +306,7 @@ class AsyncIsolatedObject:
 
     async def invoke(self, name: str, /, *args: Any, **keywords: Any) -> Any:
         """See ``IsolatedObject.invoke``."""
-        value = await self._isolator._call(self._handle.invoke, name, *args, **keywords)
-        return self._isolator._awaited(value)
+        return await self._isolator._plain(name, self._handle.invoke, name, *args, **keywords)
 
     def find_method(self, name: str) -> Callable[..., Any]:
         """See ``IsolatedObject.find_method``."""
@@ -264,12 +338,11 @@ class AsyncIsolatedMethod:
         self._isolator, self._handle = isolator, handle
 
     async def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return self._isolator._awaited(await self._isolator._call(self._handle, *args, **keywords))
+        return await self._isolator._plain(self._handle, self._handle, *args, **keywords)
 
     async def invoke(self, obj: AsyncIsolatedObject, /, *args: Any, **keywords: Any) -> Any:
         """See ``IsolatedMethod.invoke``."""
-        value = await self._isolator._call(self._handle.invoke, obj._handle, *args, **keywords)
-        return self._isolator._awaited(value)
+        return await self._isolator._plain(self._handle, self._handle.invoke, obj._handle, *args, **keywords)
 
 
 class AsyncIsolatedStream:
@@ -303,14 +376,112 @@ class AsyncIsolatedStream:
         await self.aclose()
 
 
+class AsyncPipeline:
+    """The results of ``map``, for ``async for``."""
+
+    def __init__(self, isolator: AsyncProcessIsolator, begin: Callable[[], Pipeline]) -> None:
+        self._isolator, self._begin = isolator, begin
+        self._results: Pipeline | None = None
+        self._ready: deque[Any] = deque()
+        self._error: BaseException | None = None
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self._ready and self._error is None:
+            values, self._error = await self._isolator._call(self._take)
+            self._ready.extend(values)
+        if self._ready:
+            return self._ready.popleft()
+        error, self._error = self._error, StopIteration()
+        if isinstance(error, StopIteration):
+            raise StopAsyncIteration
+        raise error or StopAsyncIteration
+
+    def _take(self) -> tuple[list[Any], BaseException | None]:
+        values: list[Any] = []
+        try:
+            if self._results is None:
+                self._results = self._begin()
+            values.append(next(self._results))
+            while self._results.has_next():
+                values.append(next(self._results))
+        except Exception as error:
+            return values, error
+        return values, None
+
+    async def aclose(self) -> None:
+        """See ``Pipeline.close``."""
+        if self._results is not None:
+            self._results.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.aclose()
+
+
 async def _wait(worker: Worker, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
     """In that thread. Cancelled: taken back if it waits, its work killed if it runs."""
     return await asyncio.wrap_future(worker.add(method, args, keywords))
 
 
+def _kill(child: Child) -> None:
+    child.kill(ExitReason.KILLED, "the call was cancelled")
+
+
+def _acting(caller: int, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
+    with acting_for(caller):
+        return method(*args, **keywords)
+
+
+class _Workers:
+    """Threads, made as they are needed, up to ``most``; each takes one call after another."""
+
+    def __init__(self, name: str, session: Session | None, most: int, first: Worker | None = None) -> None:
+        self._name, self._session, self._most = name, session, most
+        self._load: dict[Worker, int] = {} if first is None else {first: 0}
+
+    def _pick(self) -> Worker:
+        worker = min(self._load, key=self._load.__getitem__, default=None)
+        if worker is None or (self._load[worker] and len(self._load) < self._most):
+            worker = Worker(f"{self._name}-{len(self._load) + 1}", self._session)
+            self._load[worker] = 0
+        return worker
+
+    async def run(
+        self, method: Callable[..., Any], /, *args: Any, cancel: Callable[[], object] | None = None, **keywords: Any
+    ) -> Any:
+        """The result, from one of them. Cancelled: taken back if it waits, its work killed if it runs."""
+        worker = self._pick()
+        self._load[worker] += 1
+        try:
+            return await _wait(worker, method, *args, **keywords)
+        except asyncio.CancelledError:
+            if cancel is not None:
+                cancel()
+            raise
+        finally:
+            self._load[worker] -= 1
+
+    def add(self, method: Callable[..., Any], /, *args: Any) -> None:
+        """Nobody waits for it."""
+        self._pick().add(method, args, {})
+
+    def end(self) -> None:
+        for worker in self._load:
+            worker.end()
+
+
 def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
-        return asyncio.run_coroutine_threadsafe(function(*args, **keywords), loop).result()
+        token = _within.set(this_caller())  # which the coroutine's context has, too: its calls are this callback's
+        try:
+            return asyncio.run_coroutine_threadsafe(function(*args, **keywords), loop).result()
+        finally:
+            _within.reset(token)
 
     return call

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import signal
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -20,6 +22,7 @@ from pisupervisor import (
     IsolatorClosed,
     LaunchError,
     ProcessIsolator,
+    RemoteError,
     RestartPolicy,
 )
 
@@ -260,5 +263,147 @@ def test_a_create_that_is_cancelled_leaves_nothing() -> None:
         with pytest.raises(asyncio.CancelledError):
             await task
         await asyncio.sleep(1.0)
+
+    run(main)
+
+
+# --- calls that the loop makes itself: those made before ----------------------------------------------------------
+
+
+def test_a_warm_call_is_made_by_the_loop(plugin: Path) -> None:
+    """No thread has anything to do with it: none is there to be woken."""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            double = await isolator.get_method(plugin, "double")
+            assert await double(1) == 2
+            isolator._calls.end()
+            assert [await double(n) for n in range(50)] == [2 * n for n in range(50)]
+            assert isolator.state == "ready"
+
+    run(main)
+
+
+def test_warm_calls_of_all_kinds_of_ends(plugin: Path) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            assert await isolator.invoke(len, "abc") == 3
+            assert await isolator.invoke(len, "abcd") == 4
+            with pytest.raises(RemoteError, match="no len"):
+                await isolator.invoke(len, 5)
+            assert len(await isolator.invoke(str.__mul__, "x", 3 << 20)) == 3 << 20
+            assert await isolator.invoke(lambda: {"a": (1, 2), "b": b"x" * 1000}) == {"a": (1, 2), "b": b"x" * 1000}
+            assert [n async for n in await isolator.invoke(lambda: (n for n in range(3)))] == [0, 1, 2]
+            assert await isolator.invoke(len, "abc", returns=int) == 3
+            with pytest.raises(ChildTerminated):
+                await isolator.invoke(_exit)
+            assert await isolator.invoke(len, "abc") == 3
+            os.kill(isolator.pid or 0, signal.SIGKILL)
+            assert wait_until(lambda: isolator.state == "backoff")
+            assert await isolator.invoke(len, "abc") == 3
+
+    run(main)
+
+
+def _exit() -> None:
+    import os
+
+    os._exit(3)
+
+
+@pytest.mark.parametrize("limit", [0.3, 1.7])
+def test_a_warm_call_that_takes_too_long(limit: float) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            await isolator.invoke(time.sleep, 0)
+            started = time.monotonic()
+            with pytest.raises(CallTimeout):
+                await isolator.invoke(time.sleep, 1000, timeout=limit)
+            assert limit <= time.monotonic() - started < limit + 1
+            assert await isolator.invoke(len, "abc") == 3
+
+    run(main)
+
+
+def test_a_warm_call_that_takes_its_time() -> None:
+    """After a second a thread waits for it, and the loop reads no more."""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            await isolator.invoke(time.sleep, 0)
+            assert await isolator.invoke(time.sleep, 2.5) is None
+            assert await isolator.invoke(len, "abc") == 3
+            await asyncio.sleep(2.5)
+            assert await isolator.invoke(len, "abc") == 3
+
+    run(main)
+
+
+@pytest.mark.parametrize("after", [0.2, 1.6])
+def test_cancelling_a_warm_call_kills_its_work(after: float) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            await isolator.invoke(time.sleep, 0)
+            pid = isolator.pid or 0
+            task = asyncio.ensure_future(isolator.invoke(time.sleep, 1000))
+            await asyncio.sleep(after)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert wait_until(lambda: state_of(pid) in ("", "Z"), 2)
+            assert await isolator.invoke(len, "abc") == 3
+
+    run(main)
+
+
+def test_many_warm_calls_at_once_come_in_order() -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            await isolator.invoke(pow, 1, 1)
+            assert await asyncio.gather(*(isolator.invoke(pow, 2, n) for n in range(30))) == [2**n for n in range(30)]
+
+    run(main)
+
+
+def test_callbacks_that_call(plugin: Path) -> None:
+    """Host, child, host, child, and so on: a coroutine that answers may await calls."""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+
+            async def down(n: int) -> int:
+                return 0 if n == 0 else 1 + int(await isolator.invoke_method(plugin, "ask", "down", n - 1))
+
+            isolator.register_callback("down", down)
+            assert await isolator.invoke_method(plugin, "ask", "down", 4) == 4
+            assert await isolator.invoke_method(plugin, "ask", "down", 3) == 3
+
+    run(main)
+
+
+def test_side_by_side() -> None:
+    """parity: 19"""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(max_concurrency=3) as isolator:
+            await isolator.invoke(time.sleep, 0)
+            started = time.monotonic()
+            await asyncio.gather(*(isolator.invoke(time.sleep, 0.5) for _ in range(3)))
+            assert time.monotonic() - started < 1.2
+
+    run(main)
+
+
+def test_map(plugin: Path) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            assert [x async for x in isolator.map(f"{plugin}:double", range(1000))] == [2 * n for n in range(1000)]
+            async with isolator.map(lambda n: 6 // (2 - n), range(5)) as results:
+                assert [await anext(results), await anext(results)] == [3, 6]
+                with pytest.raises(RemoteError):
+                    await anext(results)
+                assert [x async for x in results] == []
+            pairs = [(x, await isolator.invoke(len, "x" * x)) async for x in isolator.map(abs, range(20))]
+            assert pairs == [(n, n) for n in range(20)]
 
     run(main)

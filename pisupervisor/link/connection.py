@@ -12,6 +12,7 @@ import time
 from pihost import wire
 from pisupervisor.errors import ProtocolError
 from pisupervisor.link.bells import Bell, PollBell
+from pisupervisor.link.callers import this_caller
 from pisupervisor.link.frames import READ, Answer, Frames, Pending, plain_text
 from pisupervisor.link.output import Output
 from pisupervisor.link.readers import Readers
@@ -138,30 +139,52 @@ class Connection:
         """``call`` for the commonest case, in as few steps as can be: the text of the answer, where that is plain data in one
         frame. None: it is not, or not there yet; ``wait`` for it.
         """
-        if self._displaced or self.released or self.calls:
-            self.tidy(deadline)
-            self.begin(Pending(ident, self.largest), Request(body), deadline)
-            return None
-        data = wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.CALL, ident, len(body)) + body
-        sent = self._send_some(data, NeverSent)
-        if sent < len(data):
-            self.calls[ident] = Pending(ident, self.largest)
-            self._push(memoryview(data)[sent:], deadline)
+        if not self.put(ident, body, deadline):
             return None
         try:
             if deadline is not None or self._slice < _LOOK_AROUND / 2:
                 self._set_slice(min(_LOOK_AROUND, max(_FINE, (deadline or float("inf")) - time.monotonic())))
             said = self.link.recv(READ)
+        except BlockingIOError:
+            return None
         except OSError as error:
-            self.calls[ident] = Pending(ident, self.largest)
-            if isinstance(error, BlockingIOError):
-                return None
             raise LinkClosed from error
+        return self.understand(ident, said)
+
+    def put(self, ident: int, body: bytes, deadline: float | None) -> bool:
+        """Send a call for ``ask``; whether its answer is the next that comes. In any case ``wait`` may be asked for it."""
+        if self._displaced or self.released or self.calls:
+            self.tidy(deadline)
+            self.begin(Pending(ident, self.largest), Request(body), deadline)
+            return False
+        data = wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.CALL, ident, len(body)) + body
+        sent = self._send_some(data, NeverSent)
+        if sent == len(data):
+            return True
+        self.calls[ident] = Pending(ident, self.largest)
+        self._push(memoryview(data)[sent:], deadline)
+        return False
+
+    def understand(self, ident: int, said: bytes) -> bytes | None:
+        """What ``ask`` returns, where that was read."""
         text = plain_text(said, ident)
         if text is None:
             self.calls[ident] = Pending(ident, self.largest)
             self._feed(said)
         return text
+
+    def receive_at_once(self) -> bytes | None:
+        """What is there now, None for nothing, b"" at the end."""
+        try:
+            return self.link.recv(READ, _AT_ONCE)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise LinkClosed from error
+
+    def pending(self, ident: int) -> Pending:
+        """The call with that id, also where nothing of its answer has come yet."""
+        return self.calls.get(ident) or self.calls.setdefault(ident, Pending(ident, self.largest, self.new_bell()))
 
     def new_bell(self) -> Bell | None:
         return None if self._readers is None else Bell()
@@ -407,14 +430,15 @@ class Connection:
             return
         if self._answer is None or asked is None:
             raise ProtocolError("a callback where there are none")
-        chain = self._in_callbacks.setdefault(threading.get_ident(), [])
+        caller = this_caller()
+        chain = self._in_callbacks.setdefault(caller, [])
         chain.append(pending.ident)
         try:
             answer = self._answer(*asked)  # may call into the child in turn
         finally:
             chain.pop()
             if not chain:
-                del self._in_callbacks[threading.get_ident()]
+                del self._in_callbacks[caller]
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlinePassed
         self._tell(pending, answer, (), deadline)

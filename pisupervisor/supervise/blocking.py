@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-
 from pihost import wire
+from pisupervisor.link.callers import this_caller
 from pisupervisor.records import Protocol
 
 TYPE_CHECKING = False
@@ -49,7 +48,7 @@ class Blocking(Io):
     """Nothing is awaited: see ``run_through``."""
 
     def caller(self) -> int:
-        return threading.get_ident()
+        return this_caller()
 
     def new_ident(self, connection: Connection) -> int:
         return connection.new_ident()
@@ -96,7 +95,7 @@ class Begun(Blocking):
             connection.calls.pop(ident, None)
             raise error
         return (
-            connection.wait(connection.calls[ident], deadline)
+            connection.wait(connection.pending(ident), deadline)
             if first
             else exchange(connection, body, deadline, output, ident, within)
         )

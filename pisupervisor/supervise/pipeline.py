@@ -119,6 +119,11 @@ class Pipeline(Blocking):
             raise
         return value
 
+    def has_next(self) -> bool:
+        """Whether the next result is there, and nothing is to be sent or waited for first."""
+        pending = self._flight[0].pending if self._flight else None
+        return pending is not None and pending.answer is not None and not self._is_over
+
     def _fetch(self) -> None:
         """Arguments for the calls that are to be sent now. Before anything of the isolator is held: it is foreign code."""
         count = room(len(self._flight), self._size, self._most) - len(self._waiting)

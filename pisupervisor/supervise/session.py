@@ -7,8 +7,10 @@ spot, so that the coroutine never waits and runs through in the calling thread; 
 from __future__ import annotations
 
 import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
+import itertools
 import threading
 import time
+from contextlib import contextmanager
 
 from pihost import wire
 from pisupervisor.errors import (
@@ -20,6 +22,7 @@ from pisupervisor.errors import (
     ProtocolError,
     SerializationError,
 )
+from pisupervisor.link.callers import acting_for
 from pisupervisor.link.calls import Attached, Payload, body_of, pack_code, unpack_answer
 from pisupervisor.link.connection import Answer, Broken, Connection, DeadlinePassed, LinkClosed, NeverSent
 from pisupervisor.link.serializer import decode_plain
@@ -34,12 +37,13 @@ from pisupervisor.supervise.keeper import Keeper
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     from pisupervisor.supervise.blocking import Io
 
 
+_loop_callers = itertools.count(-1, -1)  # keys of calls that no thread makes
 _NOT_ASKED = Usage()
 _NOT_WANTED = "the call was cancelled before it ran"
 
@@ -80,6 +84,29 @@ class Call(NamedTuple):
                 file.close()
 
 
+class Short(NamedTuple):
+    """A plain call that has its turn, and the child and the link that it goes to."""
+
+    call: Call
+    body: bytes
+    caller: int
+    ident: int
+    child: Child
+    connection: Connection
+
+
+class Sent(NamedTuple):
+    """What an event loop's thread gets: the call is sent, and its answer ``is_next``; or there is more to it."""
+
+    short: Short
+    is_next: bool
+    error: BaseException | None = None
+
+
+class WouldWait(Exception):
+    """This call cannot be made by an event loop's own thread."""
+
+
 class Session:
     """So many calls at once as the options say, and within each those that its callbacks make; the thread that calls does the
     waiting.
@@ -92,6 +119,7 @@ class Session:
         self._calls = 0  # that the present child has answered
         self._caller: Child | None = None  # the child they were counted on
         self._blocking = Blocking()
+        self._loop_thread = 0  # while an event loop's thread makes a call
         options = self.options  # what the short way leaves out
         self._is_simple = (options.max_concurrency, options.max_calls, options.call_timeout, options.results) == (
             1, None, None, "data",
@@ -102,6 +130,8 @@ class Session:
         ``prepare``. Raises what the call raised, CallTimeout, ChildTerminated, ProtocolError, RestartLimitReached,
         IsolatorClosed, LaunchError.
         """
+        if self._loop_thread == threading.get_ident():
+            raise WouldWait
         done: Outcome = run_through(self.run(self.prepare(verb, *arguments, **settings), self._blocking))
         return done
 
@@ -115,32 +145,68 @@ class Session:
     ) -> Any:
         """``call`` for the commonest case, in as few steps as can be. What it comes to is the value itself, where that is
         plain data and came at once; else an Outcome, by the long way, which goes on from wherever the short one ended.
+        In a loop's thread (see ``on_loop``) it is Sent.
         """
-        keeper, caller = self.keeper, threading.get_ident()
-        connection, child = keeper.connection, None
-        if (
-            connection is not None and self._is_simple and not self._unwanted and Payload not in map(type, arguments)
-            and (code is None or code.key in connection.sent) and (only_on is None or only_on is connection)
-        ):  # fmt: skip
-            deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
-            body = pickle.dumps((arguments[0], False, *arguments[1:]), 5)
-            child = keeper.begin_at_once(caller, connection)
-        if child is None or connection is None:
+        thread = threading.get_ident()
+        short = self._begin_short(arguments, code, timeout, idempotent, only_on, thread)
+        if short is None:
             return self.call(
                 *arguments, code=code, timeout=timeout, idempotent=idempotent, only_on=only_on, streams=True
             )
-        ident, error = connection.new_ident(), None
+        error = None
         try:
-            text = connection.ask(ident, body, deadline)
+            if self._loop_thread == thread:
+                return Sent(short, short.connection.put(short.ident, short.body, short.call.deadline))
+            text = short.connection.ask(short.ident, short.body, short.call.deadline)
             if text is not None:
-                value = decode_plain(text, keeper.reader)
-                keeper.end_at_once(caller, child)
-                return value
+                return self.end_short(short, text)
         except BaseException as raised:
             error = raised
+        if self._loop_thread == thread:
+            return Sent(short, False, error)
+        return self.finish(short, error)
+
+    def _begin_short(
+        self, arguments: tuple[Any, ...], code: Code | None, timeout: float | None, idempotent: bool,
+        only_on: Connection | None, thread: int,
+    ) -> Short | None:  # fmt: skip
+        """The turn and the child for such a call, None where anything stands in its way."""
+        connection = self.keeper.connection
+        if (
+            connection is None or not self._is_simple or self._unwanted or Payload in map(type, arguments)
+            or (code is not None and code.key not in connection.sent) or (only_on is not None and only_on is not connection)
+        ):  # fmt: skip
+            return None
+        deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
+        body = pickle.dumps((arguments[0], False, *arguments[1:]), 5)
+        caller = thread if self._loop_thread != thread else next(_loop_callers)
+        child = self.keeper.begin_at_once(caller, connection)
+        if child is None:
+            return None
         call = Call(body, code, timeout, deadline, False, None, only_on, None, True, idempotent)
-        done: Outcome = run_through(self._run_outermost(call, caller, Begun(ident, error), (child, connection)))
-        return done
+        return Short(call, body, caller, connection.new_ident(), child, connection)
+
+    def finish(self, short: Short, error: BaseException | None) -> Outcome:
+        """The long way of a call that has begun the short one, and has come to that error, or to nothing yet."""
+        begun = (short.child, short.connection)
+        with acting_for(short.caller):
+            done: Outcome = run_through(self._run_outermost(short.call, short.caller, Begun(short.ident, error), begun))
+            return done
+
+    def end_short(self, short: Short, text: bytes) -> Any:
+        """The value that ``text`` says, which is the end of the call. Raises ProtocolError before it is."""
+        value = decode_plain(text, self.keeper.reader)
+        self.keeper.end_at_once(short.caller, short.child)
+        return value
+
+    @contextmanager
+    def on_loop(self) -> Iterator[None]:
+        """Within it, this thread may not wait: what would raises WouldWait, and nothing has happened then."""
+        self._loop_thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._loop_thread = 0
 
     def prepare(
         self, verb: str, *arguments: Any, code: Code | None = None, timeout: float | None = None, idempotent: bool = False,

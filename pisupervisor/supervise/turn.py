@@ -9,6 +9,7 @@ import time
 
 from pisupervisor.errors import IsolationError
 from pisupervisor.link.bells import Bell
+from pisupervisor.link.callers import this_caller
 from pisupervisor.supervise.admission import Admission, Ticket
 
 TYPE_CHECKING = False
@@ -27,7 +28,7 @@ class Turn:
         self._rules = Admission(slots)
 
     def is_mine(self) -> bool:
-        return threading.get_ident() in self._rules.users
+        return this_caller() in self._rules.users
 
     def has(self, key: int) -> bool:
         return key in self._rules.users
@@ -36,7 +37,7 @@ class Turn:
         """False when it was not to be had within ``timeout`` seconds. Raises IsolationError for who has it already: a
         callback cannot end or replace the child that waits for its answer, except by terminate, abort or close.
         """
-        key = threading.get_ident()
+        key = this_caller()
         if self.enter(key, use):
             return True
         if timeout == 0:
@@ -96,7 +97,7 @@ class Turn:
 
     def give(self, key: int | None = None) -> None:
         with self._lock:
-            admitted = self._rules.leave(threading.get_ident() if key is None else key)
+            admitted = self._rules.leave(this_caller() if key is None else key)
         if admitted:
             wake(admitted)
 
