@@ -23,7 +23,7 @@ from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage
-from pisupervisor.supervise.onloop import LoopLink, answer_to
+from pisupervisor.supervise.aio_link import LoopLink, answer_to
 from pisupervisor.supervise.session import Sent, WouldWait
 from pisupervisor.worker import Worker
 

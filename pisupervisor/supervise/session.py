@@ -1,7 +1,7 @@
 """Calls into one isolator's child: whose turn it is, and what a call gets when the child dies under it.
 
 The way of a call is written once, as a coroutine. Whatever may take time on it is asked of ``Io``: ``Blocking`` does it on the
-spot, so that the coroutine never waits and runs through in the calling thread; an event loop has its own (see ``onloop``).
+spot, so that the coroutine never waits and runs through in the calling thread; an event loop has its own (see ``aio_link``).
 """
 
 from __future__ import annotations
