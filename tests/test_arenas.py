@@ -30,7 +30,7 @@ from pisupervisor import (
     RestartPolicy,
     SerializationError,
 )
-from pisupervisor.link.arenas import Arenas, choose
+from pisupervisor.link.arenas import MOST, Arenas, choose
 
 MB = 1 << 20
 SITE = [sysconfig.get_path("purelib")]
@@ -53,6 +53,12 @@ def test_what_has_no_room_is_made_for_one_call() -> None:
     assert not choose([], 65 * MB, 64 * MB).keep
     choice = choose([(1, 60 * MB, False)], 5 * MB, 64 * MB)
     assert (choice.keep, choice.drop, choice.size) == (False, (), 5 * MB)
+
+
+def test_so_many_are_kept_at_most() -> None:
+    lent = [(number, MB, False) for number in range(MOST)]
+    assert choose(lent[1:], MB, 1 << 40).keep
+    assert not choose(lent, MB, 1 << 40).keep
 
 
 @pytest.mark.parametrize("need", [1, 4097, MB, MB + 1, 100 * MB, 1 << 31, (1 << 31) + 1])
@@ -282,6 +288,18 @@ def test_calls_side_by_side_in_one_child() -> None:
         isolator.run_source("1")
         assert all(arena.is_free() for arena in arenas(isolator)._in.values())
         assert all(arena.is_free() for arena in arenas(isolator)._out.values())
+
+
+@linux
+def test_many_under_way_on_one_link() -> None:
+    arrays = [np.full(20_000 + 1000 * number, float(number)) for number in range(100)]
+    with ProcessIsolator.create(import_paths=SITE) as isolator:
+        for found, array in zip(isolator.map(lambda array: array * 2, arrays), arrays, strict=True):
+            assert (found == array * 2).all()
+        assert len(arenas(isolator)._in) <= MOST
+        assert len(arenas(isolator)._out) <= MOST
+        shared = [isolator.shared_array(3) for _ in range(5)]
+        assert [*isolator.map(lambda array: array.__iadd__(1).sum(), shared * 10)][-1] == 30
 
 
 class Doubling(Plugin):

@@ -30,6 +30,7 @@ _F_SEAL_FUTURE_WRITE = 0x10  # Linux 5.1: no more writable maps, and no holes
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _CHUNK = 8 << 20  # bytes copied at once: other threads get their turn in between, and the cache is used as it is
 _UNLIMITED = 1 << 62
+MOST = 16  #: arenas kept for one child, in either direction: each takes a descriptor on either side
 
 
 def memory_file(size: int, seals: int) -> int:
@@ -128,7 +129,8 @@ class Choice(NamedTuple):
 def choose(arenas: Iterable[tuple[int, int, bool]], need: int, room: int) -> Choice:
     """Which arena takes ``need`` bytes, of those that are there: (number, size, whether it is free). Pure.
 
-    All that are kept are at most ``room`` bytes together. A free one that is too small goes when a larger one comes.
+    All that are kept are ``MOST`` and ``room`` bytes together, at most. A free one that is too small goes when a larger one
+    comes.
     """
     known = list(arenas)
     fitting = [(size, number) for number, size, free in known if free and size >= need]
@@ -136,8 +138,8 @@ def choose(arenas: Iterable[tuple[int, int, bool]], need: int, room: int) -> Cho
         return Choice(min(fitting)[1])
     step = max(1 << 20, 1 << max(0, need.bit_length() - 4))  # at most an eighth is waste
     size = min(-(-need // step) * step, max(room, need))
-    lent = sum(size for _, size, free in known if not free)
-    if lent + size > room:
+    lent = [size for _, size, free in known if not free]
+    if sum(lent) + size > room or len(lent) >= MOST:
         return Choice(None, -(-need // mmap.PAGESIZE) * mmap.PAGESIZE)
     return Choice(None, size, True, tuple(number for number, _, free in known if free))
 
