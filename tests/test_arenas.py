@@ -347,7 +347,7 @@ def test_ten_thousand_arrays_leave_descriptors_and_maps_flat(isolator: ProcessIs
     isolator.invoke(identity, array)
     before = isolator.invoke(child), maps(), len(open_fds())
     for _ in range(10_000):
-        found = isolator.invoke(identity, array)
+        found = isolator.invoke_method("copy", "copy", array)
     assert (found == array).all()
     assert (isolator.invoke(child), maps(), len(open_fds())) == before
 
@@ -447,6 +447,16 @@ def test_a_child_without_descriptors_gets_them_with_the_call() -> None:
         assert isolator.invoke(use_up) > 30
         data = bytes(range(256)) * 4096
         assert isolator.invoke(identity, [data, bytearray(data)])[0] == data
+        assert isolator.invoke(lambda view: (view.readonly, bytes(view)), memoryview(bytearray(data))) == (False, data)
+
+
+@linux
+def test_a_call_that_is_refused_at_the_last_moment_takes_no_arena(isolator: ProcessIsolator) -> None:
+    array = np.ones(100_000)
+    isolator.invoke(len, array)
+    with pytest.raises(SerializationError, match="65 descriptors"):
+        isolator.invoke(len, [array, *[isolator.shared_array(1) for _ in range(65)]])
+    assert all(arena.is_free() for arena in arenas(isolator)._in.values())
 
 
 # --- results="pickle" and zero_copy: for those who trust --------------------------------------------------------------

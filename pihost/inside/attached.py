@@ -74,13 +74,13 @@ def take(index: int) -> int:
     return fd  # type: ignore[no-any-return]
 
 
-def load(data: bytes | None, arena: int | None, regions: list[Any], _shared: list[tuple[int, int, int]]) -> Any:
+def load(data: bytes | None, arena: int | None, regions: list[Any], _taken: list[tuple[int, int, int]]) -> Any:
     """Unpickle arguments. ``regions``: lengths of what lies in the arena, or where there is none the bytes themselves; the
-    first is the pickle where ``data`` is None. ``_shared``: see ``_take_shared``.
+    first is the pickle where ``data`` is None. ``_taken``: see ``_take_shared``.
     """
     if arena in _call.unseen:
         _call.unseen.remove(arena)
-    views = regions if arena is None else arenas.arguments.views(arena, regions)
+    views: list[Any] = [*map(bytearray, regions)] if arena is None else arenas.arguments.views(arena, regions)
     bare: list[int] = []
     _call.bare = bare
     try:

@@ -73,7 +73,6 @@ class Arena:
         made = os.fstat(self.fd).st_blocks * 512
         if made < self.size:
             raise ProtocolError(f"an arena of which the child has made {made} bytes, not {self.size}")
-        self.settled = True
         self.close_fd()
 
     def populate(self) -> None:
@@ -168,10 +167,10 @@ class Arenas:
 
     def accepted(self, arena: Arena) -> None:
         """The child has it. Raises ProtocolError where it has not done its part."""
-        with self._lock:  # once it is settled it might be taken for a free one
-            arena.settle()
-            arena.populate()
-            arena.area[0] = wire.LENT
+        arena.settle()
+        arena.populate()
+        arena.area[0] = wire.LENT
+        arena.settled = True  # not before: another thread might take it for a free one
 
     def refused(self, arena: Arena) -> None:
         """The child has no room for it, or no descriptor."""
@@ -218,6 +217,7 @@ class Arenas:
                 raise ProtocolError(f"a result of {sum(lengths)} bytes in an arena that is not there or too small")
             if not arena.settled:
                 arena.settle()
+                arena.settled = True
             whole = memoryview(arena.area) if self.lend else memoryview(arena.area).toreadonly()
             self._read.add(number)  # not before there is a view: another thread may sweep
         return text, [whole[start : start + length] for start, length in zip(starts, lengths, strict=True)]

@@ -89,6 +89,7 @@ def send(
 ) -> tuple[bytes, tuple[int, ...]]:
     """(body, descriptors) of a call whose arguments have attachments, with all that is big where the child finds it."""
     payload, arenas = call.payload, connection.arenas()
+    fds, shared = _descriptors(payload, arenas)  # before an arena is taken: this may refuse
     regions: list[Any] = [[buffer] for buffer in payload.buffers]
     lengths = [buffer.nbytes for buffer in payload.buffers]
     data = None
@@ -97,6 +98,14 @@ def send(
     else:
         data = b"".join(payload.pickle)
     arena = _fill(arenas, connection, regions, lengths, deadline, within) if regions else None
+    where: list[Any] = [b"".join(region) for region in regions] if arena is None else lengths
+    packed = (data, None if arena is None else arena.number, where, shared)
+    arguments = [packed if part is payload else part for part in call.arguments]
+    return pack_call(call.verb, call.capture, *arguments), tuple(fds)
+
+
+def _descriptors(payload: Payload, arenas: Arenas) -> tuple[list[int], list[tuple[int, int, int]]]:
+    """(those that go with the call, what the child has to know of shared arrays that it has not seen: place, number, size)"""
     fds = [file.fd for file in payload.files]
     shared = []
     for memory in payload.shared:
@@ -106,10 +115,7 @@ def send(
     if len(fds) > wire.MAX_DESCRIPTORS:
         message = f"{len(fds)} descriptors with one call ({wire.MAX_DESCRIPTORS} are allowed)"
         raise SerializationError(message, direction="to child")
-    where: list[Any] = [b"".join(region) for region in regions] if arena is None else lengths
-    packed = (data, None if arena is None else arena.number, where, shared)
-    arguments = [packed if part is payload else part for part in call.arguments]
-    return pack_call(call.verb, call.capture, *arguments), tuple(fds)
+    return fds, shared
 
 
 def _fill(
