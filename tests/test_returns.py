@@ -9,14 +9,23 @@ import math
 import pathlib
 import typing
 import uuid
+from collections.abc import Generator, Iterator
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from helpers import linux
 from test_values import BERLIN, Color, Level, Pair, Point, Row, Shape, Size, cross
 
-from pisupervisor.errors import SerializationError
+from pisupervisor import OptionsError, ProcessIsolator, SerializationError
 from pisupervisor.link import serializer
+
+
+@pytest.fixture(scope="module")
+def isolator() -> Iterator[ProcessIsolator]:
+    with ProcessIsolator.create() as isolator:
+        yield isolator
 
 
 def test_returns_builds_and_checks() -> None:
@@ -137,3 +146,38 @@ def test_returns_names_the_part_that_does_not_fit() -> None:
 def test_returns_that_nobody_can_build_is_said() -> None:
     with pytest.raises(SerializationError, match=r"cannot be built|is not a"):
         cross({"a": 1}, "not a type")
+
+
+@dataclasses.dataclass
+class Dangling:
+    x: "NoSuchName"  # type: ignore[name-defined]  # noqa: F821, UP037
+
+
+@linux
+@pytest.mark.parametrize(
+    "returns",
+    ["int", 5, Point | Shape, list[Point | Shape], Dangling, Iterator["int"], Generator[int, None, Point | Shape], typing.Self],
+    ids=str,
+)  # fmt: skip
+def test_a_type_that_nothing_can_be_built_as_is_told_before_the_call(isolator: ProcessIsolator, returns: Any) -> None:
+    done: list[int] = []
+    isolator.register_callback("done", lambda: done.append(1))
+
+    def work() -> None:
+        import pihost
+
+        pihost.call_host("done")
+
+    with pytest.raises(OptionsError, match="cannot be built"):
+        isolator.invoke(work, returns=returns)
+    with pytest.raises(OptionsError, match="cannot be built"):
+        isolator.execute(work, returns=returns)
+    assert done == []
+
+
+@linux
+def test_a_list_where_an_iterator_was_asked_for_is_checked_too(isolator: ProcessIsolator) -> None:
+    assert isolator.invoke(lambda: [POINT], returns=Iterator[Point]) == [Point(1.0, 2.0)]
+    for wrong in ([1], POINT, 5, None):
+        with pytest.raises(SerializationError, match="is not a list"):
+            isolator.invoke(lambda value: value, wrong, returns=Iterator[Point])

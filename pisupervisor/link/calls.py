@@ -123,16 +123,23 @@ _ITERATORS = frozenset((
 def split_returns(returns: Any) -> tuple[bool, Any, StreamTypes]:
     """(whether a generator may come back, what a value is built as, what a generator's items and end are built as).
 
-    ``returns=Iterator[X]`` asks for a generator of X, ``Generator[X, S, R]`` for one that returns R at its end; any other
-    type asks for a value that is none.
+    ``returns=Iterator[X]`` asks for a generator of X (a list of X will do), ``Generator[X, S, R]`` for one that returns R at
+    its end; any other type asks for a value that is none. Raises OptionsError for a type that nothing can be built as.
     """
     if returns is None:
         return True, None, StreamTypes()
+    from pisupervisor.link.serializer import check_returns
+
     origin: Any = getattr(returns, "__origin__", None)
     if getattr(origin, "__module__", "") != "collections.abc" or origin.__name__ not in _ITERATORS:
+        check_returns(returns)
         return False, returns, StreamTypes()
     item, *more = returns.__args__
-    return True, None, StreamTypes(item, more[1] if len(more) > 1 else None)
+    types = StreamTypes(item, more[1] if len(more) > 1 else None)
+    check_returns(types.item)
+    check_returns(types.value)
+    listed: Any = list
+    return True, listed[item], types
 
 
 def is_number(value: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 
-from pisupervisor.errors import ProtocolError, SerializationError
+from pisupervisor.errors import OptionsError, ProtocolError, SerializationError
 from pisupervisor.link.arguments import child_importable, dump_call, dump_function
 from pisupervisor.link.reader import DATA, Reader
 
@@ -124,6 +124,21 @@ def build(value: Any, returns: Any) -> Any:
     except (TypeError, RecursionError) as error:
         message = f"returns={_named(returns)} cannot be built: {error}"
         raise SerializationError(message, direction=_FROM_CHILD) from error
+
+
+def check_returns(returns: Any) -> None:
+    """Raises OptionsError for a type that ``build`` could make of nothing: better before the call than after it."""
+    from typing import Any
+
+    from msgspec import msgpack
+
+    if returns is None or returns is Any:
+        return
+    try:
+        if not _is_mixed_enum(returns):
+            msgpack.Decoder(returns)  # looks at the type alone; 0.3 us once it is known
+    except Exception as error:  # TypeError, or what the annotations of a class raise
+        raise OptionsError(f"returns={_named(returns)} cannot be built: {error}") from None
 
 
 def _named(returns: Any) -> str:
