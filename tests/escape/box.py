@@ -21,7 +21,7 @@ _DATA = json.loads((Path(__file__).parent / "box_checks.json").read_text())
 PRELUDE: str = _DATA["prelude"]
 CATALOGUE: dict[str, dict[str, Any]] = {check["id"]: check for check in _DATA["checks"]}
 CHECKS: dict[str, dict[str, Any]] = {**CATALOGUE, **OWN}
-STRICT_ONLY = ("F20",)  # locks: sqlite needs them under "default"
+STRICT_ONLY = ("F20", "O09")  # locks: sqlite needs them under "default"; watches: so do servers that reload
 PROBE = "pis_probe"
 SECRET = "PIC_SECRET"
 

@@ -47,4 +47,10 @@ OWN: dict[str, dict[str, object]] = {
         "needs": [], "source": "pivot_root(2); isolate 2.6",
         "code": "want(not any(os.path.exists(p+'HOSTDIR') for p in ('/','/proc/1/root/','/proc/self/root/','/proc/self/cwd/')))",
     },
+    "O09": {
+        "title": "watch who uses a shared ro inode", "mechanism": "seccomp inotify, fanotify, F_NOTIFY", "needs": ["seccomp"],
+        "source": "inotify(7), fanotify(7): a watch on a file tells one box what another reads",
+        "code": "import fcntl\nfd=os.open('/usr/lib',0)\ndenyall({'inotify':lambda:sc(254,sc(253),b'/usr/lib',1),"
+        "'inotify_init1':lambda:sc(294,0),'fanotify':lambda:sc(300,0x200,0),'dnotify':lambda:fcntl.fcntl(fd,1026,1)})",
+    },
 }  # fmt: skip
