@@ -494,6 +494,17 @@ def test_name_in_an_earlier_rule_does_not_mislead_the_line(tmp_path: Path) -> No
     assert caught.value.line == 5
 
 
+@pytest.mark.parametrize("more", ['"comment": "\\"syscalls\\"", ', '"comment": "syscalls", ', '"syscalls": [7], '])
+def test_the_name_of_the_list_elsewhere_does_not_mislead_the_line(tmp_path: Path, more: str) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(
+        f'{{{more}\n"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [\n{GOOD_RULE},\n{{"names": 5}}]\n, "comment": "syscalls"}}'
+    )
+    with pytest.raises(ProfileError, match="'names'") as caught:
+        SeccompProfile.from_file(file)
+    assert caught.value.line == 4
+
+
 def test_unreadable_profiles(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "large").write_bytes(b" " * ((1 << 20) + 1))

@@ -221,9 +221,21 @@ def _kind(value: Any) -> str:
 
 
 def _span_of_rule(text: str, number: int) -> tuple[int, int]:
-    """Where rule ``number`` lies in a text that is known to be JSON: step over the values of the list before it."""
-    decoder = json.JSONDecoder()
-    start, end = 0, text.find("[", text.find('"syscalls"')) + 1
+    """Where rule ``number`` lies in a text that is known to be JSON: step over the values of the list before it. The name of
+    the list may stand in the text elsewhere, too: the last place counts, as for a JSON reader, at which such a list begins.
+    """
+    at = len(text)
+    while (at := text.rfind('"syscalls"', 0, at)) >= 0:
+        try:
+            return _span_in_list(text, text.index("[", at) + 1, number)
+        except ValueError:
+            continue
+    return 0, len(text)
+
+
+def _span_in_list(text: str, start: int, number: int) -> tuple[int, int]:
+    """Raises ValueError where no such list begins at ``start``."""
+    decoder, end = json.JSONDecoder(), start
     for _ in range(number + 1):
         start = _BETWEEN.match(text, end).end()  # type: ignore[union-attr]  # it matches the empty string too
         end = decoder.raw_decode(text, start)[1]

@@ -157,7 +157,10 @@ def with_atheris(name: str, seconds: float, keep: bool) -> int:
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
         if crash.exists():
-            raise Found(crash.read_bytes(), RuntimeError(done.stderr[-3000:]))
+            from fuzz_targets import TARGETS
+
+            attempt(TARGETS[name], crash.read_bytes())  # again, for the error itself
+            raise Found(crash.read_bytes(), RuntimeError(f"only under atheris: {done.stderr[-3000:]}"))
         if done.returncode:
             raise SystemExit(f"atheris did not run:\n{done.stderr[-2000:]}")
         if keep:
