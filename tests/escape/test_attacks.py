@@ -132,24 +132,47 @@ def test_what_shows_our_own_code_cannot_be_written_nor_locked_for_others(isolato
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_memory_holds_nothing_of_the_hosts_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The zygote is exec'd with an environment of its own: no copy of the host's lies in any page of a child."""
-    monkeypatch.setenv("PISUPERVISOR_TEST_SECRET", "s3cr3t-" + "of-the-host")
-    scan = """
+_SCAN = """
 import re
-secret, found = re.compile(rb"s3cr3t-of-the-hos[t]"), []  # must not find itself
+pattern, found = re.compile({pattern!r}), []  # which must not match itself
 for line in open("/proc/self/maps"):
     span, rights = line.split()[:2]
     if "r" not in rights or "[v" in line: continue
     low, high = (int(x, 16) for x in span.split("-"))
     with open("/proc/self/mem", "rb") as memory:
         memory.seek(low)
-        try: found += [line] if secret.search(memory.read(high - low)) else []
+        try: found += [line] if pattern.search(memory.read(high - low)) else []
         except OSError: pass
 found
 """
+
+
+def found_in_memory(isolator: ProcessIsolator, pattern: bytes) -> list[str]:
+    """The mappings of a child in which that is."""
+    found: list[str] = attack(isolator, _SCAN.format(pattern=pattern), 30.0)
+    return found
+
+
+def test_memory_holds_nothing_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The zygote is exec'd with an environment and a plan of its own: nothing of the host's, not even where we lie."""
+    import pihost
+
+    monkeypatch.setenv("PISUPERVISOR_TEST_SECRET", "s3cr3t-" + "of-the-host")
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(pihost.__file__))).encode()
     with ProcessIsolator.create(limits=limits(memory="512M"), preload=["json"]) as isolator:
-        assert attack(isolator, scan, 30.0) == []
+        assert found_in_memory(isolator, b"s3cr3t-of-the-hos[t]") == []
+        assert found_in_memory(isolator, re.escape(folder[:-1]) + b"[" + folder[-1:] + b"]/p") == []
+
+
+def test_memory_holds_nothing_of_another_isolator(isolator: ProcessIsolator) -> None:
+    """Not even of one with the same zygote, which runs no calls: neither what it was sent nor what it found."""
+    secret = "s3cr3t-" + "of-a-tenant"
+    with ProcessIsolator.create(limits=limits(), restart=RestartPolicy(backoff=0.0)) as other:
+        assert zygote_of(other) == zygote_of(isolator)
+        other.run_source(f"kept = [{secret!r}] * 1000; print(kept)")
+        assert len(found_in_memory(other, b"s3cr3t-of-a-tenan[t]")) > 0, "the control"
+        isolator.restart()
+        assert found_in_memory(isolator, b"s3cr3t-of-a-tenan[t]") == []
 
 
 def test_children_share_no_random_state() -> None:
