@@ -23,7 +23,8 @@ import pytest
 
 TOP = Path(__file__).parent.parent
 SHELL = [
-    "scripts/test", "scripts/demo", "scripts/bench", "scripts/soak", "scripts/fuzz", "scripts/vm-test", ".ci/run",
+    "scripts/test", "scripts/demo", "scripts/bench", "scripts/soak", "scripts/fuzz", "scripts/vm-test", "scripts/compat",
+    ".ci/run",
     *sorted(str(path.relative_to(TOP)) for path in (TOP / "scripts/lib").rglob("*.sh")),
 ]  # fmt: skip
 EXAMPLES = sorted(str(file.relative_to(TOP)) for file in (TOP / "examples").rglob("*.py"))
@@ -60,7 +61,7 @@ def test_it_is_executable_and_strict(script: str) -> None:
     assert "\nset -euo pipefail\n" in (TOP / script).read_text()
 
 
-@pytest.mark.parametrize("script", ["test", "demo", "bench", "soak", "ablate", "vm-test"])
+@pytest.mark.parametrize("script", ["test", "demo", "bench", "soak", "ablate", "vm-test", "compat"])
 def test_help_sets_nothing_up(script: str, tmp_path: Path) -> None:
     shutil.copytree(TOP / "scripts", tmp_path / "scripts")
     done = run(str(tmp_path / "scripts" / script), "--help")
