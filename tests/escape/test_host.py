@@ -39,6 +39,7 @@ from pisupervisor import (
     CallError,
     CallTimeout,
     ChildTerminated,
+    Descriptor,
     Filesystem,
     IsolationError,
     IsolatorClosed,
@@ -50,6 +51,7 @@ from pisupervisor import (
     RestartLimitReached,
     RestartPolicy,
     Security,
+    SerializationError,
 )
 from pisupervisor.launch import templates
 from pisupervisor.link import connection as connection_module, serializer
@@ -662,6 +664,11 @@ def test_H29_a_child_holds_no_folder_of_the_host(isolator: ProcessIsolator) -> N
             assert stat.S_ISDIR(os.fstat(number).st_mode)
             assert isolator.invoke(held) == [(fd, False) for fd in (0, 1, 2, 3)], "a number is a number"
             assert isolator.invoke(abs, number) == number
+            for flags in (os.O_RDONLY, os.O_PATH):
+                given = os.open(folder, flags)
+                with pytest.raises(SerializationError, match=r"directory|O_PATH"):
+                    isolator.invoke(held, Descriptor(given))
+                os.close(given)
         finally:
             os.close(number)
 
