@@ -18,6 +18,7 @@ from pisupervisor.events import ErrorLine, Event, IsolationEvents, OutputLine
 from pisupervisor.supervise.output import Line, OutputPipes
 from pisupervisor.supervise.wake import Wake
 
+_COROUTINE = 0x80  # inspect.CO_COROUTINE
 _FAREWELL = 5.0  # seconds that close() gives the handlers to see the last events
 _LINES_PER_SECOND = 20_000  # a line costs its host some 5 us: at most a tenth of a core
 
@@ -115,28 +116,68 @@ class Dispatcher:
         self._settle(event)
 
     def _call(self, handler: Callable[[Event], object], event: Event) -> None:
-        result = handler(event)
-        if hasattr(result, "__await__"):
-            self._complete(result)
-
-    def _complete(self, awaitable: Any) -> None:
-        """In the loop of whoever created the isolator; close() may be called from there, so it is not waited for then."""
-        import asyncio
-
-        async def wait() -> object:
-            return await awaitable
-
-        if self._loop is None or not self._loop.is_running():
-            asyncio.run(wait())
+        if self._loop is not None and self._loop.is_running() and _is_coroutine_function(handler):
+            self._complete_in_loop(
+                lambda: handler(event)
+            )  # made there: a loop that ends before leaves nothing unawaited
             return
-        future = asyncio.run_coroutine_threadsafe(wait(), self._loop)
+        result = handler(event)
+        if not hasattr(result, "__await__"):
+            return
+        if self._loop is not None and self._loop.is_running():
+            self._complete_in_loop(lambda: result)
+        else:
+            import asyncio
+
+            asyncio.run(_awaited(lambda: result))
+
+    def _complete_in_loop(self, make: Callable[[], Any]) -> None:
+        """In the loop of whoever created the isolator; close() may be called from there, so it is not waited for then."""
+        from concurrent.futures import CancelledError, Future
+
+        future: Future[Any] = Future()
+        tasks = []  # a loop holds its tasks but weakly
+
+        def begin() -> None:
+            task = self._loop.create_task(_awaited(make))
+            tasks.append(task)
+            task.add_done_callback(lambda task: _hand_over(task, future))
+
+        try:
+            self._loop.call_soon_threadsafe(begin)
+        except RuntimeError:
+            return  # it was closed in this moment
         while not future.done() and not self._closing.is_set() and self._loop.is_running():
             try:
                 future.exception(0.05)
             except TimeoutError:
                 continue
-        if future.done():
+            except CancelledError:
+                return  # with the loop
+        if future.done() and not future.cancelled():
             future.result()
+
+
+async def _awaited(make: Callable[[], Any]) -> object:
+    return await make()  # not before: a task that is cancelled before it begins makes nothing that waits for ever
+
+
+def _hand_over(task: Any, future: Any) -> None:
+    if task.cancelled():
+        future.cancel()
+    elif task.exception() is not None:
+        future.set_exception(task.exception())
+    else:
+        future.set_result(task.result())
+
+
+def _is_coroutine_function(handler: Any) -> bool:
+    """As ``inspect`` says it, which is not imported for that."""
+    while hasattr(handler, "func"):  # functools.partial
+        handler = handler.func
+    method = vars(type(handler)).get("__call__")  # of an object that is called like a function
+    code = getattr(handler, "__code__", None) or getattr(method, "__code__", None)
+    return code is not None and bool(code.co_flags & _COROUTINE)
 
 
 def _running_loop() -> Any:
