@@ -579,3 +579,24 @@ def test_a_flood_of_requests_ends(isolator: ProcessIsolator) -> None:
         isolator.invoke(flood, timeout=0.5)
     assert time.monotonic() - started < 2
     assert isolator.invoke(len, "abc") == 3
+
+
+def test_nobody_is_called_by_exit_handlers(tmp_path: Path) -> None:
+    """The host that has said goodbye listens no more; a handler that asks it learns that, and does not wait."""
+    called: list[str] = []
+
+    def prepare() -> None:
+        import atexit
+
+        import pihost
+
+        atexit.register(lambda: pihost.call_host("note", "too late"))
+
+    with ProcessIsolator.create() as made:
+        made.register_callback("note", called.append)
+        made.invoke(prepare)
+        started = time.monotonic()
+        info = made.exit("bye", timeout=5)
+        assert time.monotonic() - started < 4
+    assert (info.exit_code, called) == (0, [])
+    assert "no host to call" in info.stderr_tail

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers import linux, nothing_left, state_of, wait_until
+from helpers import in_fork, linux, nothing_left, state_of, wait_until
 
 from pisupervisor import (
     CallCancelled,
@@ -268,3 +268,11 @@ def test_no_thread_for_a_lane(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(RuntimeError, match="new thread"):
                 executor.submit(os._exit, 3)
         assert executor.submit(len, "abc").result(10) == 3
+
+
+def test_a_fork_of_the_application_ends_nothing_and_is_refused() -> None:
+    with nothing_left(), IsolationExecutor(max_workers=1) as executor:
+        assert executor.submit(pow, 2, 3).result(10) == 8
+        assert in_fork(lambda: executor.submit(pow, 2, 3)) == "IsolatorClosed"
+        assert in_fork(lambda: executor.shutdown()) == "None"
+        assert executor.submit(pow, 2, 4).result(10) == 16

@@ -23,7 +23,7 @@ def plugin_folder(folder: Path) -> Path:
 
 
 def test_the_readme_has_programs_and_commands() -> None:
-    assert len(PROGRAMS) == 8
+    assert len(PROGRAMS) == 9
     assert len(COMMANDS) == 2
     assert all(block.startswith(("# run\n", "# file: ")) for block in BLOCKS), "a block that no test runs"
 

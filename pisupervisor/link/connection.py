@@ -158,7 +158,12 @@ class Connection:
             self.begin(Pending(ident, self.largest), Request(body), deadline)
             return False
         data = wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.CALL, ident, len(body)) + body
-        sent = self._send_some(data, NeverSent)
+        try:
+            sent = self.link.send(data, _AT_ONCE)
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            raise NeverSent from error
         if sent == len(data):
             return True
         self.calls[ident] = Pending(ident, self.largest)

@@ -88,7 +88,6 @@ class Short(NamedTuple):
     """A plain call that has its turn, and the child and the link that it goes to."""
 
     call: Call
-    body: bytes
     caller: int
     ident: int
     child: Child
@@ -147,44 +146,33 @@ class Session:
         plain data and came at once; else an Outcome, by the long way, which goes on from wherever the short one ended.
         In a loop's thread (see ``on_loop``) it is Sent.
         """
-        thread = threading.get_ident()
-        short = self._begin_short(arguments, code, timeout, idempotent, only_on, thread)
-        if short is None:
+        thread, connection, child = threading.get_ident(), self.keeper.connection, None
+        on_loop = self._loop_thread == thread
+        if (
+            connection is not None and self._is_simple and not self._unwanted and Payload not in map(type, arguments)
+            and (code is None or code.key in connection.sent) and (only_on is None or only_on is connection)
+        ):  # fmt: skip
+            deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
+            body = pickle.dumps((arguments[0], False, *arguments[1:]), 5)
+            caller = next(_loop_callers) if on_loop else thread
+            child = self.keeper.begin_at_once(caller, connection)
+        if child is None or connection is None:
             return self.call(
                 *arguments, code=code, timeout=timeout, idempotent=idempotent, only_on=only_on, streams=True
             )
-        error = None
+        ident, error, is_next = connection.new_ident(), None, False
         try:
-            if self._loop_thread == thread:
-                return Sent(short, short.connection.put(short.ident, short.body, short.call.deadline))
-            text = short.connection.ask(short.ident, short.body, short.call.deadline)
-            if text is not None:
-                return self.end_short(short, text)
+            if on_loop:
+                is_next = connection.put(ident, body, deadline)
+            elif (text := connection.ask(ident, body, deadline)) is not None:
+                value = decode_plain(text, self.keeper.reader)
+                self.keeper.end_at_once(caller, child)
+                return value
         except BaseException as raised:
             error = raised
-        if self._loop_thread == thread:
-            return Sent(short, False, error)
-        return self.finish(short, error)
-
-    def _begin_short(
-        self, arguments: tuple[Any, ...], code: Code | None, timeout: float | None, idempotent: bool,
-        only_on: Connection | None, thread: int,
-    ) -> Short | None:  # fmt: skip
-        """The turn and the child for such a call, None where anything stands in its way."""
-        connection = self.keeper.connection
-        if (
-            connection is None or not self._is_simple or self._unwanted or Payload in map(type, arguments)
-            or (code is not None and code.key not in connection.sent) or (only_on is not None and only_on is not connection)
-        ):  # fmt: skip
-            return None
-        deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
-        body = pickle.dumps((arguments[0], False, *arguments[1:]), 5)
-        caller = thread if self._loop_thread != thread else next(_loop_callers)
-        child = self.keeper.begin_at_once(caller, connection)
-        if child is None:
-            return None
         call = Call(body, code, timeout, deadline, False, None, only_on, None, True, idempotent)
-        return Short(call, body, caller, connection.new_ident(), child, connection)
+        short = Short(call, caller, ident, child, connection)
+        return Sent(short, is_next, error) if on_loop else self.finish(short, error)
 
     def finish(self, short: Short, error: BaseException | None) -> Outcome:
         """The long way of a call that has begun the short one, and has come to that error, or to nothing yet."""

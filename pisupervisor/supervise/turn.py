@@ -91,9 +91,13 @@ class Turn:
         rules.users[key] = "plain"
         return True
 
-    def leave_locked(self, key: int) -> list[Ticket]:
-        """Whom to wake when the lock is not held any more: see ``wake``."""
-        return self._rules.leave(key)
+    def leave_locked(self, key: int) -> list[Ticket] | None:
+        """Whom to wake when the lock is not held any more, if anybody: see ``wake``."""
+        rules = self._rules
+        if rules.waiting:
+            return rules.leave(key)
+        del rules.users[key]  # a plain call, of which nothing else is counted
+        return None
 
     def give(self, key: int | None = None) -> None:
         with self._lock:
