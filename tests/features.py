@@ -84,6 +84,13 @@ def _v2() -> str:
     return "; ".join(f"{name}: {place.why}" for name, place in host.places.items() if place.why)
 
 
+def _nproc_apart() -> str:
+    from pisupervisor.limits.rlimits import at_least
+
+    kernel = os.uname().release
+    return "" if at_least(kernel, 5, 14) else f"Linux {kernel} counts RLIMIT_NPROC over all user namespaces"
+
+
 def _v1() -> str:
     from pisupervisor.limits.detect import detect
 
@@ -186,6 +193,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "rootless": _rootless,
     "userns": _userns,
     "cgroups": _cgroups,
+    "nproc_apart": _nproc_apart,
     "v1": _v1,
     "v2": _v2,
     "limits": _limits,

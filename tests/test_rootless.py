@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,45 @@ def test_calls_and_their_ends(ordinary_user: OrdinaryUser) -> None:
     assert (found["timeout"], found["left"]) == ("CallTimeout", "ChildTerminated")
     assert found["output"]
     assert found["usage"] > 1 << 20
+
+
+def test_rlimits_stand_in_for_groups(ordinary_user: OrdinaryUser, need: Callable[..., None]) -> None:
+    """They hold less than groups do, and applied says so; the control is the same work in a roomier child."""
+    need("nproc_apart")
+    source = """
+        def fork():
+            import os, signal, time
+            pids = []
+            try:
+                for _ in range(40):
+                    pid = os.fork()
+                    if not pid:
+                        time.sleep(60)
+                        os._exit(0)
+                    pids.append(pid)
+            except OSError:
+                pass
+            for pid in pids:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            return len(pids)
+        def eat():
+            try:
+                return len(bytearray(100 << 20))
+            except MemoryError:
+                return "MemoryError"
+        def look(**limits):
+            options = IsolationOptions(limits=Limits(**limits), degrade=DEGRADED.degrade)
+            with ProcessIsolator.create(options) as i:
+                why = {name: i.applied[name].detail for name in ("memory", "pids")}
+                return [i.invoke(fork), i.invoke(eat), why]
+        tell(tight=look(pids=12, memory="64M"), roomy=look(pids=64, memory="512M"))
+    """
+    found = run(ordinary_user, source)
+    assert found["tight"][:2] == [10, "MemoryError"], "PID 1 and the payload are two of the twelve"
+    assert found["roomy"][:2] == [40, 100 << 20]
+    assert "instead, the child's user id may have as many" in found["tight"][2]["pids"]
+    assert "instead, each process may have that much" in found["tight"][2]["memory"]
 
 
 def test_nothing_is_left(ordinary_user: OrdinaryUser) -> None:

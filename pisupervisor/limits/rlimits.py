@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,10 +23,39 @@ def host_hard_limit(number: int) -> int:
     return resource.getrlimit(number)[1]
 
 
-def rlimit_plan(limits: Limits, hard_limit: Callable[[int], int] = host_hard_limit) -> list[Rlimit]:
+def stand_ins(limits: Limits, missing: Collection[str], kernel: str, root: bool) -> dict[str, tuple[Rlimit, str]]:
+    """What takes the place of the groups' limits that are ``missing``, by name, and what it is in words. Pure.
+
+    RLIMIT_NPROC counts a user id: a child of root's has one of its own, and since Linux 5.14 each user namespace is
+    counted apart.
+    """
+    found = {}
+    if "memory" in missing and limits.memory is not None:
+        size = int(limits.memory)
+        found["memory"] = (
+            (resource.RLIMIT_DATA, size, size),
+            "each process may have that much of its own (RLIMIT_DATA)",
+        )
+    if "pids" in missing and limits.pids is not None and (root or at_least(kernel, 5, 14)):
+        found["pids"] = (
+            (resource.RLIMIT_NPROC, limits.pids, limits.pids),
+            "the child's user id may have as many (RLIMIT_NPROC)",
+        )
+    return found
+
+
+def at_least(kernel: str, *version: int) -> bool:
+    """Whether a release such as "6.1.0-56-cloud-amd64" is of this version or newer."""
+    found = re.match(r"(\d+)\.(\d+)", kernel)
+    return found is not None and tuple(map(int, found.groups())) >= version
+
+
+def rlimit_plan(
+    limits: Limits, hard_limit: Callable[[int], int] = host_hard_limit, extra: Iterable[Rlimit] = ()
+) -> list[Rlimit]:
     """What the child sets on itself before its capabilities go, never above the host's own hard limits.
 
-    Processes are not counted here: RLIMIT_NPROC counts a whole user id, the pids group counts the child.
+    ``extra``: of ``stand_ins``. Elsewhere processes are not counted here, but by the pids group.
     """
     plan = [
         (resource.RLIMIT_CORE, 0, 0),
@@ -36,6 +66,7 @@ def rlimit_plan(limits: Limits, hard_limit: Callable[[int], int] = host_hard_lim
         (resource.RLIMIT_RTPRIO, 0, 0),
         (resource.RLIMIT_STACK, STACK, STACK),
         *_asked(limits),
+        *extra,
     ]
     return [
         (number, _least(soft, most), _least(hard, most)) for number, soft, hard in plan for most in [hard_limit(number)]

@@ -68,7 +68,7 @@ class Birth:
             self._cleanup.append(partial(self.template.ids.give_back, outer))
         self._plan = planning.child_plan(
             self.options, self.template.features, interpreter=self.template.interpreter, outer_id=outer,
-            rlimits=rlimits.rlimit_plan(self.options.limits), output=len(self._output.fds()),
+            rlimits=self._rlimits(), output=len(self._output.fds()),
             cgroups=len(self._attach_fds()), clone_flags=self._group.clone_flags if self._group is not None else 0,
             without=without,
         )  # fmt: skip
@@ -92,6 +92,13 @@ class Birth:
         if "limits" not in without and host.directories():
             self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), next_name())
         return lacking
+
+    def _rlimits(self) -> list[rlimits.Rlimit]:
+        """Those that are always set, and those that stand in for missing groups: ``applied`` will say which."""
+        features = self.template.features
+        instead = rlimits.stand_ins(self.options.limits, self._missing, features.kernel, features.root)
+        self._missing.update((name, f"{self._missing[name]}; instead, {words}") for name, (_, words) in instead.items())
+        return rlimits.rlimit_plan(self.options.limits, extra=[entry for entry, _words in instead.values()])
 
     def _make_output(self) -> None:
         events = self.options.events

@@ -37,11 +37,11 @@ HAS = {
 }  # fmt: skip
 #: what of these a kernel lacks: Landlock came with 5.13, its rules for TCP with 6.7, its scopes with 6.12
 LACKS = {
-    "5.10": {"landlock", "landlock_net", "landlock_scopes"},
+    "5.10": {"landlock", "landlock_net", "landlock_scopes", "nproc_apart", "overlay"},
     "6.1": {"landlock_net", "landlock_scopes"},
 }
-#: what no cell has, with the reason: skipping for it is explained
-NOWHERE = {"testsuite", "v1", "mounts", "landlock_net", "landlock_scopes"}
+#: what some or all cells lack beside that: skipping for it is explained
+NOWHERE = {"testsuite", "v1", "mounts", *LACKS["5.10"]}
 SECONDS = 600.0
 HEAD = "| kernel | mode | passed | skipped | result | seconds |\n|---|---|---|---|---|---|\n"
 
@@ -65,7 +65,9 @@ class Cell:
 
 
 def features(kernel: str, mode: str) -> set[str]:
-    return {*HAS[mode].split(","), "landlock_net", "landlock_scopes"} - LACKS.get(kernel, set())
+    return {*HAS[mode].split(","), "landlock_net", "landlock_scopes", "nproc_apart", "overlay"} - LACKS.get(
+        kernel, set()
+    )
 
 
 def judge(junit: Path, has: set[str]) -> tuple[int, int, list[str]]:
