@@ -200,7 +200,9 @@ class TestMemory:
         """parity: 33"""
         told: list[LimitReached] = []
         limits = Limits(memory="96M", memory_high="24M")
-        with ProcessIsolator.create(events=IsolationEvents(limit=told.append), limits=limits) as isolator:
+        with ProcessIsolator.create(
+            events=IsolationEvents(limit=told.append), limits=limits, degrade=DEGRADE
+        ) as isolator:
             future = isolator.submit_call(isolator.run_source, f"x = bytearray({64 * MIB})")
             assert wait_until(lambda: any(event.limit == "memory_high" for event in told), 20)
             future.cancel()
@@ -223,12 +225,14 @@ class TestCpu:
         group = new_group(cpus=0.2)
         pid = start(group, lambda: burn(60))
         time.sleep(0.5)
-        begun, used = time.monotonic(), group.usage().cpu_time or 0
-        time.sleep(5)
-        share = ((group.usage().cpu_time or 0) - used) / (time.monotonic() - begun)
+        shares: list[float] = []
+        while len(shares) < 3 and max(shares, default=0) < 0.95 * 0.2:  # a busy machine may not have that much to give
+            begun, used = time.monotonic(), group.usage().cpu_time or 0
+            time.sleep(5)
+            shares.append(((group.usage().cpu_time or 0) - used) / (time.monotonic() - begun))
         assert group.kill()
         finish(pid)
-        assert 0.95 * 0.2 <= share <= 1.05 * 0.2
+        assert 0.95 * 0.2 <= max(shares) <= 1.05 * 0.2
         assert group.events().throttled > 3
 
     def test_without_a_quota_nothing_holds_it_back(self, new_group: Callable[..., V2Group]) -> None:
@@ -241,6 +245,7 @@ class TestCpu:
         cpu = CpuSet(sorted(os.sched_getaffinity(0))[:1])
         groups = [new_group(cpu_weight=weight, cpuset=cpu) for weight in (100, 400)]
         pids = [start(group, lambda: burn(60)) for group in groups]
+        assert all(group.read_back()["cpuset"].holds for group in groups)
         time.sleep(0.5)
         before = [group.usage().cpu_time or 0 for group in groups]
         time.sleep(4)
@@ -253,10 +258,23 @@ class TestCpu:
 
 class TestCpuset:
     def test_the_child_runs_on_those_cpus(self, new_group: Callable[..., V2Group]) -> None:
-        last = max(os.sched_getaffinity(0))
-        group = new_group(cpuset=CpuSet([last]))
-        assert run(group, lambda: 10 + (os.sched_getaffinity(0) == {last})) == 11
-        assert group.read_back()["cpuset"].detail == f"CPUs {last}"
+        """Also on kernels that bind nobody who is born in a group: then reading back does."""
+        first, *others = sorted(os.sched_getaffinity(0))
+        group = new_group(cpuset=CpuSet([first]))
+        reader, writer = os.pipe()
+
+        def widen() -> int:
+            os.read(reader, 1)
+            narrow = os.sched_getaffinity(0) == {first}
+            os.sched_setaffinity(0, {first, *others})
+            return 10 + narrow + 2 * (os.sched_getaffinity(0) == {first})
+
+        pid = start(group, widen)
+        assert group.read_back()["cpuset"].detail == f"CPUs {first}"
+        os.write(writer, b"x")
+        assert finish(pid) == 13
+        os.close(reader)
+        os.close(writer)
 
     def test_cpus_that_are_not_there(self, host: CgroupHost) -> None:
         with pytest.raises(OptionsError, match="CPUs 8000 are not among"):

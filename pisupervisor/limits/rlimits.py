@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import resource
 from collections.abc import Callable, Collection, Iterable
 
@@ -46,8 +45,8 @@ def stand_ins(limits: Limits, missing: Collection[str], kernel: str, root: bool)
 
 def at_least(kernel: str, *version: int) -> bool:
     """Whether a release such as "6.1.0-56-cloud-amd64" is of this version or newer."""
-    found = re.match(r"(\d+)\.(\d+)", kernel)
-    return found is not None and tuple(map(int, found.groups())) >= version
+    numbers = kernel.partition("-")[0].split(".")
+    return tuple(int(number) for number in numbers[:2] if number.isdigit()) >= version
 
 
 def rlimit_plan(

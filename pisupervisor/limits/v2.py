@@ -139,7 +139,20 @@ class V2Group:
         return GroupIo(read_bytes=sums[b"rbytes"], write_bytes=sums[b"wbytes"])
 
     def read_back(self) -> dict[str, Applied]:
+        if self._limits.cpuset is not None:
+            self._bind_members(self._limits.cpuset)
         return read_back(self._host, self._limits, self.path)
+
+    def _bind_members(self, cpuset: CpuSet) -> None:
+        """Before Linux 6.4 (and the fixes to older ones: 5.10 has none) a process that is born in a group runs on all the
+        CPUs of its parent until it asks for others: only then is it held to the group's.
+        """
+        for pid in self.pids():
+            try:
+                if not os.sched_getaffinity(pid) <= set(cpuset):
+                    os.sched_setaffinity(pid, cpuset)
+            except ProcessLookupError:
+                continue
 
     def freezer(self) -> GroupFreezer:
         # PID 1 stops with the rest and cannot hear its lifeline. But the zygote dies with the host, PID 1 has asked to
