@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from pisupervisor.events import IsolationEvents as IsolationEvents
     from pisupervisor.executor import IsolationExecutor as IsolationExecutor
     from pisupervisor.futures import CallCancelled as CallCancelled, IsolationFuture as IsolationFuture
-    from pisupervisor.isolator import ProcessIsolator as ProcessIsolator, Template as Template
+    from pisupervisor.isolator import ProcessIsolator as ProcessIsolator
     from pisupervisor.launch.seccomp import SeccompProfile as SeccompProfile
     from pisupervisor.limits.cpuset import CpuSet as CpuSet
     from pisupervisor.link.descriptors import Descriptor as Descriptor
@@ -84,6 +84,7 @@ if TYPE_CHECKING:
         SystemCall as SystemCall,
         Usage as Usage,
     )
+    from pisupervisor.template import Template as Template
 
 __version__ = "0.1.0"
 
@@ -100,7 +101,7 @@ _HOMES = {
     "events": ("IsolationEvents",),
     "executor": ("IsolationExecutor",),
     "futures": ("CallCancelled", "IsolationFuture"),
-    "isolator": ("ProcessIsolator", "Template"),
+    "isolator": ("ProcessIsolator",),
     "launch.seccomp": ("SeccompProfile",),
     "link.descriptors": ("Descriptor",),
     "limits.cpuset": ("CpuSet",),
@@ -110,6 +111,7 @@ _HOMES = {
         "IsolationContext", "NullHost", "Plugin", "PluginHost", "PluginResult", "ProcessHost", "RootfsHost", "ScannedHost",
     ),
     "results": ("Applied", "CallResult", "ExitInfo", "ExitReason", "SystemCall", "Usage"),
+    "template": ("Template",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from pisupervisor.errors import IsolatorClosed, OptionsError, RestartLimitReached
 from pisupervisor.futures import CallCancelled, IsolationFuture
-from pisupervisor.isolator import ProcessIsolator, Template
+from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.options import IsolationOptions
+from pisupervisor.template import Template
 from pisupervisor.worker import Calls, Worker, cancel_all
 
 

@@ -9,10 +9,9 @@ import threading
 import time
 
 from pihost import wire
-from pisupervisor.launch import templates
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
-from pisupervisor.records import replace
+from pisupervisor.template import chosen
 
 # What is not needed to start a zygote is imported while that wakes up (see ``ProcessIsolator.__init__``).
 TYPE_CHECKING = False
@@ -28,58 +27,13 @@ if TYPE_CHECKING:
     from pisupervisor.modules import Modules
     from pisupervisor.objects import IsolatedMethod, IsolatedObject
     from pisupervisor.results import Applied, CallResult, ExitInfo, SystemCall, Usage
-    from pisupervisor.supervise.keeper import FirstCall
     from pisupervisor.supervise.lifecycle import State
     from pisupervisor.supervise.pipeline import Pipeline
     from pisupervisor.supervise.session import Outcome
+    from pisupervisor.supervise.starting import FirstCall
     from pisupervisor.worker import Worker
 
 _ids = itertools.count(1)
-_defaults: dict[str | None, IsolationOptions] = {}
-
-
-class Template:
-    """Keeps the zygote for ``options`` warm while it is open, whether or not an isolator is, and a child of it ready.
-
-    Without one, the zygote lives from the first isolator with equal options to the last; a program that creates and
-    closes isolators one after another pays its start (about 30 ms) each time.
-    """
-
-    def __init__(self, options: IsolationOptions | None = None, **changes: Any) -> None:
-        self.options = _options(options, changes)
-        self._template: templates.Template | None = acquire(self.options)
-        from pisupervisor.supervise import spare
-
-        spare.prepare(self._template, self.options)
-
-    def create(self) -> ProcessIsolator:
-        """A new isolator from this template."""
-        return ProcessIsolator.create(self.options)
-
-    def close(self) -> None:
-        """Let go; the zygote ends with its last user. Idempotent."""
-        template, self._template = self._template, None
-        if template is not None:
-            release(template)
-
-    def __enter__(self) -> Template:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        self.close()
-
-
-def _options(options: IsolationOptions | None, changes: dict[str, Any]) -> IsolationOptions:
-    if options is None:
-        return IsolationOptions(**changes) if changes else _default_options(os.environ.get("PISUPERVISOR_LOG_LEVEL"))
-    return replace(options, **changes) if changes else options
-
-
-def _default_options(log_level: str | None) -> IsolationOptions:
-    """Frozen, like all of them: checked once (0.1 ms) for what the environment says."""
-    if log_level not in _defaults:
-        _defaults[log_level] = IsolationOptions()
-    return _defaults[log_level]
 
 
 def _modules(options: IsolationOptions) -> Modules | None:
@@ -93,8 +47,9 @@ def _modules(options: IsolationOptions) -> Modules | None:
 class ProcessIsolator:
     """One confined child and the calls into it. Made by ``create``; a context manager. Any thread may use it.
 
-    One call runs at a time; others wait for their turn. After a child has died the next call starts a new one, as
-    ``options.restart`` allows; modules, objects and the state of ``run_source`` are then gone.
+    As many calls run at once as ``options.max_concurrency`` says, by default one; others wait for their turn. After a child
+    has died the next call starts a new one, as ``options.restart`` allows; modules, objects and the state of ``run_source``
+    are then gone.
     """
 
     def __init__(self, options: IsolationOptions, *, without: tuple[str, ...] = ()) -> None:
@@ -136,7 +91,7 @@ class ProcessIsolator:
         Raises OptionsError (the caller's mistake), FeatureUnavailable (a protection that cannot hold here, with the
         remedy) or LaunchError (the step that failed); nothing is left behind then.
         """
-        isolator = cls(_options(options, changes))
+        isolator = cls(chosen(options, changes))
         try:
             isolator._start()
         except BaseException:
@@ -399,13 +354,15 @@ class ProcessIsolator:
     def _start(self) -> None:
         if self.options.needs_first_calls():
             self._keeper.first_calls = self._first_calls()
+        from pisupervisor.supervise.starting import start
+
         with self._keeper.turn:
-            self._keeper.start()
+            start(self._keeper)
 
     def _first_calls(self) -> list[FirstCall]:
         from pisupervisor.codecs import lesson
         from pisupervisor.link.calls import pack_call, pack_code
-        from pisupervisor.supervise.keeper import FirstCall
+        from pisupervisor.supervise.starting import FirstCall
 
         options, calls = self.options, []
         if options.types or not isinstance(options.results, str):

@@ -45,7 +45,7 @@ from pisupervisor.launch import zygote as zygote_module
 from pisupervisor.limits import freezer
 from pisupervisor.supervise import child as child_module
 from pisupervisor.supervise.child import Child
-from pisupervisor.supervise.keeper import FirstCall
+from pisupervisor.supervise.starting import FirstCall
 
 pytestmark = linux
 

@@ -18,11 +18,12 @@ from typing import Any
 from pisupervisor.doctor import probes
 from pisupervisor.doctor.probes import Probe
 from pisupervisor.errors import ChildTerminated, OptionsError
-from pisupervisor.isolator import ProcessIsolator, Template
+from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.launch.features import Features
 from pisupervisor.limits.blockdev import block_device
 from pisupervisor.options import Filesystem, IsolationOptions, Limits, RestartPolicy, Security
 from pisupervisor.results import Applied
+from pisupervisor.template import Template
 
 SCOPES_SINCE = 6  # the version of Landlock that can keep a process from abstract sockets outside
 _PATIENCE = 10.0  # seconds for one probe; the slowest takes half a second

@@ -4,45 +4,31 @@ from __future__ import annotations
 
 import _signal as signal
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 
-from pihost import wire
-from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, OptionsError
+from pisupervisor.errors import CallTimeout, IsolatorClosed, LaunchError
 from pisupervisor.launch.templates import Template, release
-from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed, NeverSent
+from pisupervisor.link.connection import Connection, NeverSent
 from pisupervisor.link.reader import reader_for
 from pisupervisor.options import IsolationOptions
-from pisupervisor.records import NamedTuple
 from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import replacing, restart, spare, watch
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.lifecycle import next_state
+from pisupervisor.supervise.starting import DEATH_GRACE, LIVED_ON, FirstCall
 from pisupervisor.supervise.telling import Teller
 from pisupervisor.supervise.turn import Turn, wake
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pisupervisor.link.arenas import Arenas
     from pisupervisor.link.connection import Answerer
     from pisupervisor.supervise.lifecycle import Event, State
     from pisupervisor.supervise.listener import Log
 
-_DEATH_GRACE = 0.25  # a child that closed its link gets this long to be seen dying of what it was doing
 CALLED, ANSWERED = next_state("ready", "call"), next_state("busy", "answered")
-_LIVED_ON = "it closed its link and lived on"
-_NEVER = float("inf")
 _FRESH = 0.001  # seconds after an answer in which a child counts as alive; if it is not, its link tells before a call is sent
-
-
-class FirstCall(NamedTuple):
-    """Something that each new child does before anything else: ``body`` of a call, and the code for it (key, CODE frame)."""
-
-    step: str
-    body: bytes
-    codes: tuple[tuple[str, bytes], ...] = ()
 
 
 class Keeper:
@@ -118,32 +104,7 @@ class Keeper:
             self.state = next_state(self.state, event)
             self.changed.notify_all()
 
-    # --- launch -----------------------------------------------------------------------------------------------
-
-    def start(self, deadline: float | None = None) -> None:
-        """Launch a child, or take the spare one, and let it begin. The state is "starting"."""
-        limit = self.options.start_timeout
-        until = min(deadline or _NEVER, _NEVER if limit is None else time.monotonic() + limit)
-        stops, child = self.stops, None
-        try:
-            child = self._launch(None if until == _NEVER else until)
-            connection = Connection(
-                child.link, int(self.options.limits.result), child.stdio(), self.answer, child.is_over, self._arenas,
-                shared=self.options.max_concurrency > 1,
-            )  # fmt: skip
-            self._begin(child, connection, None if until == _NEVER else until)
-            self._adopt(child, connection, stops)
-            if not self.without:
-                spare.opened(child.template, self.options)
-        except BaseException as error:
-            self._start_failed(child, error, stops)
-            raise
-        if self.options.debug:
-            line = (
-                f"pisupervisor: child {child.pid} is stopped before user code; debug it, then: kill -CONT {child.pid}\n"
-            )
-            sys.stderr.write(line)
-            sys.stderr.flush()
+    # --- for its children ---------------------------------------------------------------------------------------
 
     def forget_memory(self, number: int) -> None:
         """A shared array is gone here. Comes from a collector, at any moment: the child is told with the next call."""
@@ -151,93 +112,13 @@ class Keeper:
         if connection is not None and os.getpid() == self.owner:
             connection.forget_memory(number)
 
-    def _arenas(self) -> Arenas:
-        from pisupervisor.link.arenas import arenas_for
-
-        return arenas_for(self.options)
-
-    def _log_of(self, template: Template) -> Log | None:
+    def log_of(self, template: Template) -> Log | None:
         """Where a listener notes what it sees, kept for all children. None: nobody listens."""
         if template.answers is not None and self.log is None:
             from pisupervisor.supervise.listener import Log
 
             self.log = Log(lambda call: self.teller.tell("SystemCallSeen", call.pid, call=call))
         return self.log
-
-    def _launch(self, deadline: float | None) -> Child:
-        template = self.template
-        child = None if self.without else spare.take(template, self.options, deadline)
-        if child is None:
-            child = Child(self.options, template)
-            child.log = self._log_of(template)
-            with self.lock:
-                self.launching = child
-            child.request(self.without)
-            _import_call_path()
-            child.complete(deadline)
-        else:
-            with self.lock:
-                self.launching = child
-        return child
-
-    def _start_failed(self, child: Child | None, error: BaseException, stops: int) -> None:
-        """Nothing is left of the launch. Raises IsolatorClosed where it was stopped: that came first."""
-        if child is not None:
-            child.discard("its launch failed")
-        with self.lock:
-            self.launching = None
-            overtaken = self.stops != stops or self.closed.is_set() or getattr(error, "step", "") == "stopped"
-            crash = 0
-            if isinstance(error, IsolationError) and self.last_exit is not None and not overtaken:
-                crash = self._add_crash()
-            due = self.options.restart.mode != "never" or self.state != "starting"
-            self.enter_locked("launch_failed" if due else "ended")
-        if overtaken:
-            self.check_open()
-            raise IsolatorClosed("the isolator was stopped while a child was being started") from error
-        if isinstance(error, IsolationError):
-            self.teller.tell("StartFailed", child.pid if child is not None else None, error=error, crash=crash)
-
-    def _begin(self, child: Child, connection: Connection, deadline: float | None) -> None:
-        """What comes first in a new child: ``types`` and ``on_start``. What that raises there is a failed launch."""
-        for first in self.first_calls:
-            self._call_first(first, child, connection, deadline)
-
-    def _call_first(self, first: FirstCall, child: Child, connection: Connection, deadline: float | None) -> None:
-        from pisupervisor.link.calls import unpack_answer
-
-        step = first.step
-        try:
-            for key, code in first.codes:
-                connection.send(wire.CODE, code, deadline=deadline)
-                connection.sent.add(key)
-            answer = connection.call(first.body, deadline)
-            unpack_answer(answer, self.reader, arenas=connection.arenas)
-            if answer.kind == wire.STREAM:
-                raise OptionsError("it is a generator, which nobody would run")
-        except DeadlinePassed:
-            raise LaunchError(f"{step} was not over at start_timeout", step=step) from None
-        except LinkClosed:
-            if not child.wait(_DEATH_GRACE):
-                child.kill(ExitReason.PROTOCOL, _LIVED_ON)
-            died = f"the child died in {step}: {child.finish(in_call=True).describe()}"
-            raise LaunchError(died, step=step) from None
-        except IsolationError as error:
-            raise LaunchError(str(error), step=step) from error
-
-    def _adopt(self, child: Child, connection: Connection, stops: int) -> None:
-        self.teller.started(child)
-        with self.lock:
-            refused = self.closed.is_set() or self.stops != stops  # by another thread, while this one launched
-            if not refused:
-                self.connection, self.child, self.applied = connection, child, child.applied
-                self.launching, self.idle_since = None, time.monotonic()
-                self.enter_locked("launched")
-        if refused:
-            child.discard("the isolator was stopped")
-            self.teller.ended(child)
-            raise IsolatorClosed("the isolator was stopped while a child was being started")
-        self._wake_watch()
 
     # --- restart ----------------------------------------------------------------------------------------------
 
@@ -328,8 +209,8 @@ class Keeper:
         """
         if truncated is None:
             self._let_the_caller_go_first(child)
-        if not child.wait(_DEATH_GRACE):
-            child.kill(ExitReason.PROTOCOL, _LIVED_ON)
+        if not child.wait(DEATH_GRACE):
+            child.kill(ExitReason.PROTOCOL, LIVED_ON)
         info = child.finish(in_call=child.calls > 0 and child is self.child, truncated=bool(truncated))
         with self.lock:
             if self.child is not child:
@@ -338,24 +219,24 @@ class Keeper:
             self.crashed = self.state != "stopping" and restart.is_crash(info, in_call=child.calls > 0)
             self.child = self.connection = None
             self.last_exit, self.last_pid = info, child.pid
-            crash = self._add_crash() if self.crashed and not self.closed.is_set() else 0
+            crash = self.add_crash() if self.crashed and not self.closed.is_set() else 0
             due = restart.permits(self.options.restart, info, crashed=self.crashed)
             self.enter_locked("child_died" if due else "ended")
         if connection is not None:
             connection.give_up()
             connection.forget_arenas()
         self.teller.ended(child, crash)
-        self._wake_watch()
+        self.wake_watch()
         return info
 
-    def _add_crash(self) -> int:
+    def add_crash(self) -> int:
         crash = self.crashes.add(time.monotonic())
         if self.teller.wants("exit_with_error"):
             self.unsettled.add(crash)
         return crash
 
     def _let_the_caller_go_first(self, child: Child) -> None:
-        deadline = time.monotonic() + _DEATH_GRACE
+        deadline = time.monotonic() + DEATH_GRACE
         while child.calls and self.child is child and time.monotonic() < deadline:
             time.sleep(0.001)  # it is reading from the link, and sees its end now
 
@@ -403,13 +284,13 @@ class Keeper:
             if handled and self.state == "failed" and self.crashes.delay(time.monotonic()) is not None:
                 self.state = "backoff"
             self.changed.notify_all()
-        self._wake_watch()
+        self.wake_watch()
         if kind == "exit_with_error" and not handled and self.options.die_on_crash and not self.closed.is_set():
             os.kill(self.owner, signal.SIGTERM)
 
     # --- the end ----------------------------------------------------------------------------------------------
 
-    def _wake_watch(self) -> None:
+    def wake_watch(self) -> None:
         if self._watch is not None:
             self._watch.wake()
 
@@ -447,12 +328,3 @@ class Keeper:
         if template is not None and not self.without:
             spare.closing(template, self.options)
         self.bury(child)
-
-
-def _import_call_path() -> None:
-    """What the first call will need, imported while the zygote works: 10 ms that nobody then waits for."""
-    import pisupervisor.link.arguments
-    import pisupervisor.link.serializer  # noqa: F401
-
-    if len(os.sched_getaffinity(0)) > 1:  # on a single CPU nothing is won, and small answers do without
-        import msgspec.json  # noqa: F401

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, RestartLimitReached
-from pisupervisor.supervise import restart
+from pisupervisor.supervise import restart, starting
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def start_another(keeper: Keeper, deadline: float | None = None) -> None:
     """Launch the next child, now. A launch that fails counts as a crash."""
     keeper.enter("restart")
     try:
-        keeper.start(deadline)
+        starting.start(keeper, deadline)
     except LaunchError as error:
         if deadline is not None and error.step == "start_timeout" and time.monotonic() >= deadline:
             raise CallTimeout("the deadline passed while another child was being started") from error
