@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         IsolatedObject as IsolatedObject,
         IsolatedStream as IsolatedStream,
     )
+    from pisupervisor.oci import unpack_image as unpack_image
     from pisupervisor.options import (
         Filesystem as Filesystem,
         IoLimit as IoLimit,
@@ -106,6 +107,7 @@ _HOMES = {
     "link.descriptors": ("Descriptor",),
     "limits.cpuset": ("CpuSet",),
     "objects": ("IsolatedMethod", "IsolatedObject", "IsolatedStream"),
+    "oci": ("unpack_image",),
     "options": ("Filesystem", "IoLimit", "IsolationOptions", "Limits", "RestartPolicy", "Security"),
     "plugins": (
         "IsolationContext", "NullHost", "Plugin", "PluginHost", "PluginResult", "ProcessHost", "RootfsHost", "ScannedHost",

@@ -129,8 +129,9 @@ class ProcessHost(_Host):
 
 
 class RootfsHost(ProcessHost):
-    """The same in a root file system of the caller's, read-only: a folder with one, or an unpacked OCI bundle (a folder with
-    ``config.json`` and ``rootfs``). Nothing of it is run outside. Its Python must be of this one's minor version, for
+    """The same in a root file system of the caller's, read-only: a folder with one, an OCI bundle (a folder with
+    ``config.json`` and ``rootfs``), or an OCI image layout, which is unpacked for as long as the host is open (see
+    ``unpack_image`` for more than one host). Nothing of it is run outside. Its Python must be of this one's minor version, for
     plugins travel as closures do. ``Security(user=...)`` says as whom, ``Filesystem(overlay=...)`` what may be changed.
 
     Raises OptionsError where no Python is found in it.
@@ -140,14 +141,37 @@ class RootfsHost(ProcessHost):
         options = options or IsolationOptions()
         if options.filesystem.rootfs is not None:
             raise OptionsError("RootfsHost has its root file system: leave Filesystem(rootfs=...) out")
-        filesystem = replace(options.filesystem, rootfs=_root_of(rootfs))
-        super().__init__(replace(options, filesystem=filesystem))
+        self._unpacked: str | None = None
+        try:
+            filesystem = replace(options.filesystem, rootfs=self._root_of(os.fspath(rootfs)))
+            super().__init__(replace(options, filesystem=filesystem))
+        except BaseException:
+            self._forget()
+            raise
 
+    def _root_of(self, folder: str) -> str:
+        from pisupervisor.oci import is_layout, unpack_image
 
-def _root_of(path: str | os.PathLike[str]) -> str:
-    folder = os.fspath(path)
-    is_bundle = all(os.path.exists(os.path.join(folder, name)) for name in ("config.json", "rootfs"))
-    return os.path.join(folder, "rootfs") if is_bundle else folder
+        if is_layout(folder):
+            import tempfile
+
+            self._unpacked = tempfile.mkdtemp(prefix="pisupervisor-rootfs-")
+            root = os.path.join(self._unpacked, "rootfs")
+            unpack_image(folder, root)
+            return root
+        is_bundle = all(os.path.exists(os.path.join(folder, name)) for name in ("config.json", "rootfs"))
+        return os.path.join(folder, "rootfs") if is_bundle else folder
+
+    def close(self) -> None:
+        super().close()
+        self._forget()
+
+    def _forget(self) -> None:
+        import shutil
+
+        unpacked, self._unpacked = self._unpacked, None
+        if unpacked is not None:
+            shutil.rmtree(unpacked, ignore_errors=True)
 
 
 def _run(plugin: Any, properties: dict[str, Any], arguments: list[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import bpf
 import pyseccomp
 import pytest
+from test_seccomp import ORDINARY_WORK
 
 from pisupervisor import (
     AsyncProcessIsolator,
     ExitReason,
     IsolationEvents,
+    Limits,
     OptionsError,
     ProcessIsolator,
     SeccompProfile,
@@ -312,3 +315,22 @@ def test_run_with_trace_shows_what_is_refused(tmp_path: Path) -> None:
     assert "pisupervisor: ptrace(0xffffffff" in traced.stderr
     assert "refused, Operation not permitted" in traced.stderr
     assert "ptrace" not in run("run", "program.py:main", cwd=tmp_path).stderr
+
+
+def test_strict_allows_what_ordinary_programs_are_seen_to_use(tmp_path: Path) -> None:
+    """Threads, asyncio, subprocess, multiprocessing, shared memory, ssl, sockets, files and numpy, under a listener."""
+    import sysconfig
+
+    program = textwrap.dedent(ORDINARY_WORK.removeprefix("if 1:")).replace("sys.argv[1]", "'/etc/hostname'")
+    (tmp_path / "ordinary.py").write_text(f"import os, sys\n{program}")
+    rules = json.loads(Path(packaged_path("strict")).read_text())["syscalls"]
+    allowed = {name for rule in rules if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]}
+    with ProcessIsolator.create(
+        network="loopback", import_paths=[sysconfig.get_path("purelib")], limits=Limits(memory="1G"),
+        security=Security(seccomp="permissive", watch="learn"),
+    ) as isolator:  # fmt: skip
+        info = isolator.run_script(tmp_path / "ordinary.py")
+        assert (info.exit_code, info.stdout) == (0, "[1, 2, 3, 4, 5]\n"), info.stderr
+    used = {call.name for call in isolator.system_calls() if call.action == "allowed"}
+    assert len(used) > 50
+    assert used - allowed <= {"listxattr"}  # shutil.copy2 takes the ENOTSUP that strict answers
