@@ -236,6 +236,16 @@ def test_an_ordinary_user_is_told_what_is_missing(ordinary_user) -> None:
 
 @pytest.mark.linux
 @pytest.mark.root
+def test_the_arrays_benchmark_reports_multiples_of_memcpy() -> None:
+    done = run(sys.executable, "scripts/lib/bench_arrays.py", "--json", "--rounds", "1", "--size", str(4 << 20))
+    found = json.loads(done.stdout)
+    for name in ("in an arena that is used again", "back, copied once", "ProcessPoolExecutor"):
+        assert found[name]["x memcpy"] > 0
+    assert found["in a shared array of 4 MB"]["seconds"] > 0
+
+
+@pytest.mark.linux
+@pytest.mark.root
 def test_the_launch_benchmark_reports_ratios_beside_targets() -> None:
     if shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
