@@ -114,6 +114,10 @@ class Filesystem:
 
     ``read_only`` and ``writable`` are host paths, shown at the same place, or ``(host path, path in the child)``.
 
+    ``frozen`` are folders likewise, read-only, for what does not change while children live (what does is seen late, or not
+    at all, and file systems mounted below are not shown). The child does not learn where on the host they lie, and its
+    locks and watches on them concern nobody outside of its template.
+
     ``rootfs`` is the folder of a root file system with a Python 3.9 or newer: the child sees that, read-only, in the place
     of the host's system and of our ``/etc``; ``python=`` is then a path inside. That Python and its library become the
     zygote, with the rights of the application, as any interpreter does: take it from where you trust it.
@@ -125,16 +129,20 @@ class Filesystem:
 
     read_only: Sequence[str | os.PathLike[str] | tuple[str, str]] = ()
     writable: Sequence[str | os.PathLike[str] | tuple[str, str]] = ()
+    frozen: Sequence[str | os.PathLike[str] | tuple[str, str]] = ()
     rootfs: str | os.PathLike[str] | None = None
     overlay: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _store(self, "rootfs", _rootfs(self.rootfs))
         _store(self, "overlay", _places(self.overlay))
-        for name in ("read_only", "writable"):
+        for name in ("read_only", "writable", "frozen"):
             _store(self, name, tuple(_bind(entry, name) for entry in _sequence(getattr(self, name), name)))
+        for source, _ in self.shown("frozen"):
+            if not os.path.isdir(source):
+                raise OptionsError(f"frozen: {source} is no folder; a file can be shown with read_only")
 
-    def shown(self, name: Literal["read_only", "writable"]) -> tuple[tuple[str, str], ...]:
+    def shown(self, name: Literal["read_only", "writable", "frozen"]) -> tuple[tuple[str, str], ...]:
         """(host path, path in the child) of each bind: the fields as they were checked."""
         shown: tuple[tuple[str, str], ...] = getattr(self, name)
         return shown

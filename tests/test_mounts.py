@@ -117,6 +117,15 @@ def test_a_layer_that_the_kernel_refuses_is_a_bind(tmp_path: Path) -> None:
     assert kernel.calls[3][2] == f"{base}/a/b"
 
 
+def test_a_layer_that_must_be_one(tmp_path: Path) -> None:
+    kernel = Recorder(failing="mount")
+    layer = mounts.Layer(str(tmp_path), "/a", 0)
+    layer.open(kernel)
+    with pytest.raises(OSError, match="not permitted"):
+        layer.execute(str(tmp_path), kernel)
+    assert kernel.names() == ["mount"]
+
+
 def test_a_file_is_bound_over_an_empty_one(tmp_path: Path) -> None:
     source, base, kernel = tmp_path / "hosts", tmp_path / "base", Recorder()
     source.write_text("secret")

@@ -156,6 +156,7 @@ def test_an_option_that_cannot_be_is_named(name: str, value: Any) -> None:
         (Security, "hostname", ""), (Security, "hostname", "x" * 64), (Security, "hostname", "ü"),
         (RestartPolicy, "mode", "sometimes"), (RestartPolicy, "max_restarts", -1), (RestartPolicy, "within", "60"),
         (Filesystem, "read_only", "/usr"), (Filesystem, "read_only", ["/nowhere/at/all"]), (Filesystem, "writable", [7]),
+        (Filesystem, "frozen", ["/etc/passwd"]), (Filesystem, "frozen", ["/nowhere/at/all"]), (Filesystem, "frozen", "/usr"),
         (Filesystem, "writable", [("/usr", "relative")]), (Filesystem, "writable", [("/usr", "/proc/self")]),
         (Filesystem, "read_only", [("/usr", "/")]), (Filesystem, "read_only", [("/usr", "/etc")]),
         (Filesystem, "read_only", [("/usr", "/a/../etc")]), (Filesystem, "read_only", [("/usr", "/dev/sda")]),

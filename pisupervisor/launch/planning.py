@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 OURS = "/pis"  # pihost, and what it brings, inside
 SCRATCH = ("/tmp", "/dev/shm")
 SCRATCH_INODES = 4096
+FROZEN = 0  # flags of a layer that must be one, and no bind
 #: namespaces entered by clone3 at once; cgroup and time are entered later (see pihost.confine), the network's is made
 #: ahead by the zygote
 CLONE_FLAGS = {
@@ -110,7 +111,8 @@ def template_plan(
     root += [["folder", "/tmp"], ["folder", "/dev/shm"], ["folder", "/proc"], ["bind", "/proc", "/proc", 0]]
     for source, place, final, flags in binds(options, interpreter):
         # Also where it belongs: what is preloaded is imported here, before a child's own scratch covers it.
-        root += [["bind", source, where, flags] for where in dict.fromkeys((place, final))]
+        kind = "layer" if flags == FROZEN else "bind"
+        root += [[kind, source, where, flags] for where in dict.fromkeys((place, final))]
     return TemplatePlan(
         root=root,
         own_ids=[] if features.root else [features.uid, features.gid],
@@ -182,6 +184,7 @@ def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str
     shown = [path for path in import_paths(options, interpreter) if path not in interpreter.site]
     wanted = [(path, path, mounts.READ_ONLY) for path in shown]
     wanted += [(source, target, mounts.READ_ONLY) for source, target in options.filesystem.shown("read_only")]
+    wanted += [(source, target, FROZEN) for source, target in options.filesystem.shown("frozen")]
     wanted += [(source, target, mounts.WRITABLE) for source, target in options.filesystem.shown("writable")]
     wanted = sorted(dict.fromkeys(wanted), key=lambda bind: bind[1].count("/"))
     found: list[tuple[str, str, str, int]] = []
@@ -241,7 +244,9 @@ def _base(options: IsolationOptions, interpreter: Interpreter) -> list[list[Any]
         return [*_system(), *_interpreter(interpreter)]
     from pisupervisor.launch import rootfs
 
-    places = [target for kind in ("read_only", "writable") for _source, target in options.filesystem.shown(kind)]
+    places = [
+        target for kind in ("read_only", "frozen", "writable") for _source, target in options.filesystem.shown(kind)
+    ]
     rootfs.check_places(interpreter.rootfs, [*places, *import_paths(options, interpreter)])
     return rootfs.entries(interpreter.rootfs)
 

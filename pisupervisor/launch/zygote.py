@@ -34,6 +34,7 @@ _REMEDIES = {
     " CAP_SYS_ADMIN: --cap-add SYS_ADMIN)",
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
     "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
+    "layer": "this kernel does not take that folder as a layer of an overlay: show it with read_only instead of frozen",
 }
 
 

@@ -119,6 +119,39 @@ def test_no_path_of_the_host_is_to_be_seen() -> None:
     assert re.search(r" / /pis/pihost ro,\S* .*- overlay overlay ", seen)
 
 
+def test_a_frozen_folder_says_not_where_it_lies(shared: Path) -> None:
+    """Nor can it be written, and a lock on it is no lock outside; with read_only, the control, its path is in mountinfo."""
+    import fcntl
+
+    features.need("overlay")
+    (shared / "data").write_text("words")
+    code = "import fcntl; file = open('/given/data'); fcntl.flock(file, fcntl.LOCK_EX); kept = file; file.read()"
+    with ProcessIsolator.create(filesystem=Filesystem(frozen=[(str(shared), "/given")]), limits=limits()) as isolator:
+        assert str(shared) not in isolator.run_source("open('/proc/self/mountinfo').read()").value
+        assert isinstance(attack(isolator, "open('/given/new', 'w')"), OSError)
+        assert isolator.run_source(code).value == "words"
+        with open(shared / "data") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ProcessIsolator.create(
+        filesystem=Filesystem(read_only=[(str(shared), "/given")]), limits=limits()
+    ) as isolator:
+        assert str(shared) in isolator.run_source("open('/proc/self/mountinfo').read()").value
+        isolator.run_source(code)
+        with open(shared / "data") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_frozen_folder_below_scratch_and_what_no_layer_can_be(shared: Path) -> None:
+    (shared / "data").write_text("words")
+    with ProcessIsolator.create(filesystem=Filesystem(frozen=[(str(shared), "/tmp/given")])) as isolator:
+        assert isolator.run_source("open('/tmp/given/data').read()").value == "words"
+        assert str(shared) not in isolator.run_source("open('/proc/self/mountinfo').read()").value
+    with pytest.raises(LaunchError) as caught:
+        ProcessIsolator.create(filesystem=Filesystem(frozen=[("/proc/self/task", "/given")]))
+    assert caught.value.step == "layer /proc/self/task at /given"
+    assert "read_only" in str(caught.value.remedy)
+
+
 def test_what_shows_our_own_code_cannot_be_written_nor_locked_for_others(isolator: ProcessIsolator) -> None:
     """A lock on a file of a layer is one on the overlay's inode, which children of this template share, and nobody else."""
     import fcntl
