@@ -16,6 +16,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,22 @@ def test_files_in_closures_containers_and_objects(isolator: ProcessIsolator, tmp
         one.seek(0)
         assert isolator.invoke(lambda files: files["x"][0].read(), {"x": [one]}) == "a"
     assert isolator.invoke(lambda files: files[0].read(), keeper) == "a"  # the child has one of its own
+
+
+@linux
+def test_standard_streams_are_the_childs_own() -> None:
+    """Whatever those of the host are, a function that closes over one means the one where it runs."""
+    source = """
+        import sys
+        from pisupervisor import ProcessIsolator
+
+        out = sys.stdout
+        with ProcessIsolator.create() as isolator:
+            shown = isolator.execute(lambda: (print("inside", file=out), out is sys.stdout)[1])
+        assert (shown.value, shown.stdout) == (True, "inside\\n"), shown
+        """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(source)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
 
 
 @linux

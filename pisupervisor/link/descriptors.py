@@ -88,6 +88,8 @@ def _reduce_socket(sock: socket.socket, passed: list[Passed], networked: bool) -
 def _reduce_file(file: Any, passed: list[Passed], networked: bool) -> Any:
     if isinstance(file, (io.BytesIO, io.StringIO)):
         return NotImplemented  # data
+    if file in (sys.stdin, sys.stdout, sys.stderr):
+        return NotImplemented  # by name: the child has its own
     if not _is_plain(file):  # such as GzipFile, which has the descriptor of what it unpacks
         raise _refused(f"a {type(file).__name__}", "what it reads or writes is not what stands at its descriptor")
     try:
