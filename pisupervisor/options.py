@@ -153,7 +153,7 @@ class Security:
     """The walls. ``seccomp`` is ``"default"``, ``"strict"``, ``"permissive"``, a profile's path, a SeccompProfile or
     None (no filter). ``user`` is the numeric id inside the child, never 0. ``hostname`` is what the child is told.
 
-    ``watch`` has the host listen to the filter, at some 20 us a call that it is asked about (see ``system_calls()`` and
+    ``watch`` has the host listen to the filter, at some 20 us for each call that it is asked about (see ``system_calls()`` and
     ``IsolationEvents.syscall``): "kills" names the call that a child was killed for; "trace" tells what is refused, and
     refuses with EPERM where the profile would kill; "learn" tells every call, too, and is slow. A profile with rules
     marked SCMP_ACT_NOTIFY is listened to as with "kills": those calls are refused, and told.

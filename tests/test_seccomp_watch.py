@@ -265,6 +265,17 @@ def test_a_deadline_ends_a_watched_child_and_nothing_is_left() -> None:
     assert "pisupervisor-seccomp" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_a_listener_that_fails_ends_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rather than have it wait for ever."""
+    from pisupervisor import ChildTerminated
+
+    with ProcessIsolator.create(security=Security(seccomp=KILLS, watch="trace")) as isolator:
+        assert isolator.invoke(errno_of, "chroot") == EINVAL
+        monkeypatch.setattr(seccomp_watch, "answer", lambda *_: 1 / 0)
+        with pytest.raises(ChildTerminated, match="can no longer be answered: ZeroDivisionError"):
+            isolator.invoke(errno_of, "ptrace", timeout=20)
+
+
 PROGRAM = """
 import ctypes, os, socket, sys, tempfile
 

@@ -95,6 +95,9 @@ class Listener:
                 self._serve()
             except OSError:
                 continue  # who asked was killed since
+            except Exception as error:  # nobody would answer any more: better no child than one that waits for ever
+                self._end(f"its system calls can no longer be answered: {type(error).__name__}: {error}")
+                return
 
     def _serve(self) -> None:
         question = bytearray(_ASKED.size)
@@ -109,8 +112,11 @@ class Listener:
         self._log.add(call)
         if answer.kill:
             self.killed_for = call.name
-            while not self._kill(f"the seccomp profile kills for it: {call}") and not self._closing.wait(_AGAIN):
-                pass
+            self._end(f"the seccomp profile kills for it: {call}")
         else:
             reply = _ANSWER.pack(ident, 0, -answer.error, 0 if answer.error else _CONTINUE)
             fcntl.ioctl(self._fd, _SEND, bytearray(reply), True)
+
+    def _end(self, why: str) -> None:
+        while not self._kill(why) and not self._closing.wait(_AGAIN):
+            pass

@@ -85,7 +85,7 @@ def stream(known: list[bytes], chance: random.Random) -> tuple[bytes, int]:
     parts = [part for _ in range(chance.randint(1, 4)) for part in split(chance.choice(known)[2:])]
     chance.shuffle(parts)
     made = [changed_frame(part, known, chance) if chance.random() < 0.3 else part for part in parts]
-    return bytes((chance.randrange(256), chance.randrange(2))) + b"".join(made), len(made)
+    return bytes((chance.randrange(256), chance.randrange(4))) + b"".join(made), len(made)
 
 
 def changed_frame(part: bytes, known: list[bytes], chance: random.Random) -> bytes:
