@@ -17,6 +17,7 @@ from pihost import wire
 from pisupervisor.errors import ProtocolError
 from pisupervisor.link import connection as module
 from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
+from pisupervisor.link.frames import Pending
 
 LARGEST = 1 << 20
 
@@ -316,3 +317,54 @@ def test_pipes_are_closed_whatever_happens(pair: tuple[Connection, socket.socket
     with pytest.raises((ProtocolError, LinkClosed)):
         link.call(b"x", output=10)
     assert open_fds() == before
+
+
+# --- answers that nobody waits for yet ---------------------------------------------------------------------------
+
+
+def under_way(link: Connection, count: int) -> list[Pending]:
+    calls = [Pending(link.new_ident(), link.largest, owned=False) for _ in range(count)]
+    link.send_frames(b"".join(link.frame(pending, b"x") for pending in calls), None)
+    return calls
+
+
+def test_answers_of_calls_under_way_are_told_apart(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    calls = under_way(link, 3)
+    peer.sendall(frame(ident=1, body=b"one") + frame(ident=2, body=b"two") + frame(wire.RAISED, 3, b"three"))
+    assert [link.wait(pending).body for pending in calls] == [b"one", b"two", b"three"]
+    assert link.calls == {}
+
+
+def test_what_lies_there_for_later_is_bounded(pair: tuple[Connection, socket.socket]) -> None:
+    """A child that answers the first call last must not fill its host with all the others."""
+    link, peer = pair
+    calls = under_way(link, 20)
+
+    def flood() -> None:
+        try:
+            for ident in range(2, 21):
+                peer.sendall(frame(ident=ident, body=bytes(LARGEST)))
+        except OSError:
+            pass
+
+    thread = in_background(flood)
+    with pytest.raises(ProtocolError, match="nobody has asked for yet"):
+        link.wait(calls[0])
+    link.link.close()
+    thread.join()
+
+
+def test_answers_that_are_taken_or_not_wanted_are_no_burden(pair: tuple[Connection, socket.socket]) -> None:
+    link, peer = pair
+    for _ in range(3):
+        calls = under_way(link, 7)
+        for pending in calls[3:6]:
+            pending.is_abandoned = True
+        thread = in_background(
+            lambda calls=calls: [peer.sendall(frame(ident=call.ident, body=bytes(LARGEST))) for call in calls]
+        )
+        for pending in (*calls[:3], calls[6]):
+            assert len(link.wait(pending).body) == LARGEST
+        thread.join()
+        assert link.calls == {}

@@ -23,6 +23,8 @@ _FRAME_TIME = 10.0  # seconds that a child may take from the first byte of a fra
 _FINE = 0.005  # seconds that a deadline may be overrun by for the sake of a system call
 _IDENTS = struct.Struct("<32Q")
 _AT_ONCE = _socket.MSG_DONTWAIT
+_QUESTIONS = frozenset((wire.CALLBACK, wire.CALLBACK_RAW, wire.ROOM))
+_HELD = 4  #: times the largest answer
 
 __all__ = ["Answer", "Broken", "Connection", "DeadlinePassed", "LinkClosed", "NeverSent"]
 
@@ -84,6 +86,7 @@ class Connection:
         self._outputs: list[Output] = []  # of the calls under way that are captured, the innermost last
         self._frames = Frames()
         self._began = 0.0  # when the frame began that is not whole yet
+        self._held = 0  # bytes of answers that nobody has asked for yet
         self._idents: list[int] = []
         self._sending = threading.RLock()
         self._readers = Readers() if shared else None
@@ -375,6 +378,8 @@ class Connection:
             return pending.answer
         finally:
             self.calls.pop(pending.ident, None)
+            if pending.size:
+                self.let_go(pending)
 
     def _wait_with_others(self, pending: Pending, deadline: float | None, captured: Output | None) -> None:
         try:
@@ -468,6 +473,8 @@ class Connection:
         if pending is None:
             others = ", ".join(map(str, [*self.calls][:3])) or "none"
             raise ProtocolError(f"an answer to call {ident}, where {others} is under way")
+        if not pending.owned and not self._hold(pending, kind, body):
+            return
         if pending.take(kind, body):
             if pending.answer is not None:
                 self.calls.pop(ident, None)  # nothing more may come for it
@@ -475,6 +482,23 @@ class Connection:
                 self._unowned.append(pending)
             if pending.bell is not None:
                 pending.bell.ring()
+
+    def _hold(self, pending: Pending, kind: int, body: bytes) -> bool:
+        """What comes for a call of a map lies here until its turn is there: so much, and no more. False: nobody wants it."""
+        if pending.is_abandoned and kind not in _QUESTIONS:
+            if kind != wire.PIECE:
+                self.calls.pop(pending.ident, None)
+            return False
+        pending.size += len(body)
+        self._held += len(body)
+        if self._held > _HELD * self.largest:
+            raise ProtocolError(f"more than {_HELD * self.largest} bytes of answers that nobody has asked for yet")
+        return True
+
+    def let_go(self, pending: Pending) -> None:
+        """Somebody has the answer, or nobody will ask for it."""
+        self._held -= pending.size
+        pending.size = 0
 
     def _read(self, deadline: float | None, captured: Output | None) -> None:
         """Wait for a frame and dispatch it."""

@@ -108,11 +108,25 @@ class Pending:
     read it. ``largest`` bounds the answer in bytes, however many pieces it comes in.
     """
 
-    __slots__ = ("_largest", "_pieces", "_roomed", "_whole", "answer", "asked", "bell", "ident", "owned")
+    __slots__ = (
+        "_largest",
+        "_pieces",
+        "_roomed",
+        "_whole",
+        "answer",
+        "asked",
+        "bell",
+        "ident",
+        "is_abandoned",
+        "owned",
+        "size",
+    )
 
     def __init__(self, ident: int, largest: int, bell: Ringing | None = None, *, owned: bool = True) -> None:
         self.ident, self._largest, self.bell, self.owned = ident, largest, bell, owned
         self.answer: Answer | None = None
+        self.size = 0  # bytes that have come for it, where nobody waits for it
+        self.is_abandoned = False
         self.asked: tuple[int, bytes] | None = None  # kind and body of a callback, until somebody sees to it
         self._whole: bytearray | None = None
         self._pieces = 0

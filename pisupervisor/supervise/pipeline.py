@@ -154,6 +154,7 @@ class Pipeline(Blocking):
         except ProtocolError as error:
             self._broken = error
             return self._go_on()
+        connection.let_go(head.pending)
         self._done(head)
         return value
 
@@ -241,6 +242,10 @@ class Pipeline(Blocking):
         if not self._is_over:
             self._is_over = True
             self._target.release(self._connection)
+            for item in self._flight:
+                if self._connection is not None and item.pending is not None:
+                    item.pending.is_abandoned = True
+                    self._connection.let_go(item.pending)
             self._waiting.clear()
             self._flight.clear()
 
