@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 LOW, HIGH = -(1 << 63), (1 << 63) - 1
 MAX_DECIMAL = 10_000  # characters
-MAX_INT_HEX = 1 << 20  # hexadecimal digits
 TAG_ITEMS = 5  # what a tag adds at the most to the brackets, braces and commas that the host counts
 
 _REAL, _IMAG = complex.__dict__["real"], complex.__dict__["imag"]
@@ -78,8 +77,6 @@ def _write_int(walk: Walk, value: int) -> Any:
     value = int.__pos__(value)
     if LOW <= value <= HIGH:
         return value
-    if value.bit_length() > 4 * (MAX_INT_HEX - 1):
-        walk.refuse(f"an int of {value.bit_length()} bits is too large")
     return _tag(walk, "int", f"{value:x}")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import re
+import sys
 from binascii import a2b_base64
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,7 +20,6 @@ from pisupervisor.errors import ProtocolError, SerializationError
 from pisupervisor.link.reader import DATA, Reader
 
 MAX_DECIMAL = 10_000  # characters
-MAX_INT_HEX = 1 << 20
 MAX_COLLISIONS = 100  # keys of one hash: a legitimate set of powers of two reaches that at 6,100 elements
 
 _HEX = re.compile(r"-?[0-9a-f]+", re.ASCII)
@@ -98,6 +98,9 @@ def fields(payload: Any, *kinds: type) -> list[Any]:
 
 def _exactly(payload: Any, kind: type) -> Any:
     return fields([payload], kind)[0]
+
+
+_ANY_LENGTH = sys.maxsize
 
 
 def _matching(payload: Any, pattern: re.Pattern[str], limit: int) -> str:
@@ -241,7 +244,7 @@ _BUILDERS: dict[str, Callable[[Rebuilder, Any], Any]] = {
     "bytes": lambda rebuilder, payload: bytes(rebuilder.blob(payload)),
     "bytearray": lambda rebuilder, payload: bytearray(rebuilder.blob(payload)),
     "str": lambda rebuilder, payload: bytes(rebuilder.blob(payload)).decode("utf-8", "surrogatepass"),
-    "int": lambda _, payload: int(_matching(payload, _HEX, MAX_INT_HEX), 16),
+    "int": lambda _, payload: int(_matching(payload, _HEX, _ANY_LENGTH), 16),  # linear; Limits.result bounds the text
     "float": _float, "complex": _complex,
     "date": lambda _, payload: _from_iso(datetime.date, payload),
     "datetime": lambda _, payload: _moment(datetime.datetime, payload),
