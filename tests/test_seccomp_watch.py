@@ -16,6 +16,7 @@ from typing import Any
 import bpf
 import pyseccomp
 import pytest
+from helpers import wait_until
 from test_seccomp import ORDINARY_WORK
 
 from pisupervisor import (
@@ -274,6 +275,34 @@ def test_a_listener_that_fails_ends_the_child(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(seccomp_watch, "answer", lambda *_: 1 / 0)
         with pytest.raises(ChildTerminated, match="can no longer be answered: ZeroDivisionError"):
             isolator.invoke(errno_of, "ptrace", timeout=20)
+
+
+def test_a_watched_child_holds_no_listener() -> None:
+    """Nor does its PID 1: whoever has it could answer for itself."""
+    with ProcessIsolator.create(security=Security(watch="learn")) as isolator:
+        assert isolator.run_source("import os; sorted(os.listdir('/proc/self/fd'))").value[:4] == ["0", "1", "2", "3"]
+        processes = isolator.pids()
+        assert len(processes) >= 2
+        shown = {os.readlink(f"/proc/{pid}/fd/{fd}") for pid in processes for fd in os.listdir(f"/proc/{pid}/fd")}
+        assert not any("seccomp" in name for name in shown)
+        assert any("seccomp" in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd"))  # the control
+
+
+@pytest.mark.root
+def test_a_watched_child_ends_with_its_host() -> None:
+    program = """if 1:
+        from pisupervisor import ProcessIsolator, Security
+        with ProcessIsolator.create(security=Security(watch="learn")) as isolator:
+            print(*isolator.pids(), flush=True)
+            isolator.run_source("import os\\nwhile True: os.getppid()")
+    """
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdout is not None
+        processes = [int(word) for word in host.stdout.readline().split()]
+        assert len(processes) >= 2
+        host.kill()
+    wait_until(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in processes), 10.0)
+    assert not any(os.path.exists(f"/proc/{pid}") for pid in processes)
 
 
 PROGRAM = """
