@@ -71,6 +71,17 @@ def test_landlock_that_is_not_there() -> None:
     planning.required(IsolationOptions(security=Security(landlock=False)), features(landlock_abi=0))
 
 
+@pytest.mark.parametrize("kernel", ["5.10.0-8-amd64", "4.19.0", "5.4.0-generic", "odd"])
+def test_overlays_that_a_kernel_does_not_let_a_child_mount(kernel: str) -> None:
+    options = IsolationOptions(filesystem=Filesystem(overlay=["/srv"]))
+    with pytest.raises(FeatureUnavailable, match=r"lets no child mount") as caught:
+        planning.required(options, features(kernel=kernel))
+    assert caught.value.feature == "overlay"
+    for newer in ("5.11.0", "5.15.0-91-generic", "6.18.44-fc", "10.0"):
+        planning.required(options, features(kernel=newer))
+    planning.required(IsolationOptions(), features(kernel=kernel))
+
+
 def test_everything_there() -> None:
     planning.required(IsolationOptions(), features())
     assert planning.lacking_limits(IsolationOptions(), groups()) == {}

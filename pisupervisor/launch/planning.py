@@ -57,6 +57,7 @@ _LOADER_LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")
 _ENVIRONMENT = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8"}
 #: libraries that start threads when imported would make the zygote unfit to fork
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+_OVERLAYS_SINCE = (5, 11)  # in a user namespace
 _LOG_LEVELS = {"DEBUG": 10, "INFO": 20, "WARNING": 30, "ERROR": 40}
 
 
@@ -69,11 +70,22 @@ def required(options: IsolationOptions, features: Features) -> None:
                 f"this kernel ({features.kernel}) has no {name} namespaces", feature=name,
                 remedy=f"run a kernel with them (time: 5.6), or say degrade=({name!r},)",
             )  # fmt: skip
+    if options.filesystem.overlay and _release(features.kernel) < _OVERLAYS_SINCE:
+        raise FeatureUnavailable(
+            f"this kernel ({features.kernel}) lets no child mount an overlay of its own", feature="overlay",
+            remedy="run Linux 5.11 or newer, or leave Filesystem(overlay=...) out",
+        )  # fmt: skip
     if options.security.landlock and not features.landlock_abi and "landlock" not in options.degrade:
         raise FeatureUnavailable(
             f"this kernel ({features.kernel}) has no Landlock, or it is not switched on", feature="landlock",
             remedy="boot with lsm=landlock,... on Linux 5.13 or newer, or say degrade=('landlock',)",
         )  # fmt: skip
+
+
+def _release(kernel: str) -> tuple[int, ...]:
+    """The first two numbers of a kernel's release."""
+    numbers = kernel.partition("-")[0].split(".")[:2]
+    return tuple(int(number) if number.isdigit() else 0 for number in numbers)
 
 
 def lacking_limits(options: IsolationOptions, host: CgroupHost) -> dict[str, str]:
