@@ -185,11 +185,17 @@ def _outcome_of(parsed: argparse.Namespace, file: str, target: str | None, argum
 
 @contextlib.contextmanager
 def _report(parsed: argparse.Namespace, isolator: ProcessIsolator) -> Iterator[None]:
-    """What was seen of its system calls, however the run ends."""
+    """What was seen of the program's system calls, however it ends; nothing where it has not begun."""
+    from pisupervisor.errors import OptionsError, TargetNotFound
+
+    has_run = True
     try:
         yield
+    except (OptionsError, TargetNotFound):
+        has_run = False
+        raise
     finally:
-        if parsed.watch is not None:
+        if parsed.watch is not None and has_run:
             from pisupervisor import cli_learn
 
             calls = isolator.system_calls()

@@ -348,6 +348,15 @@ def test_learn_to_stdout_and_where_nothing_can_be_written(tmp_path: Path) -> Non
     assert "cannot write the profile" in failed.stderr
 
 
+def test_learn_writes_nothing_of_a_program_that_did_not_run_and_all_of_one_that_failed(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM + "def fail():\n    os.getcwd()\n    raise ValueError('no')\n")
+    for code, number in (("program.py:missing", 127), ("missing.py:main", 127)):
+        assert run("learn", code, "-o", "learnt.json", cwd=tmp_path).returncode == number
+        assert not (tmp_path / "learnt.json").exists()
+    assert run("learn", "program.py:fail", "-o", "learnt.json", cwd=tmp_path).returncode == 1
+    assert "getcwd" in (tmp_path / "learnt.json").read_text()
+
+
 def test_run_with_trace_shows_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     traced = run("run", "program.py:main", "--trace", cwd=tmp_path)
