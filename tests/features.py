@@ -84,6 +84,11 @@ def _v2() -> str:
     return "; ".join(f"{name}: {place.why}" for name, place in host.places.items() if place.why)
 
 
+def _own_machine() -> str:
+    """A machine that is there for the tests alone: its switches may be turned."""
+    return "" if "vmjob.mode=" in Path("/proc/cmdline").read_text() else "this machine is not the tests' own"
+
+
 def _nproc_apart() -> str:
     from pisupervisor.limits.rlimits import at_least
 
@@ -193,6 +198,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "rootless": _rootless,
     "userns": _userns,
     "cgroups": _cgroups,
+    "own_machine": _own_machine,
     "nproc_apart": _nproc_apart,
     "v1": _v1,
     "v2": _v2,

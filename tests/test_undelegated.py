@@ -61,4 +61,4 @@ def test_a_root_without_rights_is_told_so() -> None:
     with pytest.raises(LaunchError) as caught:
         ProcessIsolator.create(IsolationOptions(degrade=WITHOUT))
     assert caught.value.step == "namespaces"
-    assert "CAP_SYS_ADMIN" in str(caught.value.remedy)
+    assert "lacks CAP_SYS_ADMIN" in str(caught.value.remedy)

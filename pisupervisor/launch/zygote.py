@@ -29,9 +29,6 @@ _CONTROL, _HOST, _LIFELINE = 3, 4, 5
 _GRACE = 2.0  # seconds to hear why it ended
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
 _REMEDIES = {
-    "namespaces": "let this user make user namespaces: sysctl user.max_user_namespaces, kernel.unprivileged_userns_clone=1,"
-    " and on Ubuntu kernel.apparmor_restrict_unprivileged_userns=0 (or run as root; a root in a container needs"
-    " CAP_SYS_ADMIN: --cap-add SYS_ADMIN)",
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
     "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
     "layer": "this kernel does not take that folder as a layer of an overlay: show it with read_only instead of frozen",
@@ -145,6 +142,10 @@ def failure(message: dict[str, Any]) -> LaunchError:
     """A reported step as an error. The sender is trusted code, but beside user code: only text and a number are taken."""
     step, number = str(message.get("failed"))[:200], message.get("errno")
     remedy = next((text for name, text in _REMEDIES.items() if step.startswith(name)), None)
+    if step == "namespaces":
+        from pisupervisor.launch import userns  # only to explain a failure
+
+        remedy = userns.remedy(userns.situation())
     if step == "mounts" and "/proc" in str(message.get("detail")):
         remedy = "an outer container must not mask /proc (docker: --security-opt systempaths=unconfined)"
     if step.startswith("preload"):

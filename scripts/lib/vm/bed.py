@@ -65,9 +65,14 @@ class Cell:
 
 
 def features(kernel: str, mode: str) -> set[str]:
-    return {*HAS[mode].split(","), "landlock_net", "landlock_scopes", "nproc_apart", "overlay"} - LACKS.get(
-        kernel, set()
-    )
+    return {
+        *HAS[mode].split(","),
+        "landlock_net",
+        "landlock_scopes",
+        "nproc_apart",
+        "overlay",
+        "own_machine",
+    } - LACKS.get(kernel, set())
 
 
 def judge(junit: Path, has: set[str]) -> tuple[int, int, list[str]]:
