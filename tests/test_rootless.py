@@ -215,10 +215,11 @@ def test_a_folder_that_only_root_can_read(ordinary_user: OrdinaryUser, tmp_path:
     assert os.path.basename(tmp_path) in found["text"]
 
 
-def test_big_data_and_open_files(ordinary_user: OrdinaryUser) -> None:
+def test_big_data_and_open_files(ordinary_user: OrdinaryUser, need: Callable[..., None]) -> None:
     """The child has the user's own id outside: what keeps a file that was opened for reading from being opened anew for
     writing is Landlock alone. A pipe it does not keep, as the README says.
     """
+    need("landlock")
     source = """
         def reopen(file, flags):
             try:
