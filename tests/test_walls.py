@@ -240,7 +240,18 @@ def test_the_group_holds_what_the_process_does_not() -> None:
 # --- what it sees ------------------------------------------------------------------------------------------------
 
 ROOT = {"bin", "dev", "etc", "lib", "lib32", "lib64", "libx32", "pis", "proc", "py", "sbin", "tmp", "usr"}
-ETC = {"alternatives", "group", "hostname", "hosts", "ld.so.cache", "localtime", "nsswitch.conf", "passwd"}
+ETC = {
+    "alternatives",
+    "group",
+    "hostname",
+    "hosts",
+    "ld.so.cache",
+    "localtime",
+    "nsswitch.conf",
+    "passwd",
+    "protocols",
+    "services",
+}
 DEV = {"null", "zero", "full", "random", "urandom", "fd", "stdin", "stdout", "stderr", "shm"}
 
 
@@ -249,7 +260,7 @@ def test_only_what_it_needs(child: ProcessIsolator, facts: dict[str, Any]) -> No
     assert set(facts["root"]) <= ROOT
     assert set(facts["etc"]) <= ETC
     assert set(facts["dev"]) == DEV
-    assert inside(child, "text", "/etc/passwd").count("\n") == 2
+    assert inside(child, "text", "/etc/passwd").count("\n") == 3  # root, the user, nobody
     for path in ("/etc/shadow", "/root", "/home", "/sys", "/var", "/run", str(INSIDE), "/proc/sys", "/proc/kcore"):
         assert inside(child, "can_open", path) == "ENOENT", path
 
