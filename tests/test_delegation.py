@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pisupervisor.errors import FeatureUnavailable, OptionsError
-from pisupervisor.launch import planning
+from pisupervisor.launch import kernels, planning
 from pisupervisor.limits import cgroups, delegation, systemd, v2_files
 from pisupervisor.limits.cgroups import CgroupHost, GroupLimits, Place
 from pisupervisor.limits.cpuset import CpuSet
@@ -217,3 +217,14 @@ def test_io_rates_have_the_kernels_names(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("pisupervisor.limits.blockdev.block_device", lambda _path: "254:0")
     limit = IoLimit(device="/", read_bps="1M", write_iops=50)
     assert v2_files.io_line(limit) == "254:0 rbps=1048576 wiops=50"
+
+
+# --- what is told -------------------------------------------------------------------------------------------------
+
+
+def test_the_page_on_platforms_has_the_table_of_kernels() -> None:
+    page = (Path(__file__).parent.parent / "docs/platforms.md").read_text()
+    rows = [f"| {entry.what} | {entry.version} | {entry.fallback} |\n" for entry in kernels.TABLE]
+    assert "".join(rows) in page
+    versions = [tuple(map(int, entry.version.split("."))) for entry in kernels.TABLE]
+    assert versions == sorted(versions)

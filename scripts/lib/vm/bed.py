@@ -22,7 +22,7 @@ import machine
 TOP = Path(__file__).resolve().parents[3]
 _LINES = Path(__file__).with_name("kernels.txt").read_text().splitlines()
 KERNELS = tuple(line.split()[0] for line in _LINES if not line.startswith("#"))
-EVERY_RUN = ("root", "user", "user-plain", "bare-user", "container", "container-priv")
+EVERY_RUN = ("root", "container-priv", "user-plain", "container", "user", "bare-user")  # the longest first
 #: what a cell has (features of tests/features.py): a test that is skipped for want of one of these fails
 HAS = {
     "root": "root,rootless,userns,cgroups,v2,limits,seccomp,landlock",
@@ -41,7 +41,7 @@ LACKS = {
     "6.1": {"landlock_net", "landlock_scopes"},
 }
 #: what some or all cells lack beside that: skipping for it is explained
-NOWHERE = {"testsuite", "v1", "mounts", *LACKS["5.10"]}
+NOWHERE = {"testsuite", "v1", "mounts", "systemd", *LACKS["5.10"]}
 SECONDS = 600.0
 HEAD = "| kernel | mode | passed | skipped | result | seconds |\n|---|---|---|---|---|---|\n"
 
