@@ -72,7 +72,7 @@ def test_everything_else_holds(ordinary_user: OrdinaryUser) -> None:
     assert lacking | {"swap"} == {*LACKING, "cpu_weight", "cpuset", "io"}, "a host without swap needs no limit of it"
     assert all(found["why"][name] for name in lacking)
     assert found["shared"] == []
-    assert " / /pis/pihost ro," in found["mounts"] or features.missing("overlay"), (
+    assert " / /pis/pihost ro," in found["mounts"] or features.missing("user_overlay"), (
         "where it lies is not the child's business"
     )
     facts, status = found["facts"], found["status"]

@@ -11,6 +11,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import features
 import pytest
 from helpers import init_of, start_without, status_of, write, zygote_of
 
@@ -53,6 +54,17 @@ def without(steps: tuple[str, ...], function: str, *arguments: Any, **changes: A
 
 def link(pid: int | str | None, name: str) -> str:
     return os.readlink(f"/proc/{pid}/ns/{name}")
+
+
+def test_it_does_not_learn_where_we_lie(child: ProcessIsolator) -> None:
+    """A bind's source is in mountinfo, a layer's is not; where the kernel has no layers for us, it is there to be read."""
+    import pihost
+
+    mounts = child.run_source("open('/proc/self/mountinfo').read()").value
+    folder = os.path.dirname(os.path.dirname(os.path.abspath(pihost.__file__)))
+    features.need("overlay")
+    assert " - overlay overlay " in mounts
+    assert folder not in mounts
 
 
 # --- namespaces --------------------------------------------------------------------------------------------------

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import features
 import pytest
-from compare import Run, differences, inside, outside
+from compare import Run, differences, inside, known, outside
 from differences import KNOWN
+from libraries import NEEDS
 from modules import MODULES, SAMPLE
 
 features.need("testsuite")
@@ -36,3 +39,17 @@ def test_a_difference_is_seen_and_only_a_known_one_has_a_reason() -> None:
 def test_the_lists_fit_together() -> None:
     assert len(set(MODULES)) == len(MODULES) >= 60
     assert set(KNOWN) <= set(MODULES)
+
+
+def test_the_document_is_of_these_modules_and_leaves_nothing_unexplained() -> None:
+    """docs/compat.md, as scripts/compat last wrote it."""
+    text = (Path(__file__).parents[2] / "docs" / "compat.md").read_text()
+    tables = [
+        [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("| ")][1:]
+        for part in text.split("\n## ")
+    ]
+    different, libraries, strict, modules = tables
+    assert [row[0] for row in modules] == list(MODULES)
+    assert [row for row in different if row[-1] != known(row[0], row[1]) or not row[-1]] == []
+    assert [(row[0], row[2]) for row in libraries] == [(name.replace("_", " "), "works") for name in NEEDS]
+    assert [row[0] for row in strict] == list(SAMPLE)
