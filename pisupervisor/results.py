@@ -94,7 +94,9 @@ class Usage:
     ``peak_memory`` and ``memory`` are the group's (with caches, tmpfs and buffers), ``rss`` and ``vms`` sums over the
     processes that live now. ``read_bytes`` and ``write_bytes`` reached a storage device, by the group's count or by what
     /proc says of the processes, whichever saw more (cgroup v1 counts no buffered writes), ``read_chars`` and
-    ``write_chars`` went through read and write calls of any kind. Only ``resource_usage()`` fills more than the first two.
+    ``write_chars`` went through read and write calls of any kind. The pressures are shares (0 to 1) of the last ten seconds
+    in which some process of the child waited for CPU, memory or disk (cgroup v2, where the kernel has PSI switched on).
+    Only ``resource_usage()`` fills more than the first two.
     """
 
     cpu_time: float | None = None
@@ -107,6 +109,9 @@ class Usage:
     write_bytes: int | None = None
     read_chars: int | None = None
     write_chars: int | None = None
+    cpu_pressure: float | None = None
+    memory_pressure: float | None = None
+    io_pressure: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

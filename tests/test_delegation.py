@@ -10,7 +10,7 @@ import pytest
 
 from pisupervisor.errors import FeatureUnavailable, OptionsError
 from pisupervisor.launch import kernels, planning
-from pisupervisor.limits import cgroups, delegation, systemd, v2_files
+from pisupervisor.limits import cgroups, delegation, systemd, v2, v2_files
 from pisupervisor.limits.cgroups import CgroupHost, GroupLimits, Place
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.delegation import LEAF, find_claim, unit_of
@@ -217,6 +217,11 @@ def test_io_rates_have_the_kernels_names(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("pisupervisor.limits.blockdev.block_device", lambda _path: "254:0")
     limit = IoLimit(device="/", read_bps="1M", write_iops=50)
     assert v2_files.io_line(limit) == "254:0 rbps=1048576 wiops=50"
+
+
+def test_pressure_is_a_share() -> None:
+    text = b"some avg10=12.50 avg60=3.00 avg300=0.10 total=5\nfull avg10=1.00 avg60=0.00 avg300=0.00 total=1\n"
+    assert v2.some_pressure(text) == 0.125
 
 
 # --- what is told -------------------------------------------------------------------------------------------------

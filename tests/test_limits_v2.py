@@ -256,6 +256,18 @@ class TestCpu:
         assert 3 < heavy / light < 5.3
 
 
+class TestPressure:
+    def test_who_waits_for_cpu_is_seen(self, new_group: Callable[..., V2Group]) -> None:
+        group, idle = new_group(cpus=0.1), new_group()
+        if not group.pressure():
+            pytest.skip("psi: this kernel has it switched off")
+        pid = start(group, lambda: burn(60))
+        assert wait_until(lambda: group.pressure()["cpu_pressure"] > 0.1, 30)
+        assert group.kill()
+        finish(pid)
+        assert idle.pressure() == {"cpu_pressure": 0.0, "memory_pressure": 0.0, "io_pressure": 0.0}
+
+
 class TestCpuset:
     def test_the_child_runs_on_those_cpus(self, new_group: Callable[..., V2Group]) -> None:
         """Also on kernels that bind nobody who is born in a group: then reading back does."""

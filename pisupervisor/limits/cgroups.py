@@ -110,6 +110,9 @@ class ChildGroup(Protocol):
     def io(self) -> GroupIo | None:
         """What reached block devices. None: nobody counts it. v1 counts buffered writes for nobody, v2 for the writer."""
 
+    def pressure(self) -> dict[str, float]:
+        """Fields of ``Usage``: ``cpu_pressure``, ``memory_pressure``, ``io_pressure``; empty where nobody measures them."""
+
     def read_back(self) -> dict[str, Applied]:
         """What the kernel's files say now of each protection that was asked for."""
 

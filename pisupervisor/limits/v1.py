@@ -196,6 +196,9 @@ class V1Group:
         except OSError:
             return []  # removed meanwhile (ENOENT or ENODEV)
 
+    def pressure(self) -> dict[str, float]:
+        return {}  # of v2 groups alone
+
     def read_back(self) -> dict[str, Applied]:
         return read_back(self._host, self._limits, self.paths, self.tolerated)
 

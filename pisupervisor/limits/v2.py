@@ -53,6 +53,12 @@ def _check_cpuset(host: CgroupHost, wanted: CpuSet | None) -> None:
         raise OptionsError(f"cpuset: CPUs {CpuSet(outside)} are not among those of this application ({present})")
 
 
+def some_pressure(text: bytes) -> float:
+    """``some avg10=12.50 avg60=...`` -> 0.125: the share of ten seconds in which some process waited. Pure."""
+    line = next(line for line in text.decode().splitlines() if line.startswith("some "))
+    return float(dict(word.split("=") for word in line.split()[1:])["avg10"]) / 100
+
+
 class V2Group:
     """A ChildGroup; see there. ``path`` is its directory, empty until it is made and when it is gone."""
 
@@ -137,6 +143,10 @@ class V2Group:
         words = [word.split(b"=") for word in self._read("io.stat").split() if b"=" in word]
         sums = {kind: sum(int(count) for name, count in words if name == kind) for kind in (b"rbytes", b"wbytes")}
         return GroupIo(read_bytes=sums[b"rbytes"], write_bytes=sums[b"wbytes"])
+
+    def pressure(self) -> dict[str, float]:
+        texts = {name: self._read(f"{name}.pressure") for name in ("cpu", "memory", "io")}
+        return {f"{name}_pressure": some_pressure(text) for name, text in texts.items() if text}
 
     def read_back(self) -> dict[str, Applied]:
         if self._limits.cpuset is not None:

@@ -55,7 +55,9 @@ class Meter:
         """Everything that can be counted. Costs a look at each process."""
         group = self._group.usage() if self._group is not None else GroupUsage()
         io = self._group.io() if self._group is not None else None
-        return whole_usage(group, io, usage_from_proc(self._pid), self.pids())
+        usage = whole_usage(group, io, usage_from_proc(self._pid), self.pids())
+        pressure: dict[str, Any] = self._group.pressure() if self._group is not None else {}
+        return replace(usage, **pressure)
 
     def pids(self) -> list[int]:
         """Everything that runs in the child, as this process numbers it, PID 1 of the sandbox included."""
