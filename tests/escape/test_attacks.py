@@ -719,7 +719,7 @@ def test_a_bad_answer_beside_a_good_one_is_no_defect_of_ours(
     from pisupervisor.link.connection import Answer, Connection
 
     answered, decoded = threading.Event(), threading.Event()
-    call, value, strange = Connection.call, isolator._session._value, []
+    call, value, strange = Connection.call, isolator._session.value, []
 
     def slow_call(self: Connection, *arguments: object, **keywords: object) -> Answer:
         answer = call(self, *arguments, **keywords)  # type: ignore[arg-type]
@@ -737,7 +737,7 @@ def test_a_bad_answer_beside_a_good_one_is_no_defect_of_ours(
             decoded.set()
 
     monkeypatch.setattr(Connection, "call", slow_call)
-    monkeypatch.setattr(isolator._session, "_value", slow_value)
+    monkeypatch.setattr(isolator._session, "value", slow_value)
     once = """
 import pihost.inside.serve as serve
 honest = serve.encode.encode
