@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import features
 import numpy
@@ -716,13 +717,13 @@ def test_a_bad_answer_beside_a_good_one_is_no_defect_of_ours(
     isolator: ProcessIsolator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer is understood within its turn: no second thread can be in the middle of a call when the child is killed."""
-    from pisupervisor.link.connection import Answer, Connection
+    from pisupervisor.link.connection import Connection
 
     answered, decoded = threading.Event(), threading.Event()
-    call, value, strange = Connection.call, isolator._session.value, []
+    ask, value, strange = Connection.ask, isolator._session.value, []
 
-    def slow_call(self: Connection, *arguments: object, **keywords: object) -> Answer:
-        answer = call(self, *arguments, **keywords)  # type: ignore[arg-type]
+    def slow_ask(self: Connection, *arguments: Any) -> bytes | None:
+        answer = ask(self, *arguments)
         if threading.current_thread().name == "good":
             answered.set()
             decoded.wait(0.5)
@@ -736,7 +737,7 @@ def test_a_bad_answer_beside_a_good_one_is_no_defect_of_ours(
         finally:
             decoded.set()
 
-    monkeypatch.setattr(Connection, "call", slow_call)
+    monkeypatch.setattr(Connection, "ask", slow_ask)
     monkeypatch.setattr(isolator._session, "value", slow_value)
     once = """
 import pihost.inside.serve as serve
