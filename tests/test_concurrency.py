@@ -30,10 +30,10 @@ def test_cancelling_a_call_that_waits_kills_nobody_elses() -> None:
     with ProcessIsolator.create() as isolator:
         pid, outcome = isolator.pid, []
         other = threading.Thread(
-            target=lambda: outcome.append(isolator.run_source(SLEEP.format(0.6) + "\n'done'").value)
+            target=lambda: outcome.append(isolator.run_source(SLEEP.format(1.5) + "\n'done'").value)
         )
         other.start()
-        time.sleep(0.15)
+        assert wait_until(lambda: isolator.state == "busy")
         waiting = isolator.submit_call(isolator.run_source, "open('/tmp/ran', 'w')")
         time.sleep(0.15)
         assert waiting.cancel()
