@@ -238,6 +238,7 @@ def uses_numpy() -> Any:
 
 def test_importable_is_stdlib_ours_and_import_paths(tmp_path: pathlib.Path) -> None:
     (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").touch()
     (tmp_path / "single.py").write_text("")
     (tmp_path / f"speed{'.cpython-311-x86_64-linux-gnu.so'}").write_text("")
     with zipfile.ZipFile(tmp_path / "some.whl", "w") as wheel:
@@ -260,6 +261,15 @@ def test_importable_is_stdlib_ours_and_import_paths(tmp_path: pathlib.Path) -> N
         assert importable(name), name
     for name in ("__main__", "numpy", "pack", "singles", "pisupervisor", __name__, ""):
         assert not importable(name), name
+
+
+def test_a_folder_with_nothing_but_data_is_no_module(tmp_path: pathlib.Path) -> None:
+    """An editable install leaves one of our own name in site-packages; a namespace around packages is another thing."""
+    for file in ("left/profiles/one.json", "space/inner/__init__.py", "space.txt", "deep/a/b/c/mod.py"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    importable = child_importable([tmp_path], stdlib=())
+    assert [name for name in ("left", "space", "space.inner", "deep") if importable(name)] == ["space", "space.inner"]
 
 
 def test_plain_data_never_asks_what_is_importable() -> None:

@@ -54,10 +54,24 @@ def _standard_library() -> frozenset[str]:
     return _OURS | sys.stdlib_module_names
 
 
+def _holds_modules(folder: str, depth: int = 3) -> bool:
+    """Whether a folder is a package, or a namespace around some: one with nothing but data (as an editable install leaves
+    behind) can be imported, and is empty.
+    """
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return False
+    if any(entry.name.endswith((".py", ".so", ".pyc")) for entry in entries):
+        return True
+    return depth > 1 and any(entry.is_dir() and _holds_modules(entry.path, depth - 1) for entry in entries)
+
+
 def _top_names(path: str) -> Iterator[str]:
     """Names directly below a folder or in an archive: ``numpy``, ``six.py``, ``_speed.cpython-311-x86_64.so``."""
     if os.path.isdir(path):
-        yield from os.listdir(path)
+        with os.scandir(path) as entries:
+            yield from (entry.name for entry in entries if not entry.is_dir() or _holds_modules(entry.path))
     elif os.path.isfile(path):
         import zipfile
 

@@ -105,7 +105,7 @@ def _accelerator() -> list[str]:
     usable = ("vmx" in flags or "svm" in flags) and os.access("/dev/kvm", os.R_OK | os.W_OK)
     if usable:
         return ["-accel", "kvm", "-cpu", "host"]
-    # One thread for both CPUs: with one each, 6.1 got stuck in 3 of 20 runs, both spinning, where limits were written
+    # One thread for both CPUs: with one each, 6.1 got stuck twice, both spinning, where limits were written
     # (setting a first quota patches the running scheduler). Two VMs at once use two cores just as well.
     return ["-accel", "tcg,thread=single,tb-size=512", "-cpu", "max"]
 
