@@ -22,7 +22,7 @@ import machine
 TOP = Path(__file__).resolve().parents[3]
 _LINES = Path(__file__).with_name("kernels.txt").read_text().splitlines()
 KERNELS = tuple(line.split()[0] for line in _LINES if not line.startswith("#"))
-EVERY_RUN = ("root", "container-priv", "user-plain", "container", "user", "bare-user")  # the longest first
+EVERY_RUN = ("root", "user-plain", "container", "user")  # the longest first; what any of them is not, --all runs
 #: what a cell has (features of tests/features.py): a test that is skipped for want of one of these fails
 HAS = {
     "root": "root,rootless,userns,cgroups,v2,limits,seccomp,landlock",
