@@ -112,10 +112,10 @@ def test_each_instance_gets_its_own_default() -> None:
 
 def test_a_named_tuple() -> None:
     place = Place("/x", why="closed")
-    assert place == ("/x", None, "closed")
+    assert place == ("/x", None, "closed", "")
     assert (place.usable, place._replace(why="").usable) == (False, True)
     assert pickle.loads(pickle.dumps(place)) == place
-    assert repr(place) == "Place(directory='/x', errno=None, why='closed')"
+    assert repr(place) == "Place(directory='/x', errno=None, why='closed', remedy='')"
     with pytest.raises(AttributeError):
         place.why = ""  # type: ignore[misc]
 
