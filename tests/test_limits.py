@@ -17,6 +17,7 @@ from typing import NoReturn
 import features
 import pytest
 
+from pihost import syscalls
 from pisupervisor.errors import LaunchError, OptionsError
 from pisupervisor.limits import blockdev, cgroups, directories, v1_files
 from pisupervisor.limits.cgroups import ChildGroup, GroupLimits, create_group, group_name, missing, wanted_limits
@@ -283,7 +284,10 @@ def start(group: ChildGroup | None, work: Callable[[], object]) -> int:
     Returns when it is inside: kill() sees members only, so whoever launches must not kill before that.
     """
     reader, writer = os.pipe()
-    pid = os.fork()
+    born_in_one = group is not None and bool(group.clone_flags)
+    pid, pidfd = syscalls.clone(group.clone_flags, group.attach_fds[0]) if group and born_in_one else (os.fork(), -1)
+    if pidfd >= 0:
+        os.close(pidfd)
     if not pid:
         enter_and_work(group, work, writer)
     os.close(writer)
@@ -297,7 +301,8 @@ def enter_and_work(group: ChildGroup | None, work: Callable[[], object], writer:
     try:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # pytest-timeout has a handler
         signal.alarm(20)  # a test that goes wrong leaves nothing running
-        for fd in group.attach_fds if group else ():
+        born_in_one = bool(group and group.clone_flags)
+        for fd in group.attach_fds[born_in_one:] if group else ():
             os.write(fd, b"0")
         os.write(writer, b"i")
         os.close(writer)

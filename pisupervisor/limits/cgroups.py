@@ -89,8 +89,10 @@ class ChildGroup(Protocol):
 
     attach_fds: tuple[int, ...]
     """Open ``tasks`` files. The child itself writes ``b"0"`` to each, in this order, while single-threaded."""
-    clone_flags: int
-    """CLONE_INTO_CGROUP where the one attach fd is the directory of a v2 group; else 0."""
+
+    @property
+    def clone_flags(self) -> int:
+        """CLONE_INTO_CGROUP where the first attach fd is the directory of a v2 group; else 0."""
 
     def close_attach_fds(self) -> None:
         """Close them in this process; again is harmless."""
