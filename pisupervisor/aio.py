@@ -12,11 +12,11 @@ import functools
 import inspect
 import os
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.callers import acting_for, this_caller
@@ -34,13 +34,15 @@ if TYPE_CHECKING:
     from pisupervisor.supervise.pipeline import Pipeline
     from pisupervisor.supervise.session import Session
 
+Made = TypeVar("Made", bound="AsyncProcessIsolator")
 _OVER = object()
 _KNOWN = 1000
 _within: ContextVar[int] = ContextVar("_within", default=0)  # the caller whose callback this is
 
 
 class AsyncProcessIsolator:
-    """One confined child and the calls into it, from coroutines of one event loop. Made by ``await create``.
+    """One confined child and the calls into it, from coroutines of one event loop. Made by ``await create()``, or
+    ``async with create()``.
 
     Methods, parameters and errors are those of ``ProcessIsolator``. Callbacks may be coroutine functions, which run in
     the loop; objects and streams are awaited, too.
@@ -58,8 +60,14 @@ class AsyncProcessIsolator:
         self._known: set[Any] = set()  # what was called before: nothing of it must be imported or read first
 
     @classmethod
-    async def create(cls, options: IsolationOptions | None = None, **changes: Any) -> Self:
-        """A new isolator whose child has every wall up. Raises what ``ProcessIsolator.create`` raises."""
+    def create(cls, options: IsolationOptions | None = None, **changes: Any) -> Creating[Self]:
+        """A new isolator whose child has every wall up: awaited, or entered at once. Raises what ``ProcessIsolator.create``
+        raises.
+        """
+        return Creating(cls._create(options, changes))
+
+    @classmethod
+    async def _create(cls, options: IsolationOptions | None, changes: dict[str, Any]) -> Self:
         calls = Worker("pisupervisor-async")
         try:
             isolator = await _wait(calls, ProcessIsolator.create, options, **changes)
@@ -329,6 +337,34 @@ class AsyncIsolatedObject:
 
     async def __aexit__(self, *_error: object) -> None:
         self.release()
+
+
+class Creating(Coroutine[Any, Any, Made]):
+    """An isolator that is being made. A coroutine; and a context manager, which closes what it has made."""
+
+    def __init__(self, making: Coroutine[Any, Any, Made]) -> None:
+        self._making = making
+        self._made: Made | None = None
+
+    def __await__(self) -> Generator[Any, Any, Made]:
+        return self._making.__await__()
+
+    def send(self, value: Any) -> Any:
+        return self._making.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return self._making.throw(*error)
+
+    def close(self) -> None:
+        self._making.close()
+
+    async def __aenter__(self) -> Made:
+        self._made = await self._making
+        return self._made
+
+    async def __aexit__(self, *_error: object) -> None:
+        if self._made is not None:
+            await self._made.close()
 
 
 class AsyncIsolatedMethod:

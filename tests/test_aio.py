@@ -21,6 +21,7 @@ from pisupervisor import (
     ExitReason,
     IsolatorClosed,
     LaunchError,
+    OptionsError,
     ProcessIsolator,
     RemoteError,
     RestartPolicy,
@@ -73,6 +74,24 @@ def test_the_same_names_and_parameters() -> None:
         assert [*inspect.signature(getattr(AsyncProcessIsolator, name)).parameters] == [
             *inspect.signature(getattr(ProcessIsolator, name)).parameters
         ]
+
+
+def test_created_in_every_way() -> None:
+    async def main() -> None:
+        async with AsyncProcessIsolator.create() as isolator:
+            assert await isolator.invoke(len, "abc") == 3
+        with pytest.raises(IsolatorClosed):
+            await isolator.invoke(len, "abc")
+        isolator = await asyncio.create_task(AsyncProcessIsolator.create())
+        await isolator.close()
+        isolator = await asyncio.wait_for(AsyncProcessIsolator.create(), 30)
+        await isolator.close()
+        with pytest.raises(OptionsError):
+            async with AsyncProcessIsolator.create(network="nonsense"):
+                pass
+
+    with nothing_left():
+        asyncio.run(main())
 
 
 def test_calls_of_all_kinds(plugin: Path, tmp_path: Path) -> None:

@@ -86,11 +86,15 @@ def examine() -> Report:
 
 
 @contextmanager
-def _stand_in() -> Iterator[int]:
-    """The pid of a process that does nothing, in place of a zygote."""
+def _stand_in() -> Iterator[int | None]:
+    """The pid of a process that does nothing, in place of a zygote; None where this interpreter cannot be started."""
     import subprocess
 
-    process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        process = subprocess.Popen([sys.executable, "-I", "-S", "-c", "input()"], stdin=subprocess.PIPE)
+    except OSError:
+        yield None
+        return
     try:
         yield process.pid
     finally:
