@@ -24,6 +24,7 @@ from pisupervisor import (
     CpuLimitExceeded,
     ExitReason,
     Filesystem,
+    IoLimit,
     LaunchError,
     Limits,
     MemoryLimitExceeded,
@@ -448,6 +449,31 @@ def _read_and_write_past_the_cache(path: str) -> None:
         os.wait()
     except ChildProcessError:
         pass
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("limited", [True, False])
+def test_an_io_limit_slows_the_child_alone(tmp_path: Path, limited: bool) -> None:
+    """parity: 34. Three megabytes past the cache, at one a second; the control has no limit."""
+    target = tmp_path / "file"
+    target.write_bytes(bytes(3 << 20))
+    target.chmod(0o666)
+    io = [IoLimit(device=tmp_path, write_bps="1M")] if limited else []
+    with ProcessIsolator.create(filesystem=Filesystem(writable=[target]), limits=Limits(io=io)) as isolator:
+        assert not limited or isolator.applied["io"].holds
+        assert (isolator.invoke(_seconds_to_write, str(target)) > 1.0) == limited
+
+
+def _seconds_to_write(path: str) -> float:
+    import mmap
+    import os
+    import time
+
+    fd, page = os.open(path, os.O_WRONLY | os.O_DIRECT), mmap.mmap(-1, 1 << 20)
+    started = time.monotonic()
+    for at in range(3):
+        os.pwrite(fd, page, at << 20)
+    return time.monotonic() - started
 
 
 def test_grandchildren_are_listed() -> None:

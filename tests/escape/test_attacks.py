@@ -661,6 +661,7 @@ os.waitpid(pid, 0)[1]
 
 @pytest.mark.parametrize("network", ["none", "loopback", "host"])
 def test_two_children_share_no_abstract_socket(network: str) -> None:
+    """parity: 92"""
     options = {"network": network, "limits": limits()}
     with ProcessIsolator.create(**options) as one, ProcessIsolator.create(**options) as two:  # type: ignore[arg-type]
         one.run_source("import socket\ns = socket.socket(socket.AF_UNIX); s.bind('\\0pis_pair'); s.listen()")
