@@ -12,7 +12,8 @@ import pytest
 TOP = Path(__file__).parent.parent
 PIHOST = sorted((TOP / "pihost").rglob("*.py"))
 PISUPERVISOR = sorted((TOP / "pisupervisor").rglob("*.py"))
-AUDITED_LINES = 1200  #: of all that is no part of pihost/inside, comments counted, blank lines not: one sitting
+#: of all that is no part of pihost/inside, comments counted, blank lines not: one sitting. With them it is 1,500 lines.
+AUDITED_LINES = 1200
 #: of the 10 to 40 ms kind: the zygote pays for them at every start, and each child with the pages it copies
 HEAVY = {
     "asyncio", "concurrent", "dataclasses", "email", "enum", "inspect", "json", "logging", "multiprocessing", "pickle",
