@@ -7,6 +7,7 @@ import itertools
 import os
 import select
 import struct
+from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
 
@@ -188,8 +189,9 @@ class Birth:
             raise LaunchError(f"no helper thread: {error}", step="seccomp", remedy=remedy) from error
         self._cleanup.append(self.listener.close)
 
+    @abstractmethod
     def _kill_for_syscall(self, message: str) -> bool:
-        raise NotImplementedError
+        """What a listener does about a call that kills; False: not now. (A parameter would be a cycle for the collector.)"""
 
     def _read_ready(self) -> bool:
         data, ancillary, _flags, _address = self.link.recvmsg(

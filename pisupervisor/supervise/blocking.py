@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pihost import wire
 from pisupervisor.link.callers import this_caller
-from pisupervisor.records import Protocol
+from pisupervisor.records import NamedTuple, Protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from pisupervisor.link.connection import Answer, Connection
     from pisupervisor.supervise.admission import Use
     from pisupervisor.supervise.turn import Turn
+
+
+class Message(NamedTuple):
+    """A call as it goes over a link: what it says, until when, how many bytes of output are kept, its id, and the id of the
+    call whose callback makes it, or 0.
+    """
+
+    body: bytes | Attached
+    deadline: float | None
+    output: int | None
+    ident: int
+    within: int
 
 
 class Io(Protocol):
@@ -32,15 +44,7 @@ class Io(Protocol):
     async def do(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         """The result of a function that may take a while."""
 
-    async def exchange(
-        self,
-        connection: Connection,
-        body: bytes | Attached,
-        deadline: float | None,
-        output: int | None,
-        ident: int,
-        within: int,
-    ) -> Answer:
+    async def exchange(self, connection: Connection, sent: Message) -> Answer:
         """See ``Connection.call``."""
 
 
@@ -59,16 +63,8 @@ class Blocking(Io):
     async def do(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         return function(*args, **keywords)
 
-    async def exchange(
-        self,
-        connection: Connection,
-        body: bytes | Attached,
-        deadline: float | None,
-        output: int | None,
-        ident: int,
-        within: int,
-    ) -> Answer:
-        return exchange(connection, body, deadline, output, ident, within)
+    async def exchange(self, connection: Connection, sent: Message) -> Answer:
+        return exchange(connection, sent)
 
 
 class Begun(Blocking):
@@ -80,31 +76,20 @@ class Begun(Blocking):
     def new_ident(self, connection: Connection) -> int:
         return self._ident or super().new_ident(connection)
 
-    async def exchange(
-        self,
-        connection: Connection,
-        body: bytes | Attached,
-        deadline: float | None,
-        output: int | None,
-        ident: int,
-        within: int,
-    ) -> Answer:
+    async def exchange(self, connection: Connection, sent: Message) -> Answer:
         self._ident, first = 0, self._ident
         error, self._error = self._error, None
         if error is not None:
-            connection.calls.pop(ident, None)
+            connection.calls.pop(sent.ident, None)
             raise error
-        return (
-            connection.wait(connection.pending(ident), deadline)
-            if first
-            else exchange(connection, body, deadline, output, ident, within)
-        )
+        if first:
+            return connection.wait(connection.pending(sent.ident), sent.deadline)
+        return exchange(connection, sent)
 
 
-def exchange(
-    connection: Connection, body: bytes | Attached, deadline: float | None, output: int | None, ident: int, within: int
-) -> Answer:
+def exchange(connection: Connection, sent: Message) -> Answer:
     """One call, whatever goes with it."""
+    body, deadline, output, ident, within = sent
     if isinstance(body, bytes):
         return connection.call(body, deadline, output, (), ident, within)
     from pisupervisor.link import attachments

@@ -11,7 +11,7 @@ from pisupervisor.link.calls import Payload, body_of
 from pisupervisor.link.connection import Connection, Request
 from pisupervisor.link.frames import Answer, Pending, text_of
 from pisupervisor.link.serializer import decode_plain
-from pisupervisor.supervise.blocking import Blocking, exchange, run_through
+from pisupervisor.supervise.blocking import Blocking, Message, exchange, run_through
 from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.session import Call
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
-    from pisupervisor.link.calls import Attached
     from pisupervisor.link.sources import Code
     from pisupervisor.supervise.session import Session
 
@@ -64,7 +63,7 @@ class Target:
             connection.sent.add(self.code.key)
         if self._function is not None:
             body = body_of("keep function", False, (self._function,))
-            answer = exchange(connection, body, deadline, None, connection.new_ident(), 0)
+            answer = exchange(connection, Message(body, deadline, None, connection.new_ident(), 0))
             number = unpack_answer(answer, DATA)
             if type(number) is not int:
                 raise ProtocolError("an answer that is none to such a call")
@@ -173,11 +172,9 @@ class Pipeline(Blocking):
 
     # --- what the way of a call asks for ----------------------------------------------------------------------
 
-    async def exchange(
-        self, connection: Connection, _body: bytes | Attached, deadline: float | None, _output: int | None, _ident: int,
-        _within: int,
-    ) -> Answer:  # fmt: skip
+    async def exchange(self, connection: Connection, message: Message) -> Answer:
         """The answer to the first of the calls."""
+        deadline = message.deadline
         if self._broken is not None:
             raise self._broken
         if connection is not self._connection:

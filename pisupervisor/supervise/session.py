@@ -30,7 +30,7 @@ from pisupervisor.link.sources import Code
 from pisupervisor.options import check_timeout
 from pisupervisor.records import NamedTuple
 from pisupervisor.results import ExitReason, Usage
-from pisupervisor.supervise.blocking import Begun, Blocking, run_through
+from pisupervisor.supervise.blocking import Begun, Blocking, Message, run_through
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.keeper import Keeper
@@ -318,7 +318,7 @@ class Session:
                 connection.send(wire.CODE, pack_code(code), deadline=call.deadline)
                 connection.sent.add(code.key)
             kept = int(self.options.limits.output) if call.capture else None
-            return await io.exchange(connection, call.body, call.deadline, kept, ident, within)
+            return await io.exchange(connection, Message(call.body, call.deadline, kept, ident, within))
         finally:
             chain.pop()
             if not chain:
