@@ -85,14 +85,19 @@ class Layer(Bind):
         self.tree = os.open(self.source, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)  # old kernels: no detached layers
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:
-        target, empty = (f"/proc/self/fd/{open_target(base, path, True)}" for path in (self.target, "/pis/empty"))
-        layers = f"lowerdir=/proc/self/fd/{self.tree}:{empty},redirect_dir=nofollow,xino=off"
+        fds = [self.tree, *(open_target(base, path, True) for path in ("/pis/empty", self.target))]
+        tree, empty, target = (f"/proc/self/fd/{fd}" for fd in fds)
         try:
-            kernel.mount("overlay", target, "overlay", READ_ONLY, layers)
+            kernel.mount(
+                "overlay", target, "overlay", READ_ONLY, f"lowerdir={tree}:{empty},redirect_dir=nofollow,xino=off"
+            )
         except OSError:
             if not self.flags:
                 raise
-            Bind(f"/proc/self/fd/{self.tree}", self.target, self.flags).execute(base, kernel)
+            Bind(tree, self.target, self.flags).execute(base, kernel)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
 
 def open_target(base: str, path: str, folder: bool) -> int:

@@ -4,12 +4,12 @@
       | TemplatePlan ------------------> |  (twice: once for each stage)
       | <-------------- {"failed": step, "errno": n, "detail": text}   only where it cannot become one
       | ChildPlan + fds ---------------> |  fds: link, status, output, then the groups to join
-      | WHEN_IDLE + ChildPlan + fds -> |  the same, for a child that nobody waits for yet
-      | HURRY ------------------------> |  now somebody does
-      | IMPORT + names ---------------> |  modules to keep warm for the next children
+      | WHEN_IDLE + ChildPlan + fds ---> |  the same, for a child that nobody waits for yet
+      | HURRY -------------------------> |  now somebody does
+      | IMPORT + names ----------------> |  modules to keep warm for the next children
     on the child's status socket, host <-- zygote or PID 1:
       {"launched": pid} + pidfd   {"listener": 1} + fd   {"failed": ...}
-    {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
+      {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
 
 The end of the host (its pidfd) or of the control socket ends the zygote, and its end ends every child.
 """

@@ -495,3 +495,28 @@ def _security(profile: str) -> Any:
     from pisupervisor import Security
 
     return Security(seccomp=profile)
+
+
+@linux
+def test_an_encoding_that_the_child_lacks_is_told_and_closes_nothing_else(tmp_path: Path) -> None:
+    """A codec of the application's own: the descriptor is closed once, by who took it."""
+    import codecs
+
+    def find(name: str) -> codecs.CodecInfo | None:
+        return codecs.lookup("latin-1") if name == "pisupervisor_own" else None
+
+    path = tmp_path / "text"
+    path.write_text("a\n")
+    codecs.register(find)
+    try:
+        with (
+            nothing_left(),
+            open(path, encoding="pisupervisor-own") as file,
+            ProcessIsolator.create(tenant="own") as isolator,  # no spare child stays for others of this file
+        ):
+            before = isolator.invoke(lambda: len(__import__("os").listdir("/proc/self/fd")))
+            with pytest.raises(SerializationError, match="unknown encoding"):
+                isolator.invoke(lambda file: file.read(), file)
+            assert isolator.invoke(lambda: len(__import__("os").listdir("/proc/self/fd"))) == before
+    finally:
+        codecs.unregister(find)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fake_kernel import Recorder
@@ -93,16 +94,22 @@ def test_before_linux_5_12_flags_come_mount_by_mount(tmp_path: Path) -> None:
 
 
 def test_a_layer_names_no_path(tmp_path: Path) -> None:
-    source, base, kernel = tmp_path / "source", tmp_path / "base", Recorder()
+    class Looking(Recorder):
+        def mount(self, source: str, target: str, *rest: Any) -> None:
+            assert os.path.samefile(target, base / "a/b")
+            super().mount(source, target, *rest)
+
+    source, base, kernel = tmp_path / "source", tmp_path / "base", Looking()
     source.mkdir()
     base.mkdir()
+    before = os.listdir("/proc/self/fd")
     layer = mounts.Layer(str(source), "/a/b", mounts.READ_ONLY)
     layer.open(kernel)
     layer.execute(str(base), kernel)
-    ((name, _source, target, kind, flags, data),) = kernel.calls
+    ((name, _source, _target, kind, flags, data),) = kernel.calls
     assert (name, kind, flags) == ("mount", "overlay", MS_RDONLY | MS_NOSUID | MS_NODEV)
-    assert os.path.samefile(target, base / "a/b")
     assert str(tmp_path) not in data
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_layer_that_the_kernel_refuses_is_a_bind(tmp_path: Path) -> None:

@@ -123,12 +123,14 @@ def descriptor(index: int) -> int:
 
 def file(index: int, mode: str, buffering: int, text: tuple[str, str] | None) -> Any:
     """An open file or a pipe, as it was in the host. ``text``: encoding and errors."""
-    fd = take(index)
-    try:
-        return open(fd, mode, buffering, *(text or ()))
-    except BaseException:
-        os.close(fd)
-        raise
+    if (
+        text is not None
+    ):  # what open() makes of a bad name is a closed descriptor, which might be somebody else's by now
+        import codecs
+
+        codecs.lookup(text[0])
+        codecs.lookup_error(text[1] or "strict")
+    return open(take(index), mode, buffering, *(text or ()))
 
 
 def socket(index: int, timeout: float | None) -> Any:

@@ -47,7 +47,6 @@ class GroupEvents(NamedTuple):
     pids_max: int = 0
     throttled: int = 0
     throttled_time: float = 0.0
-    memory_failcnt: int = 0
     memory_high: int = 0
 
     def since(self, before: GroupEvents) -> GroupEvents:
@@ -88,7 +87,9 @@ class ChildGroup(Protocol):
     """The group of one child and of everything that it starts."""
 
     attach_fds: tuple[int, ...]
-    """Open ``tasks`` files. The child itself writes ``b"0"`` to each, in this order, while single-threaded."""
+    """Open ``tasks`` files, to each of which the child writes ``b"0"`` in this order, while single-threaded. With
+    ``clone_flags`` the first is the directory of the v2 group that it is born in.
+    """
 
     @property
     def clone_flags(self) -> int:

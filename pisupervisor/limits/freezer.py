@@ -78,10 +78,7 @@ class GroupFreezer:
             pass  # removed with the child
 
     def kill(self) -> None:
-        try:
-            directories.write(f"{self._path}/cgroup.kill", b"1")
-        except OSError:
-            pass  # an older kernel, or removed: the end of PID 1 is the end of them all
+        pass  # the group does that itself
 
     def remove(self) -> None:
         pass  # it goes with the child
@@ -123,6 +120,12 @@ class V2Freezer(GroupFreezer):
                 except ProcessLookupError:
                     continue  # dead already
         raise OSError(0, "processes appear faster than they can be frozen", self._path)
+
+    def kill(self) -> None:
+        try:
+            directories.write(f"{self._path}/cgroup.kill", b"1")
+        except OSError:
+            pass  # an older kernel, or removed: the end of PID 1 is the end of them all
 
     def remove(self) -> None:
         directories.remove(self._path, _PATIENCE)

@@ -155,7 +155,6 @@ class V1Group:
                 pids_max=self._pids_max(),
                 throttled=stat.get("nr_throttled", 0),
                 throttled_time=stat.get("throttled_time", 0) / 1e9,
-                memory_failcnt=self._failcnt(memory) if memory else 0,
             )
         except OSError:
             return GroupEvents()  # removed meanwhile
@@ -164,10 +163,6 @@ class V1Group:
         lines = self._lines(f"{self.paths['memory']}/memory.oom_control") if "memory" in self.paths else []
         kills = sum(int(line.split()[1]) for line in lines if line.startswith(b"oom_kill "))
         return GroupEvents(oom_kills=kills, pids_max=self._pids_max())
-
-    def _failcnt(self, memory: Any) -> int:
-        # With swap=0 both limits are equal and the kernel charges, and counts, the one for memory and swap first.
-        return int(memory.failcnt) + (int(memory.memsw_failcnt) if self._host.memsw else 0)
 
     def _spy(self, controller: str, kind: Any) -> Any:
         return kind(_Directory(self.paths[controller])) if controller in self.paths else None

@@ -120,7 +120,6 @@ class V2Group:
             pids_max=self._counts("pids.events").get(b"max", 0),
             throttled=cpu.get(b"nr_throttled", 0),
             throttled_time=cpu.get(b"throttled_usec", 0) / 1e6,
-            memory_failcnt=memory.get(b"max", 0),
             memory_high=memory.get(b"high", 0),
         )
 

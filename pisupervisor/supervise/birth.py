@@ -83,7 +83,7 @@ class Birth:
             self._zygote = self.template.usable_zygote()
             if self._group is not None and self.template.features.cgroups.scope:
                 self._group.remove()
-                self._missing = self._make_group(without)
+                self._make_group(without)
             self._send_plan(self._zygote, self._plan)
 
     def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:

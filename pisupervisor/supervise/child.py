@@ -25,10 +25,6 @@ from pisupervisor.supervise.exits import explain_exit, limits_matter
 from pisupervisor.supervise.output import Line
 from pisupervisor.supervise.reports import send_kill
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
-
 END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 _DISCARD_GRACE = 1.0  # the same for a child that nobody has used
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
@@ -236,7 +232,9 @@ class Child(Birth):
     # --- pause ------------------------------------------------------------------------------------------------
 
     def pause(self) -> None:
-        """Freeze every process but PID 1. Raises IsolationError, also for a child that is dead."""
+        """Freeze every process: but PID 1, unless the child's own v2 group does it. Raises IsolationError, also for a child
+        that is dead.
+        """
         with self._pausing:
             if self.ended:
                 raise IsolationError("there is nothing to pause: the child has ended")

@@ -69,10 +69,11 @@ class Target:
                 raise ProtocolError("an answer that is none to such a call")
             self._number = number
 
-    def call(self, payload: bytes | Payload) -> tuple[Any, ...]:
+    def call(self, payload: bytes | Payload) -> tuple[str, tuple[Any, ...]]:
+        """The verb and its arguments."""
         if self.code is not None:
-            return "method", self.code.key, self._name, payload
-        return "kept", self._number, payload
+            return "method", (self.code.key, self._name, payload)
+        return "kept", (self._number, payload)
 
     def release(self, connection: Connection | None) -> None:
         if connection is not None and self._number:
@@ -211,7 +212,8 @@ class Pipeline(Blocking):
             if item.pending is not None and item.pending.answer is not None:
                 continue  # the child that has died had answered this one
             item.pending = Pending(connection.new_ident(), connection.largest, connection.new_bell(), owned=False)
-            body = body_of(*self._verb(item.payload))
+            verb, arguments = self._target.call(item.payload)
+            body = body_of(verb, False, arguments)
             if isinstance(body, bytes):
                 frames.append(connection.frame(item.pending, body))
                 continue
@@ -221,10 +223,6 @@ class Pipeline(Blocking):
             packed, fds = attachments.send(body, connection, deadline)
             connection.begin(item.pending, Request(packed, fds), deadline)
         self._flush(connection, frames, deadline)
-
-    def _verb(self, payload: bytes | Payload) -> tuple[str, bool, tuple[Any, ...]]:
-        verb, *arguments = self._target.call(payload)
-        return verb, False, tuple(arguments)
 
     @staticmethod
     def _flush(connection: Connection, frames: list[bytes], deadline: float | None) -> None:

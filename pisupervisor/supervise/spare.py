@@ -17,7 +17,7 @@ from pisupervisor.supervise.child import Child
 #: what makes no difference to a launch may differ between the one who asked and the one who takes
 _NOT_OF_THE_LAUNCH = {
     "call_timeout", "start_timeout", "restart", "idle_timeout", "max_calls", "die_on_crash", "on_start",
-    "callback_rate", "callback_bytes", "callback_depth", "types",
+    "callback_rate", "callback_bytes", "callback_depth", "types", "zero_copy",
 }  # fmt: skip
 _OF_THE_LAUNCH = tuple(sorted({f.name for f in fields(IsolationOptions)} - _NOT_OF_THE_LAUNCH))
 
