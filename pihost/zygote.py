@@ -7,7 +7,7 @@
       | WHEN_IDLE + ChildPlan + fds ---> |  the same, for a child that nobody waits for yet
       | HURRY -------------------------> |  now somebody does
       | IMPORT + names ----------------> |  modules to keep warm for the next children
-    on the child's status socket, host <-- zygote or PID 1:
+    on the child's link, host <-- zygote: "l" + the host's end of the link itself; on its status socket, from PID 1 too:
       {"launched": pid} + pidfd   {"listener": 1} + fd   {"failed": ...}
       {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
 
@@ -47,8 +47,7 @@ _FIRST_IDLE_AFTER = 30  # the first child starts and answers in less, and shall 
 
 def main(control: int, host: int) -> None:
     """Become a zygote: read the template plan, preload, say ready, serve until the host is gone."""
-    lifeline = max(control, host) + 1  # nobody reads it: its hangup is a SIGKILL, which our host has arranged
-    syscalls.close_range(lifeline + 1, syscalls.LAST_FD)
+    syscalls.close_range(max(control, host) + 2, syscalls.LAST_FD)  # the next is the lifeline: its hangup is a SIGKILL
     sock = _socket.socket(fileno=control)
     data = await_plan(control, host)
     if not data:
@@ -214,6 +213,7 @@ class Zygote:
             if self.network < 0:
                 self.enter_network()
             self.network_failed = False
+            link = lead_here(link)
             step = "clone"
             into = plan.namespaces & syscalls.CLONE_INTO_CGROUP
             pid, pidfd = syscalls.clone(plan.namespaces, cgroups[0] if into else 0)
@@ -293,6 +293,20 @@ class Zygote:
         os.close(pidfd)
         tell(status, {"gone": [result.si_code, result.si_status] if result else [0, 0]})
         status.close()
+
+
+def lead_here(link: int) -> int:
+    """The link anew, made in the child's network namespace, to which its names and ioctls then belong. The host gets its end."""
+    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    ours.setsockopt(
+        _socket.SOL_SOCKET, _socket.SO_PASSCRED, 1
+    )  # before anything is sent: the kernel then tells by whom
+    asked = _socket.socket(fileno=os.dup(link))
+    asked.sendmsg([b"l"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", ours.fileno()))])
+    ours.close()
+    asked.close()
+    os.close(link)
+    return theirs.detach()
 
 
 def bring_loopback_up() -> None:

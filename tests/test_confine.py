@@ -104,7 +104,7 @@ def test_all_but_ours_is_closed(kernel: Recorder) -> None:
 
 def test_the_child_joins_each_group_itself(kernel: Recorder) -> None:
     acts(BEFORE_FORK[1:2], kernel)
-    assert kernel.calls == [("write", 20, b"0"), ("close", 20), ("write", 21, b"0"), ("close", 21)]
+    assert kernel.calls == [("write", 20, b"0"), ("write", 21, b"0"), ("close", 20), ("close", 21)]
 
 
 def test_the_payload_keeps_one_fd(kernel: Recorder) -> None:

@@ -126,8 +126,6 @@ class Birth:
             raise
         self._reports = Reports(status)
         self._cleanup.append(status.close)
-        # The kernel then tells who sends READY: the payload's pid as we number it, which the child cannot forge.
-        self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
         self._asked = True
         try:
             fds = [theirs.fileno(), reports.fileno(), *self._output.fds(), *self._attach_fds()]
@@ -140,8 +138,8 @@ class Birth:
             self._group.close_attach_fds()
 
     def _await_ready(self, zygote: Zygote, deadline: float | None) -> None:
-        poll = select.poll()
-        for sock in (self._reports.sock, self.link):
+        poll, first = select.poll(), self.link
+        for sock in (self._reports.sock, first):
             poll.register(sock, select.POLLIN)
         while not self.pid or self.init_pidfd < 0:
             left = deadline_left(deadline)
@@ -152,11 +150,26 @@ class Birth:
                 remedy = "raise start_timeout, or look at what the machine is busy with"
                 message = f"no answer within start_timeout={self.options.start_timeout} s"
                 raise LaunchError(message, step="start_timeout", remedy=remedy)
-            if self._reports.sock.fileno() in ready:
+            if first.fileno() in ready and self.link is first and self._take_link():
+                poll.unregister(first)
+                poll.register(self.link, select.POLLIN)
+            elif self._reports.sock.fileno() in ready:
                 self._read_launch_report(zygote)
             elif self.link.fileno() in ready and not self._read_ready():
                 poll.unregister(self.link)  # closed: the status socket will say why
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        first.close()
+
+    def _take_link(self) -> bool:
+        """The link itself, which the zygote has made in the child's network namespace. The kernel tells there who sends
+        READY: the payload's pid as we number it, which the child cannot forge.
+        """
+        data, ancillary, _flags, _address = self.link.recvmsg(1, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
+        for _level, kind, content in ancillary:
+            if kind == socket.SCM_RIGHTS:
+                self.link = socket.socket(fileno=struct.unpack("i", content)[0])
+                self._cleanup.append(self.link.close)
+        return bool(data)
 
     def _read_launch_report(self, zygote: Zygote) -> None:
         message, fds = self._reports.read()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -797,3 +798,22 @@ def test_threads_at_once_and_hostile_answers_make_no_defect_of_ours() -> None:
             thread.join(20.0)
             assert not thread.is_alive()
     assert strange == []
+
+
+LINK = "import fcntl, os, socket, struct\nlink = socket.socket(fileno=os.dup(3))\n"
+
+
+def test_the_link_is_of_the_childs_own_network(isolator: ProcessIsolator) -> None:
+    """A UNIX socket stays in the network namespace that it was made in, with its abstract names and its interfaces."""
+    code = (
+        LINK
+        + "def name(n):\n try: return fcntl.ioctl(link, 0x8910, struct.pack('16si20x', b'', n))[:16].rstrip(b'\\0')\n"
+    )
+    code += " except OSError: return b''\n[name(n) for n in range(1, 9) if name(n)]"
+    assert isolator.run_source(code).value == [b"lo"]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("\0pis_link_name")
+        listener.listen()
+        asked = isolator.run_source(LINK + "link.connect_ex('\\0pis_link_name')").value
+        assert asked == isolator.run_source(LINK + "link.connect_ex('\\0pis_no_such_name')").value
+        assert isolator.run_source(LINK + "link.bind('\\0pis_link_name')").value is None, "a name of its own"
