@@ -133,6 +133,11 @@ def wait_until(condition: Callable[[], object], seconds: float = 5.0) -> bool:
     return True
 
 
+def sleeps(isolator: ProcessIsolator) -> bool:
+    """Whether the child is in a call of time.sleep. "busy" comes earlier: a child killed before it has the call is replaced."""
+    return "nanosleep" in Path(f"/proc/{isolator.pid}/wchan").read_text()
+
+
 def resident() -> int:
     """Bytes of this process that are in memory."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

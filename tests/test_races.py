@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import queue
 import resource
 import signal
 import sys
@@ -21,6 +22,7 @@ from helpers import (
     linux,
     nothing_left,
     open_fds,
+    sleeps,
     state_of,
     wait_until,
     zygote_of,
@@ -45,6 +47,7 @@ from pisupervisor.launch import zygote as zygote_module
 from pisupervisor.limits import freezer
 from pisupervisor.supervise import child as child_module
 from pisupervisor.supervise.child import Child
+from pisupervisor.supervise.keeper import Keeper
 from pisupervisor.supervise.starting import FirstCall
 
 pytestmark = linux
@@ -90,6 +93,27 @@ def test_cancelled_while_a_child_is_launched() -> None:
         assert future.cancel()
         os.kill(zygote_of(isolator), signal.SIGCONT)
         assert within(3, lambda: isolator.invoke(len, "abc")) == 3
+
+
+def test_cancelled_just_before_it_takes_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no child to kill yet, and the call must not be sent either."""
+    original = Keeper.begin_at_once
+    cancelled: list[bool] = []
+    futures: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def begin(self: Keeper, caller: int, connection: Any) -> Any:
+        if not cancelled:
+            cancelled.append(futures.get(timeout=5).cancel())
+        return original(self, caller, connection)
+
+    with nothing_left(), ProcessIsolator.create(restart=QUICK) as isolator:
+        isolator.invoke(len, "abc")
+        monkeypatch.setattr(Keeper, "begin_at_once", begin)
+        future = isolator.submit(time.sleep, 1000)
+        futures.put(future)
+        assert wait_until(lambda: cancelled == [True])
+        assert within(3, lambda: isolator.invoke(len, "abc")) == 3
+        assert future.cancelled()
 
 
 def test_many_cancelled_at_any_moment() -> None:
@@ -204,7 +228,7 @@ def test_a_fork_that_holds_the_childs_end_of_the_link(monkeypatch: pytest.Monkey
     isolator = ProcessIsolator.create(restart=QUICK)
     try:
         future = isolator.submit(time.sleep, 1000)
-        assert wait_until(lambda: isolator.state == "busy")
+        assert wait_until(lambda: sleeps(isolator))
         os.kill(isolator.pid or 0, signal.SIGKILL)
         assert isinstance(future.exception(3), ChildTerminated)
     finally:

@@ -162,6 +162,8 @@ class Session:
             )
         ident, error, is_next = connection.new_ident(), None, False
         try:
+            if self._unwanted and caller in self._unwanted:  # since we looked, and before the turn was ours
+                raise IsolatorClosed(_NOT_WANTED)
             if on_loop:
                 is_next = connection.put(ident, body, deadline)
             elif (text := connection.ask(ident, body, deadline)) is not None:

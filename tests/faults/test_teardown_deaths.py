@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from helpers import descendants, in_thread, nothing_left, state_of, wait_until, zygote_of
+from helpers import descendants, in_thread, nothing_left, sleeps, state_of, wait_until, zygote_of
 from zoo import DEATHS, DYING, SOON, VICTIMS, isolator, lives_on, within
 
 from pisupervisor import (
@@ -169,7 +169,7 @@ def test_killed_while_the_zygote_is_stopped(victim: str) -> None:
     with isolator() as made:
         zygote = stop_zygote(made)
         future = made.submit_call(made.invoke_method, DYING, "wait")
-        assert wait_until(lambda: made.state == "busy")
+        assert wait_until(lambda: sleeps(made))
         VICTIMS[victim].kill(made)
         assert isinstance(future.exception(3 * SOON), ChildTerminated)
         os.kill(zygote, signal.SIGCONT)

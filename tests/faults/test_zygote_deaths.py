@@ -10,7 +10,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from helpers import descendants, nothing_left, start_without, state_of, wait_until, zygote_of
+from helpers import descendants, nothing_left, sleeps, start_without, state_of, wait_until, zygote_of
 from zoo import SOON, lives_on, within
 
 from pisupervisor import ChildTerminated, ExitReason, LaunchError, ProcessIsolator, Template
@@ -61,7 +61,7 @@ def test_a_zygote_killed_with_a_spare_child_to_be_handed_out() -> None:
 def test_a_zygote_killed_in_a_call() -> None:
     with nothing_left(), ProcessIsolator.create() as isolator:
         pid, future = isolator.pid, isolator.submit(time.sleep, 1000)
-        assert wait_until(lambda: isolator.state == "busy")
+        assert wait_until(lambda: sleeps(isolator))
         os.kill(zygote_of(isolator), signal.SIGKILL)
         error = future.exception(5)
         assert isinstance(error, ChildTerminated)
