@@ -3,12 +3,12 @@
     host                               zygote
       | TemplatePlan ------------------> |  (twice: once for each stage)
       | <-------------- {"failed": step, "errno": n, "detail": text}   only where it cannot become one
-      | ChildPlan + fds ---------------> |  fds: link, status, output, then the groups to join
+      | ChildPlan + fds ---------------> |  fds: status, output, then the groups to join
       | WHEN_IDLE + ChildPlan + fds ---> |  the same, for a child that nobody waits for yet
       | HURRY -------------------------> |  now somebody does
       | IMPORT + names ----------------> |  modules to keep warm for the next children
-    on the child's link, host <-- zygote: "l" + the host's end of the link itself; on its status socket, from PID 1 too:
-      {"launched": pid} + pidfd   {"listener": 1} + fd   {"failed": ...}
+    on the child's status socket, host <-- zygote or PID 1:
+      {"launched": pid} + pidfd and the host's end of its link   {"listener": 1} + fd   {"failed": ...}
       {"exited": [code, signal], "cpu": s}   {"gone": [how, status]}
 
 The end of the host (its pidfd) or of the control socket ends the zygote, and its end ends every child.
@@ -199,9 +199,9 @@ class Zygote:
 
     def launch(self, data: bytes, fds: list[int]) -> None:
         self.launches += 1
-        link, status_fd, *others = fds
+        status_fd, *others = fds
         status = _socket.socket(fileno=status_fd)
-        go = say_go = -1
+        link = far_link = go = say_go = -1
         pid, pidfd, step = -1, -1, "plan"
         try:
             go, say_go = os.pipe()
@@ -213,7 +213,7 @@ class Zygote:
             if self.network < 0:
                 self.enter_network()
             self.network_failed = False
-            link = lead_here(link)
+            link, far_link = make_link()
             step = "clone"
             into = plan.namespaces & syscalls.CLONE_INTO_CGROUP
             pid, pidfd = syscalls.clone(plan.namespaces, cgroups[0] if into else 0)
@@ -225,12 +225,12 @@ class Zygote:
             os.write(say_go, b"1")
         except (OSError, PlanError, BrokenPipeError) as error:
             tell(status, StepFailed(step, error).report())
-        for fd in (link, go, say_go, *others):
+        if pid > 0:
+            tell(status, {"launched": pid}, pidfd, far_link)
+        for fd in (link, far_link, go, say_go, *others):
             if fd >= 0:
                 os.close(fd)
         if pid > 0:
-            with_pidfd = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", pidfd))]
-            tell(status, {"launched": pid}, with_pidfd)
             self.children[pidfd], self.network = (status, self.network), -1
             self.poll.register(pidfd, select.POLLIN)
         else:
@@ -268,7 +268,7 @@ class Zygote:
         status = _socket.socket(fileno=fds.status)
         try:
             listener = kernel.load_seccomp(self.plan.seccomp, listen=True)
-            tell(status, {"listener": 1}, [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", listener))])
+            tell(status, {"listener": 1}, listener)
             os.close(listener)
         finally:
             status.detach()
@@ -295,18 +295,14 @@ class Zygote:
         status.close()
 
 
-def lead_here(link: int) -> int:
-    """The link anew, made in the child's network namespace, to which its names and ioctls then belong. The host gets its end."""
-    ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
-    ours.setsockopt(
-        _socket.SOL_SOCKET, _socket.SO_PASSCRED, 1
-    )  # before anything is sent: the kernel then tells by whom
-    asked = _socket.socket(fileno=os.dup(link))
-    asked.sendmsg([b"l"], [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack("i", ours.fileno()))])
-    ours.close()
-    asked.close()
-    os.close(link)
-    return theirs.detach()
+def make_link() -> tuple[int, int]:
+    """The child's end and the host's. Made here, in the child's network namespace: a UNIX socket keeps the one that it was
+    made in, with its abstract names and its ioctls.
+    """
+    theirs, ours = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    # Before anything is sent: the kernel then tells by whom.
+    ours.setsockopt(_socket.SOL_SOCKET, _socket.SO_PASSCRED, 1)
+    return theirs.detach(), ours.detach()
 
 
 def bring_loopback_up() -> None:
@@ -322,8 +318,9 @@ def map_ids(pid: int, plan: ChildPlan) -> None:
     write_proc(pid, "gid_map", plan.gid_map)
 
 
-def tell(status: _socket.socket, message: dict[str, object], ancillary: Any = ()) -> None:
+def tell(status: _socket.socket, message: dict[str, object], *fds: int) -> None:
+    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
     try:
-        status.sendmsg([dump(message)], ancillary)
+        status.sendmsg([dump(message)], rights)
     except OSError:
         pass  # the host closed its end: it no longer wants to know

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 LAUNCH_GRACE = (
     0.2  # seconds to end, for what belongs to a launch that failed: a zygote that hangs must not hold the caller
 )
+_LOOK_AROUND = 20  # ms until a launch sees that it was stopped
 _CREDENTIALS = struct.Struct("3i")
 _numbers = itertools.count(1)
 
@@ -117,67 +118,51 @@ class Birth:
         return self._group.attach_fds if self._group is not None else ()
 
     def _send_plan(self, zygote: Zygote, plan: Any) -> None:
-        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._cleanup.append(self.link.close)
-        try:
-            status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError:
-            theirs.close()
-            raise
+        status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._reports = Reports(status)
         self._cleanup.append(status.close)
         self._asked = True
         try:
-            fds = [theirs.fileno(), reports.fileno(), *self._output.fds(), *self._attach_fds()]
+            fds = [reports.fileno(), *self._output.fds(), *self._attach_fds()]
             zygote.launch(plan, fds, when_idle=self._when_idle)
         finally:
-            theirs.close()
             reports.close()
         self._output.launched()
         if self._group is not None:
             self._group.close_attach_fds()
 
     def _await_ready(self, zygote: Zygote, deadline: float | None) -> None:
-        poll, first = select.poll(), self.link
-        for sock in (self._reports.sock, first):
-            poll.register(sock, select.POLLIN)
+        poll = select.poll()
+        poll.register(self._reports.sock, select.POLLIN)
         while not self.pid or self.init_pidfd < 0:
             left = deadline_left(deadline)
-            ready = {fd for fd, _event in poll.poll(None if left is None else left * 1000)}
+            ready = [fd for fd, _event in poll.poll(_LOOK_AROUND if left is None else min(left * 1000, _LOOK_AROUND))]
             if self._ordered is not None:
                 raise LaunchError(self._ordered[1], step="stopped")
-            if not ready:
+            if not ready and left == 0:
                 remedy = "raise start_timeout, or look at what the machine is busy with"
                 message = f"no answer within start_timeout={self.options.start_timeout} s"
                 raise LaunchError(message, step="start_timeout", remedy=remedy)
-            if first.fileno() in ready and self.link is first and self._take_link():
-                poll.unregister(first)
-                poll.register(self.link, select.POLLIN)
-            elif self._reports.sock.fileno() in ready:
+            if self._reports.sock.fileno() in ready:
                 self._read_launch_report(zygote)
-            elif self.link.fileno() in ready and not self._read_ready():
+                if self.init_pidfd >= 0:
+                    poll.register(self.link, select.POLLIN)
+            elif ready and not self._read_ready():
                 poll.unregister(self.link)  # closed: the status socket will say why
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
-        first.close()
-
-    def _take_link(self) -> bool:
-        """The link itself, which the zygote has made in the child's network namespace. The kernel tells there who sends
-        READY: the payload's pid as we number it, which the child cannot forge.
-        """
-        data, ancillary, _flags, _address = self.link.recvmsg(1, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
-        for _level, kind, content in ancillary:
-            if kind == socket.SCM_RIGHTS:
-                self.link = socket.socket(fileno=struct.unpack("i", content)[0])
-                self._cleanup.append(self.link.close)
-        return bool(data)
 
     def _read_launch_report(self, zygote: Zygote) -> None:
+        """With "launched" comes the link. Its first word, READY, will tell the payload's pid, as we number it: the kernel says
+        so, and the child cannot forge it.
+        """
         message, fds = self._reports.read()
         if message is None:
             raise zygote.explain_end()
-        if "launched" in message and fds:
+        if "launched" in message and len(fds) == 2:
             self.init_pidfd, self.init_pid = fds[0], int(message["launched"])
             self._cleanup.append(partial(os.close, fds[0]))
+            self.link = socket.socket(fileno=fds[1])
+            self._cleanup.append(self.link.close)
         elif "listener" in message and fds:
             self._listen(fds[0])
         elif "failed" in message:

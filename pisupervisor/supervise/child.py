@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import _signal as signal  # signal and socket import enum for names that nobody needs here: 5 ms of a start
-import _socket as socket
+import _signal as signal  # signal imports enum for names that nobody needs here
 import os
 import select
 import threading
@@ -153,8 +152,6 @@ class Child(Birth):
             self._group.kill_at_once()
         if self.init_pidfd >= 0:
             send_kill(self.init_pidfd)
-        elif self._asked:
-            self.link.shutdown(socket.SHUT_RDWR)  # wakes whoever waits for it to be ready
 
     def _kill_for_syscall(self, message: str) -> bool:
         """By the listener's thread, which whoever takes the account waits for: it must not wait for that in turn."""

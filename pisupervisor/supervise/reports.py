@@ -30,11 +30,11 @@ class Reports:
         self.known: dict[str, Any] = {}
 
     def read(self) -> tuple[dict[str, Any] | None, list[int]]:
-        """The next report and the pidfd that may ride on it; None at the end. Raises OSError, ValueError.
+        """The next report and what may ride on it (the pidfd and the link); None at the end. Raises OSError, ValueError.
 
-        CMSG_LEN, not CMSG_SPACE: there is room for one descriptor, and no second leaks.
+        CMSG_LEN, not CMSG_SPACE: there is room for two descriptors, and no third leaks.
         """
-        data, ancillary, _flags, _address = self.sock.recvmsg(65536, socket.CMSG_LEN(4), socket.MSG_CMSG_CLOEXEC)
+        data, ancillary, _flags, _address = self.sock.recvmsg(65536, socket.CMSG_LEN(8), socket.MSG_CMSG_CLOEXEC)
         rights = [content for _level, kind, content in ancillary if kind == socket.SCM_RIGHTS]
         fds = [fd for content in rights for (fd,) in struct.iter_unpack("i", content)]
         try:
@@ -81,9 +81,9 @@ class Reports:
             return True
         except (OSError, ValueError):
             return False
+        if kill and fds and "launched" in (message or {}):
+            send_kill(fds[0])
         for fd in fds:
-            if kill and "launched" in (message or {}):
-                send_kill(fd)
             os.close(fd)
         self.known.update(message or {})
         return message is not None
