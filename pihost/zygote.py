@@ -27,8 +27,8 @@ import select
 import struct
 import sys
 
-from pihost import confine, init, syscalls, wire
-from pihost.inside import rehearsal, serve
+from pihost import confine, rehearsal, syscalls, wire
+from pihost.inside import init, serve
 from pihost.jsontext import dump
 from pihost.plan import ChildPlan, PlanError, TemplatePlan
 from pihost.root import StepFailed, await_plan, write_proc

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from helpers import nothing_left
 
-from pihost import wire
-from pihost.inside import rehearsal, serve
+from pihost import rehearsal, wire
+from pihost.inside import serve
 from pisupervisor import ProcessIsolator, Template
 
 TOP = Path(__file__).parent.parent
@@ -20,7 +20,8 @@ ALL_OF_IT = f"""
 import gc, os, sys
 sys.path.insert(0, {str(TOP)!r})
 from pihost import zygote
-from pihost.inside import callbacks, objects, rehearsal
+from pihost import rehearsal
+from pihost.inside import callbacks, objects
 def state():
     return sorted(os.listdir("/proc/self/fd")), list(sys.meta_path), os.listdir("/proc/self/task"), len(objects.kept)
 had = set(sys.modules)
@@ -66,7 +67,7 @@ def test_a_module_of_the_users_may_have_the_same_name(tmp_path: Path) -> None:
 @pytest.mark.linux
 def test_a_preloaded_module_that_breaks_it_breaks_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "spoiler.py").write_text(
-        "from pihost.inside import rehearsal\ndef fail(number): raise RuntimeError\nrehearsal.once = fail\n"
+        "from pihost import rehearsal\ndef fail(number): raise RuntimeError\nrehearsal.once = fail\n"
     )
     with nothing_left(), ProcessIsolator.create(import_paths=[tmp_path], preload=["spoiler"]) as isolator:
         time.sleep(0.3)
