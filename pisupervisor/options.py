@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 #: The protections that ``ProcessIsolator.applied`` reports, and the names that ``degrade`` takes.
 PROTECTIONS = (
-    "memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "devices",
+    "memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "io_weight", "devices",
     "user", "mount", "pid", "network", "ipc", "uts", "cgroup", "time",
     "landlock", "seccomp", "capabilities",
 )  # fmt: skip
@@ -63,6 +63,8 @@ class Limits:
     cpuset      None; a CpuSet or what CpuSet.parse takes
     pids        64 processes and threads
     io          (); IoLimit entries
+    io_weight   None; share of a disk against siblings, 1..10000, the kernel's default is 100; it counts on disks whose
+                scheduler is bfq, and on v2 on those with io.cost switched on
     nice        None; 0..19
     open_files  256 file descriptors in one process
     file_size   None; largest file that can be written, bytes
@@ -80,6 +82,7 @@ class Limits:
     cpuset: CpuSet | str | None = None
     pids: int | None = 64
     io: Sequence[IoLimit] = ()
+    io_weight: int | None = None
     nice: int | None = None
     open_files: int | None = 256
     file_size: int | str | None = None
@@ -98,6 +101,7 @@ class Limits:
         _store(self, "cpus", _number(self.cpus, "cpus", 0.01, 4096.0))
         _store(self, "cpu_time", _number(self.cpu_time, "cpu_time", 0.01, 1e9))
         _integer(self.cpu_weight, "cpu_weight", 1, 10000)
+        _integer(self.io_weight, "io_weight", 1, 10000)
         _integer(self.pids, "pids", 4, 1 << 22)  # PID 1, the payload, and room to report
         _integer(self.nice, "nice", 0, 19)
         _integer(self.open_files, "open_files", 32, 1 << 20)

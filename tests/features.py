@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
@@ -147,6 +148,19 @@ def _user_overlay() -> str:
     return _try_unshare(None, *_OVERLAY)
 
 
+def _loop_bfq() -> str:
+    """A block device of the tests' own, scheduled by bfq."""
+    with tempfile.NamedTemporaryFile() as image:
+        image.truncate(1 << 20)
+        done = subprocess.run(["losetup", "--find", "--show", image.name], capture_output=True, text=True, check=False)
+        if done.returncode:
+            return done.stderr.strip() or "no loop device"
+        scheduler = Path("/sys/block", os.path.basename(done.stdout.strip()), "queue/scheduler")
+        known = "bfq" in scheduler.read_text()
+        subprocess.run(["losetup", "--detach", done.stdout.strip()], check=True)
+    return "" if known else "this kernel has no bfq"
+
+
 def _testsuite() -> str:
     """CPython's own tests, which Debian has in a package of their own."""
     try:
@@ -221,6 +235,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "overlay": _overlay,
     "user_overlay": _user_overlay,
     "testsuite": _testsuite,
+    "loop_bfq": _loop_bfq,
 }
 
 

@@ -62,10 +62,10 @@ def test_everything_holds_here_and_each_control_got_through() -> None:
     assert (done.returncode, told["works"], told["obstacle"], done.stderr) == (0, True, "", "")
     assert list(told["protections"]) == list(PROTECTIONS)
     for name, found in told["protections"].items():
-        excused = name in ("io", "cpuset") and found["verdict"] in ("not asked", "missing", "unproved")
+        excused = name in ("io", "io_weight", "cpuset") and found["verdict"] in ("not asked", "missing", "unproved")
         assert excused or found["verdict"] in ("holds", "degraded"), (name, found)
         assert excused or found["proof"], name
-    for name in set(PROTECTIONS) - {"io", "cpuset", "swap"}:
+    for name in set(PROTECTIONS) - {"io", "io_weight", "cpuset", "swap"}:
         assert told["protections"][name]["proof"].startswith("without it, the probe "), name
     assert {"kernel", "python", "cgroups", "landlock", "user namespaces"} <= set(told["host"])
 
@@ -171,7 +171,7 @@ def test_what_the_features_tell_needs_no_child() -> None:
         cgroups=without_cgroups(),
     )  # fmt: skip
     found = doctor.missing_here(bare)
-    assert set(found) == {*LIMITS, "swap", "landlock", "user", "ipc", "uts", "cgroup", "time"}
+    assert set(found) == {*LIMITS, "io_weight", "swap", "landlock", "user", "ipc", "uts", "cgroup", "time"}
     assert all(finding.cause and finding.remedy for finding in found.values())
 
 

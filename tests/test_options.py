@@ -123,6 +123,7 @@ def test_what_is_no_size(text: Any) -> None:
     [
         ("memory", "4M"), ("memory", "lots"), ("swap", -1), ("cpus", 0), ("cpus", "1"), ("cpus", True), ("cpus", -0.5),
         ("cpus", float("nan")), ("cpu_time", 0), ("cpu_weight", 0), ("cpu_weight", 10001), ("cpu_weight", 1.5),
+        ("io_weight", 0), ("io_weight", 10001),
         ("pids", 3), ("pids", 1.0), ("pids", True), ("nice", -1), ("nice", 20), ("open_files", 31), ("scratch", 0),
         ("output", 0), ("result", 0), ("file_size", "x"), ("cpuset", "cpu0+cpu1"), ("io", ["/dev/sda"]),
     ],
@@ -218,7 +219,7 @@ def test_the_log_level_comes_from_the_environment_unless_said(monkeypatch: pytes
 
 def test_the_protections_are_the_public_ones() -> None:
     names = (
-        "memory swap cpus cpu_weight cpuset pids io devices user mount pid network ipc uts cgroup time landlock seccomp"
+        "memory swap cpus cpu_weight cpuset pids io io_weight devices user mount pid network ipc uts cgroup time landlock seccomp"
         " capabilities"
     )
     assert set(PROTECTIONS) == set(names.split())

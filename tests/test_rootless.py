@@ -69,7 +69,9 @@ def test_everything_else_holds(ordinary_user: OrdinaryUser) -> None:
     """
     found = run(ordinary_user, source)
     lacking = {name for name, holds in found["holds"].items() if not holds} - set(DEGRADE)
-    assert lacking | {"swap"} == {*LACKING, "cpu_weight", "cpuset", "io"}, "a host without swap needs no limit of it"
+    assert lacking | {"swap"} == {*LACKING, "cpu_weight", "cpuset", "io", "io_weight"}, (
+        "a host without swap needs no limit of it"
+    )
     assert all(found["why"][name] for name in lacking)
     assert found["shared"] == []
     assert " / /pis/pihost ro," in found["mounts"] or features.missing("user_overlay"), (

@@ -51,7 +51,15 @@ def test_the_walls_stand_without_limits_and_applied_says_what_does_not_hold() ->
         assert isolator.run_source("6 * 7").value == 42
         assert isolator.invoke(lambda: os.getpid()) == 2
         lacking = {name: entry for name, entry in isolator.applied.items() if not entry.holds}
-    assert set(lacking) - set(DEGRADE) - {"swap"} == {"memory", "cpus", "pids", "cpu_weight", "cpuset", "io"}
+    assert set(lacking) - set(DEGRADE) - {"swap"} == {
+        "memory",
+        "cpus",
+        "pids",
+        "cpu_weight",
+        "cpuset",
+        "io",
+        "io_weight",
+    }
     for name in ("memory", "cpus", "pids"):
         assert "group" in lacking[name].detail
 

@@ -106,7 +106,7 @@ def missing_here(features: Features) -> dict[str, Finding]:
     """What cannot hold here as far as the host's features tell, by name, with cause and remedy."""
     from pisupervisor.limits import cgroups
 
-    everything = cgroups.wanted_limits(Limits(cpu_weight=100, cpuset="0"))
+    everything = cgroups.wanted_limits(Limits(cpu_weight=100, cpuset="0", io_weight=100))
     lacking = {
         one.feature: _missing(one.feature, one.why, one.remedy) for one in cgroups.missing(features.cgroups, everything)
     }
@@ -163,7 +163,20 @@ def _probe_all(lab: Lab, lacking: Mapping[str, Finding]) -> dict[str, Finding]:
             found[probe.name] = _try(lab, probe)
     where = "no folder that this user may write to lies on a block device of its own (tmpfs, overlay?)"
     found.setdefault("io", Finding(name="io", verdict="not asked", cause=where))
+    if "io_weight" not in found:
+        found["io_weight"] = _read_weight(lab)
     return found
+
+
+def _read_weight(lab: Lab) -> Finding:
+    """Two children at one disk for long enough to see who gets more would keep everybody waiting who uses that disk."""
+    try:
+        applied = lab.applied(Limits(io_weight=200))["io_weight"]
+    except (IsolationError, OSError) as error:
+        return _missing("io_weight", _first_line(error), getattr(error, "remedy", None) or _DEFECT)
+    return Finding(
+        name="io_weight", verdict="unproved", how=f"{applied.how}: {applied.detail}", cause="read back alone"
+    )
 
 
 def _try(lab: Lab, probe: Probe) -> Finding:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from types import TracebackType
@@ -152,6 +153,11 @@ class Lab:
     def check(self) -> None:
         """Start a child, so that a host where none can be started is known as such. Raises what its launch raises."""
         ProcessIsolator.create(self.options).close()
+
+    def applied(self, limits: Limits) -> Mapping[str, Applied]:
+        """What is read back of a child with these limits."""
+        with ProcessIsolator.create(replace(self.options, limits=limits)) as isolator:
+            return isolator.applied
 
     def attempt(self, probe: Probe) -> tuple[list[str], Applied]:
         """What the probe could do in a child with the protection, and how that was read back."""

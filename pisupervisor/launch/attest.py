@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from typing import Any
 
 _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
-_LIMITS = frozenset(("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "devices"))
+_LIMITS = frozenset(("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "io_weight", "devices"))
 _STEP_OF = {"capabilities": "bounding set", "seccomp": "no_new_privs"}  # steps whose absence shows under another name
 _FIELDS = ("Uid:", "Cap", "NoNewPrivs:", "Seccomp")
 _REMEDY = "this is a defect or an attack: report it with the kernel's version"

@@ -327,5 +327,6 @@ def limits_text(limits: Limits) -> dict[str, Any]:
     """What was asked for, by protection name, for ``applied``."""
     return {
         "memory": limits.memory, "swap": limits.swap, "cpus": limits.cpus, "cpu_weight": limits.cpu_weight,
-        "cpuset": limits.cpuset, "pids": limits.pids, "io": limits.io or None, "devices": True,
+        "cpuset": limits.cpuset, "pids": limits.pids, "io": limits.io or None,
+        "io_weight": limits.io_weight, "devices": True,
     }  # fmt: skip

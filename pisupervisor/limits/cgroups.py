@@ -37,6 +37,7 @@ class GroupLimits(NamedTuple):
     cpuset: CpuSet | None = None
     pids: int | None = None
     io: tuple[IoLimit, ...] = ()
+    io_weight: int | None = None
     devices: bool = True
 
 
@@ -146,6 +147,7 @@ def wanted_limits(limits: Limits) -> GroupLimits:
         cpuset=limits.cpuset if not isinstance(limits.cpuset, str) else None,
         pids=limits.pids,
         io=tuple(limits.io),
+        io_weight=limits.io_weight,
     )
 
 
@@ -177,7 +179,8 @@ def sweep(host: CgroupHost) -> int:
 
 
 def missing(host: CgroupHost, wanted: GroupLimits) -> list[Missing]:
-    """The protections in ``wanted`` that cannot hold on ``host``, each with its reason and remedy. Pure.
+    """The protections in ``wanted`` that cannot hold on ``host``, each with its reason and remedy. Pure, but that
+    ``io_weight`` looks at what schedules the disks.
 
     ``devices`` is never among them: a child in a user namespace with nodev mounts opens no device either way.
     """
@@ -188,13 +191,14 @@ def missing(host: CgroupHost, wanted: GroupLimits) -> list[Missing]:
         "cpuset": wanted.cpuset,
         "pids": wanted.pids,
         "io": wanted.io or None,
+        "io_weight": wanted.io_weight,
     }
     gone = [
         Missing(feature, place.why, remedy(host, feature))
         for feature, value in asked.items()
         if value is not None and not (place := place_of(host, feature)).usable
     ]
-    return gone + _missing_memory_high(host, wanted) + _missing_swap(host, wanted)
+    return gone + _missing_memory_high(host, wanted) + _missing_swap(host, wanted) + _missing_io_weight(host, wanted)
 
 
 def place_of(host: CgroupHost, feature: str) -> Place:
@@ -204,13 +208,13 @@ def place_of(host: CgroupHost, feature: str) -> Place:
 
 def controller_of(host: CgroupHost, feature: str) -> str:
     """The kernel's word for what holds this protection."""
-    return "io" if host.mode == "v2" and feature == "io" else CONTROLLER_OF[feature]
+    return "io" if host.mode == "v2" and feature in ("io", "io_weight") else CONTROLLER_OF[feature]
 
 
-#: The v1 controller that holds each protection. On v2 only that of ``io`` has another name.
+#: The v1 controller that holds each protection. On v2 only that of ``io`` and ``io_weight`` has another name.
 CONTROLLER_OF = {
     "memory": "memory", "swap": "memory", "cpus": "cpu", "cpu_weight": "cpu", "cpuset": "cpuset", "pids": "pids",
-    "io": "blkio", "devices": "devices",
+    "io": "blkio", "io_weight": "blkio", "devices": "devices",
 }  # fmt: skip
 
 
@@ -234,6 +238,15 @@ def _missing_swap(host: CgroupHost, wanted: GroupLimits) -> list[Missing]:
         why = "cgroup v1 limits memory and swap together only"
         return [Missing("swap", why, "give a memory limit too")]
     return []
+
+
+def _missing_io_weight(host: CgroupHost, wanted: GroupLimits) -> list[Missing]:
+    if wanted.io_weight is None or not place_of(host, "io_weight").usable:
+        return []  # not asked for; or told already
+    from pisupervisor.limits import io_weight  # few ask for it
+
+    why = io_weight.why_none(io_weight.weighing_disks(host.mode))
+    return [Missing("io_weight", why, io_weight.REMEDY)] if why else []
 
 
 def remedy(host: CgroupHost, feature: str) -> str:

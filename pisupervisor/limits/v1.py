@@ -12,7 +12,7 @@ from pisupervisor.limits.cgroups import CgroupHost, GroupEvents, GroupIo, GroupL
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.detect import CONTROLLERS
 from pisupervisor.limits.killing import kill_members
-from pisupervisor.limits.v1_files import FileWrite, file_writes, io_writes
+from pisupervisor.limits.v1_files import FileWrite, file_writes, io_writes, weight_writes
 from pisupervisor.limits.v1_readback import io_in, read_back
 
 TYPE_CHECKING = False
@@ -34,6 +34,7 @@ def create(host: CgroupHost, limits: GroupLimits, name: str) -> V1Group:
         writes = [*file_writes(limits, host.memsw), *io_writes(limits)]
         group.make(name)
         group.write(writes)
+        group.write(list(weight_writes(limits, group.paths)))
         group.open_attach_fds()
     except OSError as error:
         group.remove()

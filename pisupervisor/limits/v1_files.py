@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from errno import EINVAL, ENOENT
 
-from pisupervisor.limits import blockdev
+from pisupervisor.limits import blockdev, io_weight
 from pisupervisor.limits.cgroups import GroupLimits
 from pisupervisor.records import NamedTuple
 
@@ -63,3 +63,10 @@ def io_writes(limits: GroupLimits) -> Iterator[FileWrite]:
         device = blockdev.block_device(limit.device)
         for name, rate in blockdev.rates(limit).items():
             yield FileWrite("blkio", f"blkio.throttle.{name}_device", (f"{device} {rate}".encode(),))
+
+
+def weight_writes(limits: GroupLimits, paths: Mapping[str, str]) -> Iterator[FileWrite]:
+    """The share of the disks, into those files for it that this kernel gives the group."""
+    if limits.io_weight is not None and "blkio" in paths:
+        for file, value in io_weight.writes(paths["blkio"], limits.io_weight, io_weight.V1_FILES):
+            yield FileWrite("blkio", file, (value,))

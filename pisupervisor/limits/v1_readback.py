@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 
-from pisupervisor.limits import blockdev, directories
+from pisupervisor.limits import blockdev, directories, io_weight
 from pisupervisor.limits.cgroups import CONTROLLER_OF, CgroupHost, GroupIo, GroupLimits
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.v1_files import shares
@@ -98,6 +98,10 @@ def _io(path: str, limits: GroupLimits) -> tuple[bool, str]:
     return wanted == found, f"{', '.join(found)}; v1 does not count buffered writes"
 
 
+def _io_weight(path: str, limits: GroupLimits) -> tuple[bool, str]:
+    return io_weight.read_back(path, limits.io_weight or 0, "v1")
+
+
 def _devices(path: str, limits: GroupLimits) -> tuple[bool, str]:
     rules = directories.read(f"{path}/devices.list").decode().splitlines()
     return limits.devices and not any(rule.startswith("a ") for rule in rules), ", ".join(rules)
@@ -105,7 +109,7 @@ def _devices(path: str, limits: GroupLimits) -> tuple[bool, str]:
 
 _CHECKS: Mapping[str, Check] = {
     "memory": _memory, "swap": _swap, "cpus": _cpus, "cpu_weight": _cpu_weight, "cpuset": _cpuset, "pids": _pids,
-    "io": _io, "devices": _devices,
+    "io": _io, "io_weight": _io_weight, "devices": _devices,
 }  # fmt: skip
 
 

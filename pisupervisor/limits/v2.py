@@ -12,7 +12,7 @@ from pisupervisor.limits.cgroups import CgroupHost, GroupEvents, GroupIo, GroupL
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.freezer import GroupFreezer
 from pisupervisor.limits.killing import kill_members
-from pisupervisor.limits.v2_files import FileWrite, file_writes, io_writes
+from pisupervisor.limits.v2_files import FileWrite, file_writes, io_writes, weight_writes
 from pisupervisor.limits.v2_readback import read_back
 
 TYPE_CHECKING = False
@@ -30,7 +30,7 @@ def create(host: CgroupHost, limits: GroupLimits, name: str) -> V2Group:
     try:
         _check_cpuset(host, limits.cpuset)
         group.make(base, name)
-        group.write([*file_writes(limits, host.memsw), *io_writes(limits)])
+        group.write([*file_writes(limits, host.memsw), *io_writes(limits), *weight_writes(limits, group.path)])
         group.open_directory()
     except OSError as error:
         group.remove()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from pisupervisor.limits import directories, v2_files
+from pisupervisor.limits import directories, io_weight, v2_files
 from pisupervisor.limits.cgroups import CgroupHost, GroupLimits, place_of
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.results import Applied
@@ -95,11 +95,15 @@ def _io(path: str, limits: GroupLimits) -> tuple[bool, str]:
     return all(set(rates) <= found.get(device, set()) for device, *rates in wanted), ", ".join(lines)
 
 
+def _io_weight(path: str, limits: GroupLimits) -> tuple[bool, str]:
+    return io_weight.read_back(path, limits.io_weight or 0, "v2")
+
+
 _CHECKS: Mapping[str, Check] = {
     "memory": _memory, "swap": _swap, "cpus": _cpus, "cpu_weight": _cpu_weight, "cpuset": _cpuset, "pids": _pids,
-    "io": _io,
+    "io": _io, "io_weight": _io_weight,
 }  # fmt: skip
 _FILES = {
     "memory": "memory.max", "swap": "memory.swap.max", "cpus": "cpu.max", "cpu_weight": "cpu.weight",
-    "cpuset": "cpuset.cpus", "pids": "pids.max", "io": "io.max",
+    "cpuset": "cpuset.cpus", "pids": "pids.max", "io": "io.max", "io_weight": "io.weight",
 }  # fmt: skip
