@@ -64,20 +64,20 @@ def once(number: int) -> None:
     worker = serve.Worker(serve.Link(theirs.detach()), _LIMITS)
     key = f"file:{number}"
     code = (key, "file", "rehearsed", "/rehearsed.py", (("rehearsed.py", _SOURCE),))
-    frames = [(wire.CODE, code), (wire.CALL, _call(key, "answer")), (wire.CALL, _call(key, "Tool.turn", 1, "two", b=3))]
-    frames += [(wire.CALL, _call(key, "fail")), (wire.CALL, ("source", False, "x = 6 * 7\nx", "<source>"))]
+    calls = [("answer", ()), ("answer", ()), ("Tool.turn", (1, "two")), ("fail", ())]
+    bodies = [_head("method", False, key, target) + _pickle.dumps((args, {}), 5) for target, args in calls]
+    frames = [(wire.CODE, _pickle.dumps(code, 5)), *((wire.CALL, body) for body in bodies)]
     try:
-        for kind, content in frames:
-            body = _pickle.dumps(content, 5)
+        for kind, body in [*frames, (wire.CALL, _head("source", False, "x = 6 * 7\nx", "<source>"))]:
             ours.sendall(wire.pack_header(kind, 7, len(body)) + body)
-            frame = worker.link.receive()
-            if frame is not None:
-                worker.serve_one(frame)
+        ours.shutdown(_socket.SHUT_WR)
+        worker.quick.serve(worker.link)
     finally:
         worker.library.close()
         worker.link.sock.close()
         ours.close()
 
 
-def _call(key: str, target: str, *args: object, **keywords: object) -> tuple[object, ...]:
-    return "method", False, key, target, _pickle.dumps((args, keywords), 5)
+def _head(*parts: object) -> bytes:
+    head = _pickle.dumps(parts, 5)
+    return wire.HEAD.pack(len(head)) + head

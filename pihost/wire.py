@@ -55,6 +55,7 @@ MAX_DESCRIPTORS = 64  #: with one call
 _COUNTS = struct.Struct("<II")
 _NUMBER = struct.Struct("<Q")
 OUTER = struct.Struct("<Q")  #: what the body of INNER begins with
+HEAD = struct.Struct("<I")  #: what a call begins with: the length of its head's pickle; that of its arguments follows
 
 
 class BadFrame(ValueError):

@@ -56,6 +56,7 @@ class ProcessIsolator:
         """Use ``create``. ``without`` leaves out steps of the launch: for tests that show what each is good for."""
         template = acquire(options)  # starts the zygote, which wakes up while this process imports the rest
         from pisupervisor.callbacks import Callbacks
+        from pisupervisor.link.calls import pack_head
         from pisupervisor.link.packing import Packer
         from pisupervisor.link.sources import CodeReader
         from pisupervisor.supervise.keeper import Keeper
@@ -68,7 +69,7 @@ class ProcessIsolator:
         except BaseException:
             release(template)
             raise
-        self._session, self._outcome = Session(self._keeper), Outcome
+        self._session, self._outcome, self._pack_head = Session(self._keeper), Outcome, pack_head
         modules = _modules(options)
         self._packer = Packer(options, self._keeper.present_template, modules, self.id)
         self._callbacks = Callbacks(
@@ -117,14 +118,8 @@ class ProcessIsolator:
         code = self._code(path, target)
         if kwargs:
             keywords.update(kwargs)
-        return self._invoke_code(code, target, args, keywords, timeout, returns, idempotent)
-
-    def _invoke_code(
-        self, code: Code, target: str, args: tuple[Any, ...], keywords: dict[str, Any], timeout: float | None = None,
-        returns: Any = None, idempotent: bool = False,
-    ) -> Any:  # fmt: skip
         call = ("method", code.key, target, self._packer.arguments(args, keywords))
-        return self._invoke(call, code, timeout, returns, idempotent)
+        return self._invoke(call, None, code, timeout, returns, idempotent)
 
     def invoke(
         self, function: Callable[..., Any], /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -134,7 +129,7 @@ class ProcessIsolator:
         changes nothing here. Parameters and errors as for ``invoke_method``.
         """
         payload = self._packer.function(function, args, {**keywords, **(kwargs or {})})
-        return self._invoke(("function", payload), None, timeout, returns, idempotent)
+        return self._invoke(("function", payload), None, None, timeout, returns, idempotent)
 
     def execute(
         self, function: Callable[..., Any] | str, /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -301,13 +296,14 @@ class ProcessIsolator:
     # --- one call ---------------------------------------------------------------------------------------------
 
     def _invoke(
-        self, call: tuple[Any, ...], code: Code | None, timeout: float | None, returns: Any, idempotent: bool = False,
-        only_on: Connection | None = None,
+        self, call: tuple[Any, ...], head: bytes | None, code: Code | None, timeout: float | None, returns: Any,
+        idempotent: bool = False, only_on: Connection | None = None,
     ) -> Any:  # fmt: skip
-        """The value of a call; of one that returned a generator, a stream of its items."""
+        """The value of a call; of one that returned a generator, a stream of its items. ``head``: see ``call_plain``."""
         if returns is None:
-            done = self._session.call_plain(call, code, timeout, idempotent, only_on)
-            return self._result(done, timeout, None) if type(done) is self._outcome else done
+            head = head or self._pack_head(call[0], False, *call[1:-1])
+            done = self._session.call_plain(call, head, code, timeout, idempotent, only_on)
+            return self._result(done, timeout) if type(done) is self._outcome else done
         from pisupervisor.link.calls import split_returns
 
         streams, value_type, stream_types = split_returns(returns)
@@ -343,7 +339,7 @@ class ProcessIsolator:
             duration=time.monotonic() - started, usage=Usage(cpu_time=cpu, peak_memory=used.peak_memory),
         )  # fmt: skip
 
-    def _result(self, done: Outcome, timeout: float | None, types: StreamTypes | None) -> Any:
+    def _result(self, done: Outcome, timeout: float | None, types: StreamTypes | None = None) -> Any:
         if done.answer.kind != wire.STREAM:
             return done.value
         from pisupervisor.link.calls import StreamTypes

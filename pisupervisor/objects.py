@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from pisupervisor.errors import ObjectReleased, OptionsError
+from pisupervisor.supervise.session import Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class IsolatedObject:
         number = self._live()
         arguments = self._isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
         return self._isolator._invoke(
-            ("on object", number, name, arguments), None, timeout, returns, only_on=self._connection
+            ("on object", number, name, arguments), None, None, timeout, returns, only_on=self._connection
         )
 
     def find_method(self, name: str) -> Callable[..., Any]:
@@ -158,6 +159,7 @@ class IsolatedMethod:
 
     def __init__(self, isolator: ProcessIsolator, code: Code, path: Any, target: str) -> None:
         self._isolator, self._code, self._path, self._target = isolator, code, path, target
+        self._head = isolator._pack_head("method", False, code.key, target)
 
     def __call__(
         self, *args: Any, timeout: float | None = None, returns: Any = None, idempotent: bool = False,
@@ -166,7 +168,12 @@ class IsolatedMethod:
         """As ``isolator.invoke_method(path, target, ...)``."""
         if kwargs:
             keywords.update(kwargs)
-        return self._isolator._invoke_code(self._code, self._target, args, keywords, timeout, returns, idempotent)
+        isolator, code = self._isolator, self._code
+        call = ("method", code.key, self._target, isolator._packer.arguments(args, keywords))
+        if returns is None:
+            done = isolator._session.call_plain(call, self._head, code, timeout, idempotent, None)
+            return isolator._result(done, timeout) if type(done) is Outcome else done
+        return isolator._invoke(call, self._head, code, timeout, returns, idempotent)
 
     def invoke(
         self, obj: IsolatedObject, /, *args: Any, timeout: float | None = None, returns: Any = None,
@@ -179,7 +186,7 @@ class IsolatedMethod:
         code = self._code
         arguments = isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
         call = ("apply", code.key, self._target, obj._live(), arguments)
-        return isolator._invoke(call, code, timeout, returns, only_on=obj._connection)
+        return isolator._invoke(call, None, code, timeout, returns, only_on=obj._connection)
 
     def __repr__(self) -> str:
         return f"<IsolatedMethod {self._path}:{self._target} of isolator {self._isolator.id}>"

@@ -717,7 +717,7 @@ def test_who_says_that_an_arena_is_free_while_it_is_not_spoils_its_own_data(isol
         builtins.kept = array  # type: ignore[attr-defined]
         for arena in arenas.arguments._arenas.values():
             arena.area[0] = 0
-            arenas.arguments._lent.clear()
+            arenas.arguments.lent.clear()
 
     isolator.invoke(keep_and_lie, np.ones(100_000))
     assert (isolator.invoke(identity, np.full(100_000, 2.0)) == 2).all()

@@ -55,12 +55,8 @@ class Arguments:
 
     def __init__(self) -> None:
         self._arenas: dict[int, Arena] = {}  # those that are kept, and those of calls that have not loaded theirs
-        self._lent: dict[int, Arena] = {}
+        self.lent: dict[int, Arena] = {}  # which something here refers to still
         self._lock = _thread.RLock()  # where calls run side by side: nothing is given back twice
-
-    @property
-    def any_lent(self) -> bool:
-        return bool(self._lent)
 
     def add(self, fd: int, number: int, size: int, kept: bool, dropped: list[int]) -> bool:
         """Take one from the host, and let others go. False where that cannot be, for want of descriptors or room."""
@@ -84,7 +80,7 @@ class Arguments:
 
     def _viewed(self, number: int, arena: Arena) -> None:
         if arena.kept:
-            self._lent[number] = arena
+            self.lent[number] = arena
         else:
             self._arenas.pop(number, None)
 
@@ -94,9 +90,9 @@ class Arguments:
             for number in unseen:
                 if number in self._arenas:
                     self._viewed(number, self._arenas[number])
-            for number, arena in list(self._lent.items()):
+            for number, arena in list(self.lent.items()):
                 if arena.is_idle():
-                    del self._lent[number]
+                    del self.lent[number]
                     arena.area[0] = wire.FREE  # from here on the host may fill it again
 
 

@@ -22,7 +22,7 @@ _shared: dict[int, mmap.mmap] = {}  # by the host's number, for as long as the h
 
 def has_parts(call: tuple[Any, ...]) -> bool:
     """Whether anything came with the call, or should have, or is still out from calls before it."""
-    return tuple in map(type, call) or call[0] == "arena" or arenas.arguments.any_lent
+    return tuple in map(type, call) or call[0] == "arena" or bool(arenas.arguments.lent)
 
 
 class Call:
@@ -47,7 +47,7 @@ class Call:
         for fd in self._fds:
             if fd is not None:
                 os.close(fd)
-        if unseen or arenas.arguments.any_lent:
+        if unseen or arenas.arguments.lent:
             arenas.arguments.give_back(unseen)
 
 

@@ -23,31 +23,32 @@ class Link:
 
     def __init__(self, fd: int) -> None:
         self.sock = _socket.socket(fileno=fd)  # socket.socket would turn its numbers into enums at every start
-        self._data: bytes | bytearray = b""  # what was read, from ``_at`` on not yet taken
-        self._at = 0
+        self.data: bytes | bytearray = b""  # what was read, from ``at`` on not yet taken
+        self.at = 0
         self._batches: list[list[int]] = []  # of descriptors, each of one frame
-        self._postponed: list[tuple[tuple[int, int, bytes], list[int]]] = []
+        self.postponed: list[tuple[tuple[int, int, bytes], list[int]]] = []
         self._fds: list[int] = []  # of the frame that was received last
         self._sending = _thread.allocate_lock()
 
     def receive(self) -> tuple[int, int, bytes] | None:
         """The next frame, None at the end. Several may have come with one system call."""
         while True:
-            data, at = self._data, self._at
+            data, at = self.data, self.at
             need = at + _HEADER
             if len(data) >= need:
                 kind, ident, length = wire.unpack_header(data, at, _LARGEST)
                 need += length
                 if len(data) >= need:
-                    self._at = need
+                    self.at = need
                     if kind & wire.RIDING:
                         self._fds = self._batches.pop(0)
                         kind ^= wire.RIDING
                     return kind, ident, bytes(data[at + _HEADER : need])
-            if not self._read(need - len(data)):
+            if not self.read(need - len(data)):
                 return None
 
-    def _read(self, missing: int) -> bool:
+    def read(self, missing: int = 0) -> bool:
+        """Wait for more; False at the end."""
         # Always recvmsg: a plain recv would drop descriptors that ride on the bytes it takes.
         size = _BUFFER if missing < _BUFFER else min(missing, 1 << 24)
         data, ancillary, flags, _address = self.sock.recvmsg(size, _FD_SPACE, _socket.MSG_CMSG_CLOEXEC)
@@ -56,12 +57,15 @@ class Link:
             self._batches.append(
                 [fd for _level, _kind, content in ancillary for (fd,) in struct.iter_unpack("i", content)]
             )
-        if self._at == len(self._data):
-            self._data, self._at = data, 0
+        rest = len(self.data) - self.at
+        if not rest:
+            self.data, self.at = data, 0
+        elif missing < _BUFFER and rest < _BUFFER:
+            self.data, self.at = bytes(self.data[self.at :]) + data, 0
         else:
-            if type(self._data) is bytes:
-                self._data, self._at = bytearray(self._data[self._at :]), 0
-            self._data += data
+            if type(self.data) is bytes:
+                self.data, self.at = bytearray(self.data[self.at :]), 0
+            self.data += data
         return bool(data)
 
     def take_fds(self) -> list[int]:
@@ -73,12 +77,12 @@ class Link:
 
     def postpone(self, frame: tuple[int, int, bytes]) -> None:
         """It comes when the call that runs is over: that waits for the host, and this is nothing of its own."""
-        self._postponed.append((frame, self.take_fds()))
+        self.postponed.append((frame, self.take_fds()))
 
     def receive_postponed(self) -> tuple[int, int, bytes] | None:
-        if not self._postponed:
+        if not self.postponed:
             return None
-        frame, self._fds = self._postponed.pop(0)
+        frame, self._fds = self.postponed.pop(0)
         return frame
 
     def send_whole(self, kind: int, ident: int, parts: list[bytes]) -> None:

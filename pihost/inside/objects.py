@@ -31,6 +31,10 @@ class Objects:
         except KeyError:
             raise Released(f"object {number} was released") from None
 
+    def find(self, number: int) -> Any:
+        """The same, None where there is no such object."""
+        return self._kept.get(number)
+
     def release(self, numbers: Iterable[int]) -> list[Any]:
         """What was kept under these numbers, and is no more."""
         return [self._kept.pop(number) for number in numbers if number in self._kept]

@@ -12,9 +12,11 @@ import struct
 import sys
 
 from pihost import wire
-from pihost.inside import arenas, attached, awaiting, callbacks, encode, objects, raised, resolve, run, taught
+from pihost.inside import arenas, attached, awaiting, callbacks, encode, objects, resolve, run, taught
 from pihost.inside.capture import Capture, redirect
+from pihost.inside.failures import answer_to, unloadable
 from pihost.inside.link import Link as Link
+from pihost.inside.quick import Quick
 from pihost.jsontext import dump
 
 if False:  # typing costs 5 ms, and only a type checker reads this
@@ -22,8 +24,6 @@ if False:  # typing costs 5 ms, and only a type checker reads this
     from typing import Any
 
     from pihost.inside.threads import Inbox
-
-_HIDDEN = (os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "<frozen importlib")
 
 
 def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
@@ -41,11 +41,7 @@ def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
 
         return Threads(worker, limits["concurrency"]).serve()
     worker.host = callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
-    while True:
-        frame = link.receive_postponed() or link.receive()
-        if frame is None:
-            return 0
-        worker.serve_one(frame)
+    return worker.quick.serve(link)
 
 
 def reseed() -> None:
@@ -74,6 +70,7 @@ class Worker:
         ] = []  # pipes for what the next call writes, if that is captured: the first that ride on it
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
+        self.quick = Quick(self)
 
     def twin(self) -> Worker:
         """Another one, for another thread, with the same modules, objects and namespace."""
@@ -86,21 +83,7 @@ class Worker:
         """Do what one frame says. Also while user code waits for the host: see ``callbacks``."""
         kind, ident, body = frame
         if kind == wire.CALL or kind == wire.INNER:
-            if self.host is not None:
-                self.host.call_id = ident
-            call = _pickle.loads(body if kind == wire.CALL else body[wire.OUTER.size :])
-            fds = self.inbox.take_fds()
-            if call[1]:
-                self.output, fds = fds[:2], fds[2:]
-            if fds or self.released or attached.has_parts(call):
-                with attached.Call(call, fds):
-                    self.drop_released()
-                    answer = self.answer(call)
-            else:
-                answer = self.answer(call)
-            if os.getpid() != self.own_pid:
-                os._exit(0)  # user code forked and let the copy return: only the original may answer
-            self.link.send(answer[0], ident, answer[1])
+            self.serve_call(ident, body, 0 if kind == wire.CALL else wire.OUTER.size)
         elif kind == wire.CODE:
             self.library.add(_pickle.loads(body))
         elif kind == wire.STDIO:
@@ -112,6 +95,33 @@ class Worker:
             callbacks.of_threads.clear()
             os._exit(run.leave(self.close_loops))
 
+    def serve_call(self, ident: int, body: bytes, at: int) -> None:
+        """The call that begins at that place of a frame's body."""
+        if self.host is not None:
+            self.host.call_id = ident
+        at += wire.HEAD.size
+        end = at + wire.HEAD.unpack_from(body, at - wire.HEAD.size)[0]
+        head = body[at:end]
+        call = _pickle.loads(head)
+        if end < len(body):
+            call += (body[end:],)
+        fds = self.inbox.take_fds()
+        if call[1]:
+            self.output, fds = fds[:2], fds[2:]
+        if fds or self.released or attached.has_parts(call):
+            with attached.Call(call, fds):
+                self.drop_released()
+                answer = self.answer(call)
+        else:
+            answer = self.answer(call)
+            self.quick.learn(head, call, answer)
+        self.reply(ident, answer)
+
+    def reply(self, ident: int, answer: tuple[int, list[bytes]]) -> None:
+        if os.getpid() != self.own_pid:
+            os._exit(0)  # user code forked and let the copy return: only the original may answer
+        self.link.send(answer[0], ident, answer[1])
+
     def close_loops(self) -> None:
         for loop in self.loops:
             loop.close()
@@ -119,6 +129,7 @@ class Worker:
     def drop_released(self) -> None:
         """Only when a call has been read whole: what ends with an object may call the host, which then listens."""
         numbers, self.released = self.released, []
+        self.quick.forget()
         attached.forget(numbers)
         for value in objects.kept.release(numbers):
             self.loop.end(value)
@@ -145,20 +156,12 @@ class Worker:
             if verb == "arena":  # the host's own question, for which it unpickles nothing
                 return wire.RESULT, wire.pack_value(dump(value), [])
             return self.pack(taught.serialized(value) if verb in OF_USERS else value)
-        except resolve.NotFound as error:
-            return refused("not_found", str(error), stage=error.stage)
-        except resolve.CompileFailed as error:
-            return refused("compile", str(error), file=error.file, line=error.line)
-        except encode.NotData as error:
-            return refused("not_data", str(error))
-        except Unloadable as error:
-            return refused("unloadable", str(error))
-        except objects.Released as error:
-            return refused("released", str(error))
-        except callbacks.UnknownCallback as error:
-            return refused("unknown_callback", str(error))
-        except BaseException as error:  # also SystemExit and KeyboardInterrupt: they end the call, not the child
-            return wire.RAISED, [dump(raised.describe_exception(error, _HIDDEN))]
+        except BaseException as error:  # whatever user code does is an answer too
+            return answer_to(error)
+
+    def pack_users(self, value: object) -> tuple[int, list[bytes]]:
+        """What user code has returned, awaited where that is to be done."""
+        return self.pack(taught.serialized(self.loop.complete(value)))
 
     def pack(self, value: object) -> tuple[int, list[bytes]]:
         if awaiting.is_stream(value):
@@ -172,6 +175,10 @@ class Worker:
         function = self.library.callable_for(key, target)
         args, kwargs = load(arguments)
         return function(*args, **kwargs)
+
+    def target_of(self, call: tuple[Any, ...]) -> Callable[..., Any] | None:
+        """What a call of the verbs "method" and "kept" calls, None where it was released meanwhile."""
+        return self.library.callable_for(call[2], call[3]) if call[0] == "method" else objects.kept.find(call[2])
 
     def add_arena(self, number: int, size: int, kept: bool, dropped: list[int]) -> bool:
         try:
@@ -255,19 +262,9 @@ VERBS: dict[str, Callable[..., object]] = {
 OF_USERS = frozenset(("method", "function", "source", "on object", "apply", "kept"))  # whose values are the user's own
 
 
-class Unloadable(Exception):
-    """Arguments or a closure that cannot be rebuilt here, most often for a module this child may not import."""
-
-
 def load(arguments: Any) -> Any:
     """Arguments, or a function and its arguments: a pickle, or one with what came beside it."""
     try:
         return _pickle.loads(arguments) if type(arguments) is bytes else attached.load(*arguments)
-    except objects.Released:
-        raise
     except Exception as error:
-        raise Unloadable(f"{type(error).__name__}: {error}") from error
-
-
-def refused(kind: str, message: str, **more: object) -> tuple[int, list[bytes]]:
-    return wire.REFUSED, [dump({"kind": kind, "message": message[:8192], **more})]
+        raise unloadable(error) from error

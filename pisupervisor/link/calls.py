@@ -33,9 +33,19 @@ _MAX_REPORT = 1 << 20  # bytes; an honest one has at most 72 KiB of text, escape
 _IMPORT_HINT = "what the child may import is what was given: name the folder in import_paths=[...] or modules=[...]"
 
 
+def pack_head(verb: str, capture: bool, *what: Any) -> bytes:
+    """What a call begins with, the same for all calls of that. A pickle: it is read by the child, where code of the host's
+    choice runs anyway.
+    """
+    head = pickle.dumps((verb, capture, *what), 5)
+    return wire.HEAD.pack(len(head)) + head
+
+
 def pack_call(verb: str, capture: bool, *arguments: Any) -> bytes:
-    """The body of a CALL frame. A pickle: it is read by the child, where code of the host's choice runs anyway."""
-    return pickle.dumps((verb, capture, *arguments), 5)
+    """The body of a CALL frame: a head, and where the last of ``arguments`` are pickled ones, these as they are."""
+    if arguments and type(arguments[-1]) is bytes:
+        return pack_head(verb, capture, *arguments[:-1]) + arguments[-1]
+    return pack_head(verb, capture, *arguments)
 
 
 def pack_code(code: Code) -> bytes:

@@ -19,8 +19,11 @@ from pisupervisor.link.readers import Readers
 from pisupervisor.records import NamedTuple
 
 _LOOK_AROUND = 1.0  # seconds without a word
+_LONG = _LOOK_AROUND / 2
 _FRAME_TIME = 10.0  # seconds that a child may take from the first byte of a frame to its last
 _FINE = 0.005  # seconds that a deadline may be overrun by for the sake of a system call
+_CALL = struct.Struct("<IQI")  # a header, whose first fields are one number here
+_CALL_WORD = wire.MAGIC | wire.VERSION << 16 | wire.CALL << 24
 _IDENTS = struct.Struct("<32Q")
 _AT_ONCE = _socket.MSG_DONTWAIT
 _QUESTIONS = frozenset((wire.CALLBACK, wire.CALLBACK_RAW, wire.ROOM))
@@ -145,14 +148,14 @@ class Connection:
         if not self.put(ident, body, deadline):
             return None
         try:
-            if deadline is not None or self._slice < _LOOK_AROUND / 2:
+            if deadline is not None or self._slice < _LONG:
                 self._set_slice(min(_LOOK_AROUND, max(_FINE, (deadline or float("inf")) - time.monotonic())))
             said = self.link.recv(READ)
         except BlockingIOError:
             return None
         except OSError as error:
             raise LinkClosed from error
-        return self.understand(ident, said)
+        return plain_text(said, ident) or self.understand(ident, said)
 
     def put(self, ident: int, body: bytes, deadline: float | None) -> bool:
         """Send a call for ``ask``; whether its answer is the next that comes. In any case ``wait`` may be asked for it."""
@@ -160,7 +163,7 @@ class Connection:
             self.tidy(deadline)
             self.begin(Pending(ident, self.largest), Request(body), deadline)
             return False
-        data = wire.HEADER.pack(wire.MAGIC, wire.VERSION, wire.CALL, ident, len(body)) + body
+        data = _CALL.pack(_CALL_WORD, ident, len(body)) + body
         try:
             sent = self.link.send(data, _AT_ONCE)
         except BlockingIOError:
@@ -528,7 +531,7 @@ class Connection:
             size = max(READ, min(self._frames.missing, wire.MAX_FRAME))
         while True:
             try:
-                if until is None and captured is None and self._slice >= _LOOK_AROUND / 2:
+                if until is None and captured is None and self._slice >= _LONG:
                     return self.link.recv(size)  # plain recv: the kernel drops any fds
                 return self._receive_until(size, until, captured)
             except BlockingIOError:

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 _HEADER = wire.HEADER.size
-_PLAIN = struct.Struct("<HBBQIII")  # a header and the counts of a value
+_PLAIN = struct.Struct("<IQIII")  # a header, whose first fields are one number here, and the counts of a value
+_RESULT_WORD = wire.MAGIC | wire.VERSION << 16 | wire.RESULT << 24
+_PLAIN_SIZE = _PLAIN.size
 _COUNTS = struct.Struct("<II")
 READ = 1 << 16
 
@@ -34,14 +36,13 @@ class Answer(NamedTuple):
 
 def plain_text(data: bytes, ident: int) -> bytes | None:
     """The value's text, where ``data`` is the whole answer to that call in one frame, without buffers: the commonest of all."""
-    if len(data) < _PLAIN.size:
+    size = len(data)
+    if not _PLAIN_SIZE <= size <= wire.MAX_FRAME:
         return None
-    magic, version, kind, answered, length, text, buffers = _PLAIN.unpack_from(data)
-    if (magic, version, kind, answered, buffers) != (wire.MAGIC, wire.VERSION, wire.RESULT, ident, 0):
-        return None
-    if length != len(data) - _HEADER or text != len(data) - _PLAIN.size or length > wire.MAX_FRAME:
-        return None
-    return data[_PLAIN.size :]
+    word, answered, length, text, buffers = _PLAIN.unpack_from(data)
+    if word == _RESULT_WORD and answered == ident and text == size - _PLAIN_SIZE and length == text + 8 and not buffers:
+        return data[_PLAIN_SIZE:]
+    return None
 
 
 def text_of(answer: Answer) -> bytes | None:

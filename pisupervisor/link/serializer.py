@@ -46,6 +46,8 @@ def decode(
 
 def decode_plain(text: bytes, reader: Reader) -> Any:
     """The same for a text that came without buffers, in fewer steps where it is short."""
+    if text.isdigit() and _is_small_int(text):
+        return int(text)
     json = sys.modules.get("msgspec.json")  # somebody has needed it, and waited for it
     if json is None or len(text) > MAX_NESTING or b'"$":' in text:
         return decode(text, (), reader=reader)

@@ -173,22 +173,32 @@ class Keeper:
             return None
         now = time.monotonic()
         with self.lock:
-            child = self.child
+            child, rules = self.child, self.turn.rules
             if child is None or self.state != "ready" or child.is_killed or self.connection is not connection:
                 return None
-            if (now - self.idle_since > _FRESH and child.payload_ended) or not self.turn.enter_free(caller):
+            if rules.users or rules.waiting or (now - self.idle_since > _FRESH and child.payload_ended):
                 return None
+            rules.users[caller] = "plain"
             child.calls = 1
             self.state = CALLED
-        child.meter.begin_call(now)
+        if now > child.meter.look_at:
+            child.meter.begin_call(now)
         return child
 
     def end_at_once(self, caller: int, child: Child) -> None:
         with self.lock:
             child.calls -= 1
-            if self.child is child and not self.closed.is_set():
-                self.state = ANSWERED if self.state == CALLED else next_state(self.state, "answered")
-            admitted = self.turn.leave_locked(caller)
+            if self.child is child:
+                if self.state == CALLED:
+                    self.state = ANSWERED
+                elif not self.closed.is_set():
+                    self.state = next_state(self.state, "answered")
+            rules = self.turn.rules
+            if rules.waiting:
+                admitted = rules.leave(caller)
+            else:
+                admitted = None
+                del rules.users[caller]  # a plain call, of which nothing else is counted
         self.idle_since = time.monotonic()
         if admitted:
             wake(admitted)

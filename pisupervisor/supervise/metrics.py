@@ -25,7 +25,7 @@ class Meter:
     def __init__(self) -> None:
         self.before = GroupEvents()  # counters at the beginning of the call that runs, or ran last
         self.told = GroupEvents()  # of which the application has been told
-        self._looked = 0.0
+        self.look_at = 0.0  # when the next call is to look at the counters
         self._group: ChildGroup | None = None
         self._pid = self._init_pid = 0
 
@@ -36,8 +36,10 @@ class Meter:
     def begin_call(self, now: float | None = None) -> None:
         """Limits that were reached before a call do not explain its end. Quick calls look every 10 ms only."""
         now = time.monotonic() if now is None else now
-        if self._group is not None and now - self._looked > _LOOK_EVERY:
-            self.before, self._looked = self._group.refusals(), now
+        if now > self.look_at:
+            self.look_at = now + _LOOK_EVERY
+            if self._group is not None:
+                self.before = self._group.refusals()
 
     def has_lost_a_process(self) -> bool:
         """Whether the kernel killed one for memory since the present call began."""

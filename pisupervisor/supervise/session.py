@@ -6,7 +6,6 @@ spot, so that the coroutine never waits and runs through in the calling thread; 
 
 from __future__ import annotations
 
-import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
 import itertools
 import threading
 import time
@@ -23,7 +22,7 @@ from pisupervisor.errors import (
     SerializationError,
 )
 from pisupervisor.link.callers import acting_for
-from pisupervisor.link.calls import Attached, Payload, body_of, pack_code, unpack_answer
+from pisupervisor.link.calls import Attached, body_of, pack_code, unpack_answer
 from pisupervisor.link.connection import Answer, Broken, Connection, DeadlinePassed, LinkClosed, NeverSent
 from pisupervisor.link.serializer import decode_plain
 from pisupervisor.link.sources import Code
@@ -135,45 +134,40 @@ class Session:
         return done
 
     def call_plain(
-        self,
-        arguments: tuple[Any, ...],
-        code: Code | None,
-        timeout: float | None,
-        idempotent: bool,
+        self, call: tuple[Any, ...], head: bytes, code: Code | None, timeout: float | None, idempotent: bool,
         only_on: Connection | None,
-    ) -> Any:
-        """``call`` for the commonest case, in as few steps as can be. What it comes to is the value itself, where that is
-        plain data and came at once; else an Outcome, by the long way, which goes on from wherever the short one ended.
-        In a loop's thread (see ``on_loop``) it is Sent.
+    ) -> Any:  # fmt: skip
+        """``call`` for the commonest case, in as few steps as can be: ``call`` is the verb and its arguments, ``head`` what
+        ``pack_head`` makes of all but the last of them. What it comes to is the value itself, where that is plain data and
+        came at once; else an Outcome, by the long way, which goes on from wherever the short one ended. In a loop's thread
+        (see ``on_loop``) it is Sent.
         """
-        thread, connection, child = threading.get_ident(), self.keeper.connection, None
-        on_loop = self._loop_thread == thread
+        keeper, caller, arguments, child = self.keeper, threading.get_ident(), call[-1], None
+        connection, on_loop = keeper.connection, self._loop_thread == caller
         if (
-            connection is not None and self._is_simple and not self._unwanted and Payload not in map(type, arguments)
+            connection is not None and type(arguments) is bytes and self._is_simple and not self._unwanted
             and (code is None or code.key in connection.sent) and (only_on is None or only_on is connection)
         ):  # fmt: skip
             deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
-            body = pickle.dumps((arguments[0], False, *arguments[1:]), 5)
-            caller = next(_loop_callers) if on_loop else thread
-            child = self.keeper.begin_at_once(caller, connection)
+            if on_loop:
+                caller = next(_loop_callers)
+            child = keeper.begin_at_once(caller, connection)
         if child is None or connection is None:
-            return self.call(
-                *arguments, code=code, timeout=timeout, idempotent=idempotent, only_on=only_on, streams=True
-            )
-        ident, error, is_next = connection.new_ident(), None, False
+            return self.call(*call, code=code, timeout=timeout, idempotent=idempotent, only_on=only_on, streams=True)
+        body, ident, error, is_next = head + arguments, connection.new_ident(), None, False
         try:
             if self._unwanted and caller in self._unwanted:  # since we looked, and before the turn was ours
                 raise IsolatorClosed(_NOT_WANTED)
             if on_loop:
                 is_next = connection.put(ident, body, deadline)
             elif (text := connection.ask(ident, body, deadline)) is not None:
-                value = decode_plain(text, self.keeper.reader)
-                self.keeper.end_at_once(caller, child)
+                value = decode_plain(text, keeper.reader)
+                keeper.end_at_once(caller, child)
                 return value
         except BaseException as raised:
             error = raised
-        call = Call(body, code, timeout, deadline, False, None, only_on, None, True, idempotent)
-        short = Short(call, caller, ident, child, connection)
+        rest = Call(body, code, timeout, deadline, False, None, only_on, None, True, idempotent)
+        short = Short(rest, caller, ident, child, connection)
         return Sent(short, is_next, error) if on_loop else self.finish(short, error)
 
     def finish(self, short: Short, error: BaseException | None) -> Outcome:

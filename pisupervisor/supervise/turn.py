@@ -25,13 +25,13 @@ class Turn:
 
     def __init__(self, slots: int = 1, lock: threading.RLock | None = None) -> None:
         self._lock = lock or threading.RLock()
-        self._rules = Admission(slots)
+        self.rules = Admission(slots)
 
     def is_mine(self) -> bool:
-        return this_caller() in self._rules.users
+        return this_caller() in self.rules.users
 
     def has(self, key: int) -> bool:
-        return key in self._rules.users
+        return key in self.rules.users
 
     def take(self, timeout: float | None = None, use: Use = "alone") -> bool:
         """False when it was not to be had within ``timeout`` seconds. Raises IsolationError for who has it already: a
@@ -59,49 +59,33 @@ class Turn:
     def enter(self, key: int, use: Use) -> bool:
         """Without waiting."""
         with self._lock:
-            if key in self._rules.users:
+            if key in self.rules.users:
                 raise IsolationError(
                     "this thread is in the middle of a call into that child: that cannot be done from a callback"
                 )
-            return self._rules.enter(key, use)
+            return self.rules.enter(key, use)
 
     def queue(self, key: int, use: Use, wake: Callable[[], object]) -> Ticket | None:
         """A place in the queue; None: it was its turn at once. ``wake`` is called from whatever thread lets it in."""
         with self._lock:
-            if self._rules.enter(key, use):
+            if self.rules.enter(key, use):
                 return None
             ticket = Ticket(key, use, wake)
-            self._rules.wait(ticket)
+            self.rules.wait(ticket)
             return ticket
 
     def give_up(self, ticket: Ticket, *, unless_admitted: bool = False) -> bool:
         """Leave the queue, or the turn that it has led to; whether that has happened."""
         with self._lock:
-            if unless_admitted and ticket.key in self._rules.users:
+            if unless_admitted and ticket.key in self.rules.users:
                 return False
-            admitted = self._rules.give_up(ticket)
+            admitted = self.rules.give_up(ticket)
         wake(admitted)
         return True
 
-    def enter_free(self, key: int) -> bool:
-        """For one call, where nobody else is there or waits. The lock is held."""
-        rules = self._rules
-        if rules.users or rules.waiting:
-            return False
-        rules.users[key] = "plain"
-        return True
-
-    def leave_locked(self, key: int) -> list[Ticket] | None:
-        """Whom to wake when the lock is not held any more, if anybody: see ``wake``."""
-        rules = self._rules
-        if rules.waiting:
-            return rules.leave(key)
-        del rules.users[key]  # a plain call, of which nothing else is counted
-        return None
-
     def give(self, key: int | None = None) -> None:
         with self._lock:
-            admitted = self._rules.leave(this_caller() if key is None else key)
+            admitted = self.rules.leave(this_caller() if key is None else key)
         if admitted:
             wake(admitted)
 
