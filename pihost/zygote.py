@@ -244,15 +244,12 @@ class Zygote:
             confine.run(confine.BEFORE_FORK, plan, fds, log=log)
             confine.run((("seccomp", self.load_filter),), plan, fds, log=log)
             syscalls.set_dumpable(False)  # before there is a payload that could look
-            ready, say_ready = os.pipe()
             step = "fork"
-            payload = os.fork()
+            payload = init.fork()
             if payload == 0:
-                os.close(ready)
-                code = self.become_payload(plan, fds, say_ready)
+                code = self.become_payload(plan, fds)
             else:
-                os.close(say_ready)
-                init.run(fds, payload, ready, lifeline="lifeline" not in plan.without)
+                init.run(fds, payload, lifeline="lifeline" not in plan.without)
         except BaseException as error:
             failure = error if isinstance(error, StepFailed) else StepFailed(step, error)
             tell(_socket.socket(fileno=fds.status), failure.report())
@@ -273,16 +270,13 @@ class Zygote:
         finally:
             status.detach()
 
-    def become_payload(self, plan: ChildPlan, fds: confine.Fds, say_ready: int) -> int:
-        if say_ready == confine.LINK:
-            say_ready = os.dup(say_ready)  # the link is about to take its number
+    def become_payload(self, plan: ChildPlan, fds: confine.Fds) -> int:
         confine.run(confine.PAYLOAD, plan, fds)
         sys.path += self.plan.import_paths
         gc.enable()
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # KeyboardInterrupt, as programs expect
         link = serve.Link(confine.LINK)
         link.send(wire.READY, 0, [b"1"])
-        os.close(say_ready)
         return serve.serve(link, plan.limits, plan.debug)
 
     def report_end(self, pidfd: int) -> None:
