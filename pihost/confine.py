@@ -21,7 +21,7 @@ import time
 
 from pihost import mounts, syscalls
 from pihost.plan import ChildPlan
-from pihost.root import StepFailed
+from pihost.root import StepFailed, write_proc
 
 if False:  # typing costs 5 ms, and only a type checker reads this
     from collections.abc import Callable, Sequence
@@ -68,12 +68,10 @@ def run(
 
 
 def close_inherited(_plan: ChildPlan, fds: Fds, kernel: Any) -> None:
-    start = 3
-    for fd in fds.all():
-        if start < fd:
-            kernel.close_range(start, fd - 1)
-        start = fd + 1
-    kernel.close_range(start, syscalls.LAST_FD)
+    kept = [2, *fds.all(), syscalls.LAST_FD + 1]
+    for low, high in zip(kept, kept[1:]):  # noqa: RUF007  itertools.pairwise is of 3.10
+        if low + 1 < high:
+            kernel.close_range(low + 1, high - 1)
 
 
 def join_cgroup(plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
@@ -111,7 +109,16 @@ def arm_death_signal(_plan: ChildPlan, fds: Fds, kernel: Any) -> None:
 def mount_own(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     for entry in mounts.read(plan.mounts):
         entry.execute("", kernel)
-    os.chdir("/")
+
+
+def leave_mount_table(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
+    """A detached copy of "/" becomes "/": mountinfo lists what can be reached of one's mount namespace, now nothing. No
+    user namespace can be made from there. The copy lives as long as it is a root (kernel: UMOUNT_CONNECTED).
+    """
+    tree = kernel.open_tree("/")
+    os.fchdir(tree)
+    os.chroot(".")
+    os.close(tree)
 
 
 def enter_time_namespace(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
@@ -119,9 +126,7 @@ def enter_time_namespace(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.unshare(syscalls.CLONE_NEWTIME)
     monotonic = int(time.clock_gettime(time.CLOCK_MONOTONIC))
     boottime = int(time.clock_gettime(time.CLOCK_BOOTTIME))
-    fd = os.open("/proc/self/timens_offsets", os.O_WRONLY | os.O_CLOEXEC)
-    os.write(fd, f"monotonic -{monotonic} 0\nboottime -{boottime} 0\n".encode())
-    os.close(fd)
+    write_proc("self", "timens_offsets", f"monotonic -{monotonic} 0\nboottime -{boottime} 0\n")
 
 
 def set_hostname(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
@@ -192,6 +197,7 @@ BEFORE_FORK = (
     ("ids", change_ids),
     ("death signal", arm_death_signal),
     ("mounts", mount_own),
+    ("mount table", leave_mount_table),
     ("time namespace", enter_time_namespace),
     ("hostname", set_hostname),
     ("stdio", redirect_stdio),

@@ -77,8 +77,8 @@ def set_flags_late(path: str, flags: int, kernel: Any) -> None:
 
 
 class Layer(Bind):
-    """A read-only folder of code that does not change, as a layer of an overlay (45 us; beside an empty one, for it takes
-    two): mountinfo then shows no path of the host. Where the kernel refuses that, a Bind with ``flags``; 0: nothing else.
+    """A read-only folder that does not change, as a layer of an overlay (45 us; beside an empty one, for it takes two): no
+    lock in it is one outside, nor a path of it in mountinfo. Where the kernel refuses: Bind with ``flags``; 0: an error.
     """
 
     def open(self, kernel: Any = syscalls) -> None:  # noqa: ARG002
@@ -88,9 +88,8 @@ class Layer(Bind):
         fds = [self.tree, *(open_target(base, path, True) for path in ("/pis/empty", self.target))]
         tree, empty, target = (f"/proc/self/fd/{fd}" for fd in fds)
         try:
-            kernel.mount(
-                "overlay", target, "overlay", READ_ONLY, f"lowerdir={tree}:{empty},redirect_dir=nofollow,xino=off"
-            )
+            layers = f"lowerdir={tree}:{empty},redirect_dir=nofollow,xino=off"
+            kernel.mount("overlay", target, "overlay", READ_ONLY, layers)
         except OSError:
             if not self.flags:
                 raise

@@ -130,8 +130,7 @@ def move_mount(tree: int, target: int) -> None:
 
 
 def sethostname(name: str) -> None:
-    raw = name.encode()
-    _check(_libc.sethostname(raw, len(raw)), "sethostname")
+    _check(_libc.sethostname(name.encode(), len(name.encode())), "sethostname")
 
 
 def set_ids(uid: int, gid: int) -> None:

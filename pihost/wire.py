@@ -15,8 +15,7 @@
       | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
       | <------------------------- one of RESULT, MAPPED, PICKLED, STREAM, RAISED, REFUSED  id n, the (last part of the) answer
 
-Descriptors ride on STDIO, CALL, INNER and ANSWER, where their kind says so (RIDING), and on nothing that a child
-sends.
+Descriptors ride on STDIO, CALL, INNER and ANSWER, where their kind says so (RIDING); on nothing that a child sends.
 A frame is a 16-byte header (magic, version, kind, id, length; little endian) and ``length`` bytes, 1 at the least.
 Host to child the body is a pickle: the host is trusted. Child to host it is never one, unless the caller asked for
 ``results="pickle"``: PICKLED is a packed value (see ``pack_value``) with a pickle in the place of the text, RESULT is a

@@ -12,7 +12,7 @@ from typing import Any
 NEW_FD = 77
 
 _OS_CALLS = {
-    "chdir": None, "close": None, "dup": NEW_FD, "dup2": None, "open": NEW_FD, "read": b"1",
+    "chroot": None, "close": None, "fchdir": None, "dup": NEW_FD, "dup2": None, "open": NEW_FD, "read": b"1",
     "setpriority": None, "setsid": None, "umask": 0, "write": 1, "setrlimit": None,
 }  # fmt: skip
 

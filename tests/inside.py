@@ -125,6 +125,11 @@ def can_unshare(flags):
     return "done" if libc.unshare(flags) == 0 else errno.errorcode[ctypes.get_errno()]
 
 
+def can_be_another_personality():
+    libc = ctypes.CDLL(None, use_errno=True)
+    return "done" if libc.personality(0x0040000) >= 0 else errno.errorcode[ctypes.get_errno()]  # ADDR_NO_RANDOMIZE
+
+
 def can_set_hostname(name):
     libc = ctypes.CDLL(None, use_errno=True)
     return "done" if libc.sethostname(name.encode(), len(name)) == 0 else errno.errorcode[ctypes.get_errno()]

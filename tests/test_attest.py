@@ -32,7 +32,7 @@ def groups(options: IsolationOptions) -> dict[str, Applied]:
 def readings(status: dict[str, str] | None = None, **changes: Any) -> Readings:
     values = {
         "status": {**STATUS, **(status or {})}, "links": LINKS, "host_links": HOST_LINKS,
-        "uid_map": f"      1000 {OUTER}          1\n",
+        "uid_map": f"      1000 {OUTER}          1\n", "mounts": "",
     }  # fmt: skip
     return Readings(**{**values, **changes})
 
@@ -95,6 +95,12 @@ def test_a_namespace_that_is_the_hosts(name: str) -> None:
 def test_a_namespace_that_is_not_there(name: str) -> None:
     links = {key: value for key, value in LINKS.items() if key != name}
     refused(readings(links=links), f"{name} was planned but does not hold")
+
+
+def test_a_root_whose_mounts_can_be_listed() -> None:
+    line = "300 200 254:0 /srv/app /data ro,nosuid - ext4 /dev/vda rw\n"
+    refused(readings(mounts=line), "mount was planned but does not hold .*/srv/app")
+    assert not verify(readings(mounts=line), without=("mount table",))["mount"].holds
 
 
 @pytest.mark.parametrize("name", NAMESPACE_LINKS)

@@ -11,7 +11,7 @@ import pytest
 from fake_kernel import NEW_FD, FakeOs, Recorder
 from test_plan import CHILD
 
-from pihost import confine, syscalls
+from pihost import confine, root, syscalls
 from pihost.confine import BEFORE_FORK, PAYLOAD, Fds
 from pihost.plan import ChildPlan
 from pihost.root import StepFailed
@@ -33,6 +33,7 @@ def install(monkeypatch: pytest.MonkeyPatch, recorder: Recorder) -> Recorder:
     fake = FakeOs(recorder)
     for name in ("os", "resource"):
         monkeypatch.setattr(confine, name, fake)
+    monkeypatch.setattr(root, "os", fake)
     monkeypatch.setattr(confine.select, "poll", lambda: QuietPoll())
     return recorder
 
@@ -61,8 +62,8 @@ def test_the_fake_has_the_names_and_parameters_of_the_real_one() -> None:
 
 def test_the_order_is_the_documented_one() -> None:
     assert [name for name, _ in BEFORE_FORK] == [
-        "close fds", "join cgroup", "id maps", "cgroup namespace", "ids", "death signal", "mounts", "time namespace",
-        "hostname", "stdio", "rlimits", "bounding set", "capabilities", "no_new_privs", "landlock",
+        "close fds", "join cgroup", "id maps", "cgroup namespace", "ids", "death signal", "mounts", "mount table",
+        "time namespace", "hostname", "stdio", "rlimits", "bounding set", "capabilities", "no_new_privs", "landlock",
     ]  # fmt: skip
     assert [name for name, _ in PAYLOAD] == ["session", "payload fds"]
 
@@ -70,8 +71,8 @@ def test_the_order_is_the_documented_one() -> None:
 def test_what_the_kernel_is_asked_in_that_order(kernel: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = acts(BEFORE_FORK, kernel)
     order = [
-        "close_range", "write", "read", "unshare", "set_ids", "set_dumpable", "set_death_signal", "mount", "unshare",
-        "sethostname", "dup2", "setrlimit", "drop_bounding_set", "lock_securebits", "drop_capabilities",
+        "close_range", "write", "read", "unshare", "set_ids", "set_dumpable", "set_death_signal", "mount", "open_tree",
+        "chroot", "unshare", "sethostname", "dup2", "setrlimit", "drop_bounding_set", "lock_securebits", "drop_capabilities",
         "set_no_new_privs", "landlock_ruleset", "landlock_allow", "landlock_restrict",
     ]  # fmt: skip
     rest = iter(asked)
@@ -86,6 +87,9 @@ def test_what_the_kernel_is_asked_in_that_order(kernel: Recorder, monkeypatch: p
         ("ids", "death signal"),
         ("bounding set", "capabilities"),
         ("mounts", "landlock"),
+        ("mounts", "mount table"),
+        ("mount table", "stdio"),  # else the path of /dev/null in the old tree would be the child's to read
+        ("mount table", "landlock"),
         ("mounts", "time namespace"),
         ("no_new_privs", "landlock"),
         ("close fds", "join cgroup"),
@@ -138,7 +142,7 @@ def test_the_priority_is_lowered_only_when_asked(kernel: Recorder) -> None:
 
 REFUSED = {
     "write": "join cgroup", "read": "id maps", "unshare": "cgroup namespace", "set_ids": "ids",
-    "set_death_signal": "death signal", "mount": "mounts", "sethostname": "hostname", "dup2": "stdio",
+    "set_death_signal": "death signal", "mount": "mounts", "chroot": "mount table", "sethostname": "hostname", "dup2": "stdio",
     "setrlimit": "rlimits", "drop_bounding_set": "bounding set", "drop_capabilities": "capabilities",
     "set_no_new_privs": "no_new_privs", "landlock_restrict": "landlock",
 }  # fmt: skip

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import features
 import pytest
 from conftest import OrdinaryUser
 from helpers import DEGRADE
@@ -74,9 +73,7 @@ def test_everything_else_holds(ordinary_user: OrdinaryUser) -> None:
     )
     assert all(found["why"][name] for name in lacking)
     assert found["shared"] == []
-    assert " / /pis/pihost ro," in found["mounts"] or features.missing("user_overlay"), (
-        "where it lies is not the child's business"
-    )
+    assert found["mounts"] == "", "where it lies is not the child's business"
     facts, status = found["facts"], found["status"]
     assert (facts["ids"][0], facts["pid"], facts["session"], facts["hostname"]) == ([1000] * 3, 2, True, "pihost")
     assert sorted(facts["fds"]) == ["0", "1", "2", "3"]

@@ -17,26 +17,31 @@ if TYPE_CHECKING:
 
 _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _LIMITS = frozenset(("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "io_weight", "devices"))
-_STEP_OF = {"capabilities": "bounding set", "seccomp": "no_new_privs"}  # steps whose absence shows under another name
+#: steps whose absence shows under another name
+_STEP_OF = {"capabilities": "bounding set", "seccomp": "no_new_privs", "mount": "mount table"}
 _FIELDS = ("Uid:", "Cap", "NoNewPrivs:", "Seccomp")
 _REMEDY = "this is a defect or an attack: report it with the kernel's version"
 
 
 class Readings(NamedTuple):
-    """What /proc says of the payload: ``status`` by field, namespace links of the child and of this process."""
+    """What /proc says of the payload: ``status`` by field, namespace links of the child and of this process, and the
+    mounts of its namespace that it can reach: none, once its root is a detached tree.
+    """
 
     status: dict[str, str]
     links: dict[str, str]
     host_links: dict[str, str]
     uid_map: str
+    mounts: str
 
 
 def read(pid: int, host_links: dict[str, str]) -> Readings:
     """Raises LaunchError (step "attest") when the child is gone or hides."""
     try:
         lines = _text(f"/proc/{pid}/status").split("\n")
+        texts = [_text(f"/proc/{pid}/{name}") for name in ("uid_map", "mountinfo")]
         fields = dict(line.split(":\t", 1) for line in lines if line.startswith(_FIELDS))
-        return Readings(fields, read_links(pid), host_links, _text(f"/proc/{pid}/uid_map"))
+        return Readings(fields, read_links(pid), host_links, *texts)
     except OSError as error:
         raise LaunchError(
             f"cannot read the child back: {error}", step="attest", errno=error.errno, remedy=_REMEDY
@@ -90,6 +95,8 @@ def _left_out(name: str, plan: ChildPlan) -> bool:
 def _namespace(name: str, options: IsolationOptions, readings: Readings) -> Applied:
     link = readings.links.get(name, "")
     own = bool(link) and link != readings.host_links.get(name)
+    if name == "mount" and readings.mounts:
+        return Applied(asked=True, holds=False, how="", detail=f"its mounts can be listed: {readings.mounts[:80]}")
     asked: Any = options.network if name == "network" else True
     if name == "network" and options.network == "host":
         return Applied(asked=False, holds=own, how="the host's network, as asked", detail=link)

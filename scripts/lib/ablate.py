@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "uts namespace": (("uts namespace", "hostname"), {}),
     "cgroup namespace": (("cgroup namespace",), {}),
     "time namespace": (("time namespace",), {}),
+    "detached root": (("mount table",), {}),
     "own /proc, /tmp, /dev/shm": (("mounts",), {}),
     "seccomp": (("seccomp",), {}),
     "landlock": (("landlock",), {}),

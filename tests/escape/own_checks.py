@@ -53,4 +53,10 @@ OWN: dict[str, dict[str, object]] = {
         "code": "import fcntl\nfd=os.open('/usr/lib',0)\ndenyall({'inotify':lambda:sc(254,sc(253),b'/usr/lib',1),"
         "'inotify_init1':lambda:sc(294,0),'fanotify':lambda:sc(300,0x200,0),'dnotify':lambda:fcntl.fcntl(fd,1026,1)})",
     },
+    "O10": {
+        "title": "where the host keeps what it shows", "mechanism": "the root is a detached mount tree", "needs": ["mount table"],
+        "source": "mountinfo field 4; docker #38995: the layout of the host's storage is in every container's mountinfo",
+        "code": "p=['self/mountinfo','self/mounts','self/mountstats','thread-self/mountinfo','self/task/%d/mounts'%os.getpid()]\n"
+        "s=''.join(open('/proc/'+x).read() for x in p); want(not s,s[:200])",
+    },
 }  # fmt: skip
