@@ -98,10 +98,10 @@ class Zygote:
     def __init__(self, control: _socket.socket, host: int, plan: TemplatePlan) -> None:
         self.control, self.host, self.plan = control, host, plan
         self.own_pidfd = os.pidfd_open(os.getpid())
+        self.filter = plan.seccomp and syscalls.seccomp_program(plan.seccomp)
         self.children: dict[int, tuple[_socket.socket, int]] = {}  # PID 1's pidfd -> status socket, network
         self.idle_work = rehearsal.pieces(settle)
-        self.is_warm = False
-        self.launches = 0
+        self.is_warm, self.launches = False, 0
         self.postponed: tuple[bytes, list[int]] | None = None
         self.network = -1  # namespace that the next child will inherit; -1: none is ready
         self.free_networks: list[int] = []
@@ -258,13 +258,13 @@ class Zygote:
 
     def load_filter(self, _plan: ChildPlan, fds: confine.Fds, kernel: Any) -> None:
         if not self.plan.listen:
-            if self.plan.seccomp:
-                kernel.load_seccomp(self.plan.seccomp)
+            if self.filter:
+                kernel.load_seccomp(self.filter)
             return
         # Made before: until the host has the listener, a call that is handed to it would wait for ever.
         status = _socket.socket(fileno=fds.status)
         try:
-            listener = kernel.load_seccomp(self.plan.seccomp, listen=True)
+            listener = kernel.load_seccomp(self.filter, listen=True)
             tell(status, {"listener": 1}, listener)
             os.close(listener)
         finally:

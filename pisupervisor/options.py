@@ -119,8 +119,8 @@ class Filesystem:
     ``read_only`` and ``writable`` are host paths, shown at the same place, or ``(host path, path in the child)``.
 
     ``frozen`` are folders likewise, read-only, for what does not change while children live (what does is seen late, or not
-    at all, and file systems mounted below are not shown). The child does not learn where on the host they lie, and its
-    locks and watches on them concern nobody outside of its template.
+    at all, and file systems mounted below are not shown). The child's locks and watches on them concern nobody outside of
+    its template.
 
     ``rootfs`` is the folder of a root file system with a Python 3.9 or newer: the child sees that, read-only, in the place
     of the host's system and of our ``/etc``; ``python=`` is then a path inside. That Python and its library become the

@@ -4,6 +4,7 @@ launch uses. ``failing`` names the one call that is refused.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 from collections.abc import Callable
@@ -107,7 +108,10 @@ class Recorder:
     def landlock_restrict(self, ruleset: int) -> None:
         self.note("landlock_restrict", ruleset)
 
-    def load_seccomp(self, program: bytes, listen: bool = False) -> int:
+    def seccomp_program(self, code: bytes) -> ctypes.Structure:
+        return ctypes.Structure()
+
+    def load_seccomp(self, program: ctypes.Structure, listen: bool = False) -> int:
         self.note("load_seccomp", program, listen)
         return 9 if listen else 0
 

@@ -16,12 +16,13 @@ from typing import Any
 import bpf
 import pyseccomp
 import pytest
+from hypothesis import given, settings, strategies as st
 from seccomp_reference import Reference
 
 from pisupervisor.errors import FeatureUnavailable, ProfileError
-from pisupervisor.launch import seccomp_cache, seccomp_compile
+from pisupervisor.launch import seccomp_cache, seccomp_compile, seccomp_tree
 from pisupervisor.launch.seccomp import PACKAGED, SeccompProfile, compile_profile, packaged_path
-from pisupervisor.launch.seccomp_rules import parse_profile
+from pisupervisor.launch.seccomp_rules import Condition, parse_profile
 
 MACHINES = {"x86_64": bpf.X86_64, "aarch64": bpf.AARCH64}
 ALLOW, KILL = bpf.ALLOW, bpf.KILL_PROCESS
@@ -292,6 +293,48 @@ def test_every_packaged_rule_gives_its_reason_and_compares_what_the_kernel_reads
         for condition in entry.get("args", ()):
             assert condition["op"] == "SCMP_CMP_MASKED_EQ"
             assert 0 < condition["value"] <= 0xFFFFFFFF, entry  # or a set upper bit walks past
+
+
+_MASKS = st.sampled_from((0x3, 0xF0, 0xFF, 0xFFFFFFFF, 1 << 33 | 1))
+_CONDITION = st.builds(
+    lambda argument, op, mask, wanted: Condition(argument, op, mask, wanted & mask),  # no others get through the parser
+    st.integers(0, 1), st.sampled_from((4, 7)), _MASKS, st.sampled_from((0, 1, 2, 0x10, 0xF0, 1 << 33)),
+)  # fmt: skip
+_CASES = st.lists(st.tuples(st.lists(_CONDITION, min_size=1, max_size=2).map(tuple), st.sampled_from((EPERM, ALLOW))))
+
+
+@given(st.lists(st.builds(seccomp_tree.Decision, _CASES.map(tuple), st.sampled_from((EPERM, ALLOW))), max_size=12))
+@settings(max_examples=150, deadline=None)
+def test_chains_that_share_loads_masks_and_ends(decisions: list[seccomp_tree.Decision]) -> None:
+    """Whatever is left out because it is known already, or stands elsewhere: the first case that holds decides."""
+    parts = seccomp_tree.ranges(dict(enumerate(decisions)), [(len(decisions), seccomp_tree.Decision((), ENOSYS))])
+    code = seccomp_tree.assemble(bpf.X86_64, KILL, parts)
+    program = b"".join(seccomp_tree.INSTRUCTION.pack(*each) for each in code)
+    bpf.check(program)
+    values = (0, 1, 2, 3, 0x10, 0x12, 0xF0, 0xFF, 0x1F0, 1 << 33, 1 << 33 | 1, (1 << 64) - 1)
+    for nr, decision in enumerate(decisions):
+        for args in itertools.product(values, values):
+            wanted = next(
+                (action for conditions, action in decision.cases if holds_all(conditions, args)), decision.final
+            )
+            assert bpf.run(program, nr, args) == wanted, (nr, args)
+    assert bpf.run(program, len(decisions)) == ENOSYS
+
+
+def holds_all(conditions: tuple[Condition, ...], args: tuple[int, ...]) -> bool:
+    return all(
+        args[each.argument] == each.value if each.op == 4 else args[each.argument] & each.value == each.value_two
+        for each in conditions
+    )
+
+
+@pytest.mark.parametrize("profile", ["default", "strict"])
+def test_a_program_is_as_short_as_it_was_made(profile: str) -> None:
+    """Each instruction costs every child 0.2 us at its launch. Before words were masked once for all cases, ends of chains
+    shared, and the tree the cheapest of many, it was 178 and 172.
+    """
+    source = Path(packaged_path(profile)).read_bytes()
+    assert len(seccomp_compile.compile_rules(parse_profile(source), "x86_64")) // 8 <= 155
 
 
 @x86_64

@@ -4,11 +4,11 @@
     nr   | a tree over the ranges of numbers that are decided alike
          |   leaf: an action, or a chain of comparisons of arguments with one
 
-Every child loads the program. Of that time, as measured (kernel 6.18): 15 us whatever it holds, 0.15 us an instruction
+Every child loads the program. Of that time, as measured (kernel 6.18): 15 us whatever it holds, 0.2 us an instruction
 (copying, checking, JIT), and 4 ns for each instruction on the way of each of 470 numbers, because the kernel runs it for
 every number to learn which are always allowed; those then cost a bitmap's look-up and no filter. Hence: alike numbers
-share a leaf, equal chains are written once, and the tree is balanced by how many numbers go each way. For the 191 names
-of strict without conditions that is 96 instructions, where libseccomp's binary tree has 247 and takes a third longer.
+share a leaf, equal chains and equal ends of chains are written once, no word is masked twice in a row, and the tree is
+the one that costs least by these figures (see ``_Shape``).
 
 The program is written from its end, so that whatever an instruction leads to is already there.
 """
@@ -32,7 +32,8 @@ _TESTS = frozenset((_EQUAL, _GREATER, _AT_LEAST, _ANY_BIT))
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _REACH = 240  # a conditional jump reaches over 255 instructions; room is kept for the long jumps that help it
 _WORD = 0xFFFFFFFF
-_CHAIN = 4  # so many odd numbers in a range are looked for one by one
+_INSTRUCTION, _STEP = 50, 1  # costs: an instruction more, and one more on the way of a number
+_NEAR = 4  # cuts tried on either side of the middle: more (8, 16, all) finds less than 0.1 us, in seconds
 
 # libseccomp's numbering of comparisons
 _NE, _LT, _LE, _EQ, _GE, _GT, _MASKED_EQ = range(1, 8)
@@ -54,10 +55,20 @@ class Range(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a piece begins, counted from the program's end; ``word``: what that first instruction loads, -1: nothing."""
+    """Where a piece begins, counted from the program's end. If it begins by loading ``word``, and by keeping the bits of
+    ``mask``, whoever has that already goes on at ``behind``.
+    """
 
     at: int
     word: int = -1
+    mask: int = 0
+    behind: int = -1
+
+    def entry(self, word: int, mask: int) -> int:
+        """Where to go on for who has these bits of that word."""
+        if self.word != word or mask not in (self.mask, _WORD):
+            return self.at
+        return self.behind if mask == self.mask else self.at - 1  # all bits: the mask is still to be applied
 
 
 def ranges(decisions: Mapping[int, Decision], beyond: Sequence[tuple[int, Decision]]) -> list[Range]:
@@ -82,24 +93,77 @@ def assemble(arch: int, otherwise: int, parts: list[Range]) -> list[Instruction]
     return _without_dead(writer.code[::-1])
 
 
+class _Cost(NamedTuple):
+    """Of a part of the tree, and where it is cut; 0: it is a leaf."""
+
+    cost: int
+    cut: int = 0
+
+
+class _Shape:
+    """The cheapest tree over ranges: where to cut which stretch of them, and what to look for one by one instead."""
+
+    def __init__(self, parts: list[Range]) -> None:
+        self.parts = parts
+        self.passed = [0]  # how many numbers lie before each range
+        for part in parts:
+            self.passed.append(self.passed[-1] + part.weight)
+        self.found: dict[tuple[int, int], _Cost] = {}
+
+    def best(self, start: int, end: int) -> _Cost:
+        if (start, end) not in self.found:
+            ways = [_Cost(self.cost_of_cut(start, cut, end), cut) for cut in self.cuts(start, end)]
+            _usual, odd = self.leaf(start, end)
+            if all(part.weight == 1 for part in odd):
+                ways = [_Cost(self.cost_of_leaf(start, end, len(odd))), *(ways if odd else [])]
+            self.found[start, end] = min(ways)
+        return self.found[start, end]
+
+    def leaf(self, start: int, end: int) -> tuple[Decision, list[Range]]:
+        """What most numbers of the stretch get, and those that get something else."""
+        parts = self.parts[start:end]
+        weights = dict.fromkeys((part.decision for part in parts), 0)
+        for part in parts:
+            weights[part.decision] += part.weight
+        usual = max(weights, key=weights.__getitem__)
+        return usual, [part for part in parts if part.decision != usual]
+
+    def cost_of_leaf(self, start: int, end: int, odd: int) -> int:
+        others = self.passed[end] - self.passed[start] - odd
+        return odd * _INSTRUCTION + (odd * others + odd * (odd + 1) // 2) * _STEP
+
+    def cost_of_cut(self, start: int, cut: int, end: int) -> int:
+        here = _INSTRUCTION + (self.passed[end] - self.passed[start]) * _STEP
+        return here + self.best(start, cut).cost + self.best(cut, end).cost
+
+    def cuts(self, start: int, end: int) -> range:
+        """Those near the middle: where about as many numbers lie on both sides."""
+        half = (self.passed[start] + self.passed[end]) / 2
+        middle = min(range(start + 1, end), key=lambda cut: abs(self.passed[cut] - half), default=end)
+        return range(max(start + 1, middle - _NEAR), min(end, middle + _NEAR + 1))
+
+
 class _Writer:
     def __init__(self) -> None:
         self.code: list[Instruction] = []  # the last instruction first
         self.written: dict[Decision, _Place] = {}
         self.returns: dict[int, _Place] = {}
+        self.jumps: dict[Instruction, int] = {}  # with targets in the place of distances
 
     def tree(self, parts: list[Range]) -> int:
         """Where a tree over these ranges begins; the number is loaded by then."""
-        usual = max(parts, key=lambda part: part.weight).decision
-        odd = [part for part in parts if part.decision != usual]
-        if len(odd) <= _CHAIN and all(part.weight == 1 for part in odd):
-            place = self.decision(usual).at
-            for part in odd:
-                place = self.jump(_EQUAL, part.first, self.decision(part.decision).at, place)
-            return place
-        middle = _balanced(parts)
-        left, right = self.tree(parts[:middle]), self.tree(parts[middle:])
-        return self.jump(_AT_LEAST, parts[middle].first, right, left)
+        return self.subtree(_Shape(parts), 0, len(parts))
+
+    def subtree(self, shape: _Shape, start: int, end: int) -> int:
+        cut = shape.best(start, end).cut
+        if cut:
+            left, right = self.subtree(shape, start, cut), self.subtree(shape, cut, end)
+            return self.jump(_AT_LEAST, shape.parts[cut].first, right, left)
+        usual, odd = shape.leaf(start, end)
+        place = self.decision(usual).at
+        for part in odd:
+            place = self.jump(_EQUAL, part.first, self.decision(part.decision).at, place)
+        return place
 
     def decision(self, decision: Decision) -> _Place:
         place = self.written.get(decision) if decision.cases else self.action(decision.final)
@@ -147,24 +211,27 @@ class _Writer:
             return self.test(word, _ANY_BIT, mask, no, yes)
         if wanted == mask and mask & (mask - 1) == 0:
             return self.test(word, _ANY_BIT, mask, yes, no)
-        self.jump(_EQUAL, wanted, yes.at, no.at)
-        self.code += [(_AND, 0, 0, mask), (_LOAD, 0, 0, word)]
-        return _Place(len(self.code) - 1, word)
+        return self.test(word, _EQUAL, wanted, yes, no, mask)
 
-    def test(self, word: int, code: int, value: int, yes: _Place, no: _Place) -> _Place:
-        """Load, compare, and go on behind the load of what compares the same word again."""
-        targets = [place.at - 1 if place.word == word else place.at for place in (yes, no)]
-        self.jump(code, value, *targets)
+    def test(self, word: int, code: int, value: int, yes: _Place, no: _Place, mask: int = _WORD) -> _Place:
+        """Load, mask, compare, and go on behind the load and mask of what compares the same again."""
+        behind = self.jump(code, value, yes.entry(word, mask), no.entry(word, mask))
+        if behind != len(self.code) - 1:
+            behind = self.jump_to(behind)
+        if mask != _WORD:
+            self.code.append((_AND, 0, 0, mask))
         self.code.append((_LOAD, 0, 0, word))
-        return _Place(len(self.code) - 1, word)
+        return _Place(len(self.code) - 1, word, mask, behind)
 
     def jump(self, code: int, value: int, yes: int, no: int) -> int:
         if self.is_far(yes):
             yes = self.jump_to(yes)
         if self.is_far(no):
             no = self.jump_to(no)
-        at = len(self.code)
-        self.code.append((code, at - yes - 1, at - no - 1, value))
+        at = self.jumps.get((code, yes, no, value))
+        if at is None or self.is_far(at):
+            at = self.jumps[code, yes, no, value] = len(self.code)
+            self.code.append((code, at - yes - 1, at - no - 1, value))
         return at
 
     def is_far(self, target: int) -> bool:
@@ -200,14 +267,3 @@ def _following(at: int, instruction: Instruction) -> tuple[int, ...]:
     if kind in _TESTS:
         return at + yes + 1, at + no + 1
     return (at + value + 1,) if kind == _JUMP else (at + 1,)
-
-
-def _balanced(parts: list[Range]) -> int:
-    """Where to cut so that about as many numbers lie on both sides."""
-    half, passed = sum(part.weight for part in parts) / 2, 0
-    best, distance = 1, float("inf")
-    for place, part in enumerate(parts[:-1], 1):
-        passed += part.weight
-        if abs(passed - half) < distance:
-            best, distance = place, abs(passed - half)
-    return best
