@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.callers import acting_for, this_caller
+from pisupervisor.link.serializer import build
 from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage
 from pisupervisor.supervise.aio_link import LoopLink, answer_to
-from pisupervisor.supervise.session import Sent, WouldWait
+from pisupervisor.supervise.session import Sent
 from pisupervisor.worker import Worker
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from pisupervisor.supervise.session import Session
 
 Made = TypeVar("Made", bound="AsyncProcessIsolator")
-_OVER = object()
 _KNOWN = 1000
 _within: ContextVar[int] = ContextVar("_within", default=0)  # the caller whose callback this is
 
@@ -252,15 +252,9 @@ class AsyncProcessIsolator:
 
     async def _plain(self, known: Any, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         """A call that the loop may make itself, where the same was made before and nothing stands in its way."""
-        self._isolator._keeper.check_open()
         if known in self._known:
-            session = self._isolator._session
-            try:
-                with session.on_loop():
-                    sent: Sent = method(*args, **keywords)
-            except WouldWait:
-                pass
-            else:
+            sent = self._isolator._session.on_loop(method, args, keywords)
+            if sent is not None:
                 return await self._answer(sent)
         if len(self._known) > _KNOWN:
             self._known.clear()
@@ -268,13 +262,13 @@ class AsyncProcessIsolator:
         return self._awaited(await self._call(method, *args, **keywords))
 
     async def _answer(self, sent: Sent) -> Any:
-        short, session, error = sent.short, self._isolator._session, sent.error
+        short, is_next, error, types = sent
+        session, text = self._isolator._session, None
         try:
-            if sent.is_next:
-                link = self._link_to(short.connection)
-                text = await answer_to(short, link, short.call.deadline)
+            if is_next:
+                text = await answer_to(short, self._link_to(short.connection), short.call.deadline)
                 if text is not None:
-                    return session.end_short(short, text)
+                    value = session.end_short(short, text)
         except asyncio.CancelledError as cancelled:
             self._close_link()
             short.child.kill(ExitReason.KILLED, "the call was cancelled")
@@ -282,9 +276,11 @@ class AsyncProcessIsolator:
             raise
         except Exception as raised:
             error = raised
+        if text is not None and error is None:
+            return value if short.call.returns is None else build(value, short.call.returns)
         self._close_link()  # from here on a thread reads
         done = await self._rest.run(session.finish, short, error, cancel=partial(_kill, short.child))
-        return self._awaited(self._isolator._result(done, short.call.limit, None))
+        return self._awaited(self._isolator._result(done, short.call.limit, types))
 
     def _link_to(self, connection: Connection) -> LoopLink:
         if self._link is None or not self._link.is_open or self._link.connection is not connection:
@@ -373,8 +369,8 @@ class AsyncIsolatedMethod:
     def __init__(self, isolator: AsyncProcessIsolator, handle: IsolatedMethod) -> None:
         self._isolator, self._handle = isolator, handle
 
-    async def __call__(self, *args: Any, **keywords: Any) -> Any:
-        return await self._isolator._plain(self._handle, self._handle, *args, **keywords)
+    def __call__(self, *args: Any, **keywords: Any) -> Coroutine[Any, Any, Any]:
+        return self._isolator._plain(self._handle, self._handle, *args, **keywords)
 
     async def invoke(self, obj: AsyncIsolatedObject, /, *args: Any, **keywords: Any) -> Any:
         """See ``IsolatedMethod.invoke``."""
@@ -391,10 +387,17 @@ class AsyncIsolatedStream:
         return self
 
     async def __anext__(self) -> Any:
-        item = await self._isolator._call(next, self._stream, _OVER)
-        if item is _OVER:
+        if self._stream._object._number is None:
             raise StopAsyncIteration
-        return item
+        try:
+            step = await self._isolator._plain(IsolatedStream, self._stream.ask)
+        except BaseException:
+            self._stream.close()  # a generator that has raised is over
+            raise
+        try:
+            return self._stream.take(step)
+        except StopIteration:
+            raise StopAsyncIteration from None
 
     @property
     def value(self) -> Any:

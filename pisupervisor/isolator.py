@@ -60,7 +60,7 @@ class ProcessIsolator:
         from pisupervisor.link.packing import Packer
         from pisupervisor.link.sources import CodeReader
         from pisupervisor.supervise.keeper import Keeper
-        from pisupervisor.supervise.session import Outcome, Session
+        from pisupervisor.supervise.session import Outcome, Sent, Session
 
         self.options = options
         self.id = next(_ids)
@@ -69,7 +69,8 @@ class ProcessIsolator:
         except BaseException:
             release(template)
             raise
-        self._session, self._outcome, self._pack_head = Session(self._keeper), Outcome, pack_head
+        self._session, self._pack_head = Session(self._keeper), pack_head
+        self._outcome, self._sent = Outcome, Sent
         modules = _modules(options)
         self._packer = Packer(options, self._keeper.present_template, modules, self.id)
         self._callbacks = Callbacks(
@@ -300,23 +301,18 @@ class ProcessIsolator:
         idempotent: bool = False, only_on: Connection | None = None,
     ) -> Any:  # fmt: skip
         """The value of a call; of one that returned a generator, a stream of its items. ``head``: see ``call_plain``."""
-        if returns is None:
-            head = head or self._pack_head(call[0], False, *call[1:-1])
-            done = self._session.call_plain(call, head, code, timeout, idempotent, only_on)
-            return self._result(done, timeout) if type(done) is self._outcome else done
-        from pisupervisor.link.calls import split_returns
+        streams, value_type, stream_types = True, None, None
+        if returns is not None:
+            from pisupervisor.link.calls import split_returns
 
-        streams, value_type, stream_types = split_returns(returns)
-        done = self._session.call(
-            *call,
-            code=code,
-            timeout=timeout,
-            idempotent=idempotent,
-            returns=value_type,
-            streams=streams,
-            only_on=only_on,
-        )
-        return self._result(done, timeout, stream_types)
+            streams, value_type, stream_types = split_returns(returns)
+        head = head or self._pack_head(call[0], False, *call[1:-1])
+        done = self._session.call_plain(
+            call, head, call[-1], code, timeout, idempotent, only_on, value_type, None, streams
+        )  # fmt: skip
+        if type(done) is self._outcome:
+            return self._result(done, timeout, stream_types)
+        return done if stream_types is None or type(done) is not self._sent else done._replace(types=stream_types)
 
     def _captured(
         self, call: tuple[Any, ...], code: Code | None, timeout: float | None, returns: Any, idempotent: bool,

@@ -113,6 +113,7 @@ class IsolatedStream:
         self, isolator: ProcessIsolator, connection: Connection, number: int, timeout: float | None, types: StreamTypes
     ) -> None:
         self._object = IsolatedObject(isolator, connection, number)
+        self._head = isolator._pack_head("next", False, number)
         self._timeout, self._types = timeout, types
         self.value: Any = None
 
@@ -123,12 +124,23 @@ class IsolatedStream:
         if self._object._number is None:
             raise StopIteration
         try:
-            over, item = self._object._isolator._session.call(
-                "next", self._object._live(), timeout=self._timeout, only_on=self._object._connection, check=_is_step
-            ).value
+            step = self.ask()
         except BaseException:
             self.close()  # a generator that has raised is over
             raise
+        return self.take(step)
+
+    def ask(self) -> Any:
+        """One step of the generator: whether it is over, and the item or what it returned."""
+        isolator, number, where = self._object._isolator, self._object._live(), self._object._connection
+        done = isolator._session.call_plain(
+            ("next", number), self._head, b"", timeout=self._timeout, only_on=where, check=_is_step, streams=False
+        )
+        return done.value if type(done) is Outcome else done
+
+    def take(self, step: list[Any]) -> Any:
+        """The item. Raises StopIteration where there are no more."""
+        over, item = step
         if over is True:
             self.close()
             self.value = _built(item, self._types.value)
@@ -169,9 +181,10 @@ class IsolatedMethod:
         if kwargs:
             keywords.update(kwargs)
         isolator, code = self._isolator, self._code
-        call = ("method", code.key, self._target, isolator._packer.arguments(args, keywords))
+        arguments = isolator._packer.arguments(args, keywords)
+        call = ("method", code.key, self._target, arguments)
         if returns is None:
-            done = isolator._session.call_plain(call, self._head, code, timeout, idempotent, None)
+            done = isolator._session.call_plain(call, self._head, arguments, code, timeout, idempotent)
             return isolator._result(done, timeout) if type(done) is Outcome else done
         return isolator._invoke(call, self._head, code, timeout, returns, idempotent)
 

@@ -22,6 +22,7 @@ __all__ = ["build", "child_importable", "decode", "dump_call", "dump_function", 
 MAX_ITEMS = 2_000_000
 MAX_NESTING = 210  # the child's 100 levels; a tagged one takes two
 
+_ZERO = ord("0")
 _WORDS = {b"null": None, b"true": True, b"false": False}
 _FROM_CHILD = "from child"
 _CHUNK = 1 << 18  # bounds the pieces that a text of nothing but quotes falls into
@@ -46,7 +47,7 @@ def decode(
 
 def decode_plain(text: bytes, reader: Reader) -> Any:
     """The same for a text that came without buffers, in fewer steps where it is short."""
-    if text.isdigit() and _is_small_int(text):
+    if text.isdigit() and len(text) < 19 and (text[0] != _ZERO or len(text) == 1):
         return int(text)
     json = sys.modules.get("msgspec.json")  # somebody has needed it, and waited for it
     if json is None or len(text) > MAX_NESTING or b'"$":' in text:
@@ -58,7 +59,7 @@ def decode_plain(text: bytes, reader: Reader) -> Any:
 
 
 def _is_small_int(text: bytes) -> bool:
-    return len(text) < 19 and text.isdigit() and (text[0] != 48 or len(text) == 1)
+    return len(text) < 19 and text.isdigit() and (text[0] != _ZERO or len(text) == 1)
 
 
 def _decode(text: bytes, buffers: Sequence[bytes | memoryview], max_items: int, reader: Reader) -> Any:

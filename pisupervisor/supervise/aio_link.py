@@ -11,9 +11,72 @@ from pisupervisor.link.connection import Connection, LinkClosed
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+    from contextvars import Context
+
     from pisupervisor.supervise.session import Short
 
 _PATIENCE = 1.0  # seconds without an answer, after which a thread waits for it, and looks around as it does
+
+
+class Reply:
+    """What one task awaits. A future in all that a task asks of one (``_asyncio_future_blocking`` makes it one); but the task
+    goes on in the very round of the loop in which the answer is read, not in the next: another system call, and a third of
+    the time of a call.
+    """
+
+    _asyncio_future_blocking = False
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._said: bytes | None = None
+        self._error: BaseException | None = None
+        self._wake: tuple[Callable[[Reply], object], Context | None] | None = None
+
+    def __await__(self) -> Generator[Reply, None, bytes]:
+        if not self.done():
+            self._asyncio_future_blocking = True
+            yield self
+        return self.result()
+
+    def done(self) -> bool:
+        return self._said is not None or self._error is not None
+
+    def result(self) -> bytes:
+        if self._said is None:
+            raise self._error or asyncio.InvalidStateError("no answer yet")
+        return self._said
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(self, wake: Callable[[Reply], object], *, context: Context | None = None) -> None:
+        """By the one task that awaits it."""
+        self._wake = wake, context
+
+    def cancel(self, msg: object = None) -> bool:  # noqa: ARG002 - tasks give one
+        """By that task, while it is cancelled: it is woken soon, as by any future."""
+        return self.fail(asyncio.CancelledError())
+
+    def fail(self, error: BaseException) -> bool:
+        """False where it is done already."""
+        if self.done():
+            return False
+        self._error = error
+        if self._wake is not None:
+            wake, context = self._wake
+            self._loop.call_soon(wake, self, context=context)
+        return True
+
+    def answer(self, said: bytes) -> None:
+        """Once. The task runs on before this returns."""
+        self._said = said
+        if self._wake is not None:
+            wake, context = self._wake
+            if context is None:
+                wake(self)
+            else:
+                context.run(wake, self)
 
 
 class LoopLink:
@@ -22,19 +85,19 @@ class LoopLink:
     def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         self.connection, self._loop = connection, loop
         self._fd = os.dup(connection.link.fileno())  # the other may be closed by a thread, and its number used anew
-        self._future: asyncio.Future[bytes] | None = None
+        self._reply: Reply | None = None
         self._rounds = 0
         loop.add_reader(self._fd, self._readable)
         self._timer = loop.call_later(_PATIENCE, self._look)
 
-    def wait(self) -> asyncio.Future[bytes]:
+    def wait(self) -> Reply:
         """What comes next, b"" at the end. TimeoutError: nothing has come for a while."""
-        self._future, self._rounds = self._loop.create_future(), 0
-        return self._future
+        self._reply, self._rounds = Reply(self._loop), 0
+        return self._reply
 
     def close(self) -> None:
         """The loop reads no more."""
-        fd, self._fd, self._future = self._fd, -1, None
+        fd, self._fd, self._reply = self._fd, -1, None
         if fd >= 0:
             self._timer.cancel()
             self._loop.remove_reader(fd)
@@ -45,8 +108,8 @@ class LoopLink:
         return self._fd >= 0
 
     def _readable(self) -> None:
-        future = self._future
-        if future is None or future.done():
+        reply = self._reply
+        if reply is None or reply.done():
             self.close()  # its end, or what no honest child says: the next call will see
             return
         try:
@@ -54,37 +117,31 @@ class LoopLink:
         except LinkClosed:
             said = b""
         if said is not None:
-            self._future = None
-            future.set_result(said)
+            self._reply = None
+            reply.answer(said)
 
     def _look(self) -> None:
         """Once a second. Where nothing was waited for meanwhile, the loop is left alone."""
         self._rounds += 1
-        future = self._future
-        if self._rounds > 1 and future is not None and not future.done():
-            future.set_exception(TimeoutError())
-        elif self._rounds > 1 and future is None:
+        reply = self._reply
+        if self._rounds > 1 and reply is None:
             self.close()
             return
+        if self._rounds > 1 and reply is not None:
+            reply.fail(TimeoutError())
         self._timer = self._loop.call_later(_PATIENCE, self._look)
 
 
 async def answer_to(short: Short, link: LoopLink, deadline: float | None) -> bytes | None:
     """The text of the answer, where that is plain data in one frame and comes soon; else None."""
-    future, timer = link.wait(), None
+    reply, timer = link.wait(), None
     if deadline is not None:
-        loop = asyncio.get_running_loop()
-        timer = loop.call_at(deadline, _late, future)  # the loop's clock is time.monotonic
+        timer = asyncio.get_running_loop().call_at(deadline, reply.fail, TimeoutError())  # its clock is time.monotonic
     try:
-        said = await future
+        said = await reply
     except TimeoutError:
         return None
     finally:
         if timer is not None:
             timer.cancel()
     return short.connection.understand(short.ident, said)
-
-
-def _late(future: asyncio.Future[bytes]) -> None:
-    if not future.done():
-        future.set_exception(TimeoutError())

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from contextlib import contextmanager
 
 from pihost import wire
 from pisupervisor.errors import (
@@ -22,9 +21,9 @@ from pisupervisor.errors import (
     SerializationError,
 )
 from pisupervisor.link.callers import acting_for
-from pisupervisor.link.calls import Attached, body_of, pack_code, unpack_answer
+from pisupervisor.link.calls import Attached, Payload, body_of, pack_code, unpack_answer
 from pisupervisor.link.connection import Answer, Broken, Connection, DeadlinePassed, LinkClosed, NeverSent
-from pisupervisor.link.serializer import decode_plain
+from pisupervisor.link.serializer import build, decode_plain
 from pisupervisor.link.sources import Code
 from pisupervisor.options import check_timeout
 from pisupervisor.records import NamedTuple
@@ -36,9 +35,10 @@ from pisupervisor.supervise.keeper import Keeper
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import Any
 
+    from pisupervisor.link.calls import StreamTypes
     from pisupervisor.supervise.blocking import Io
 
 
@@ -94,11 +94,14 @@ class Short(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What an event loop's thread gets: the call is sent, and its answer ``is_next``; or there is more to it."""
+    """What an event loop's thread gets: the call is sent, and its answer ``is_next``; or there is more to it. ``types``: what
+    the items of a stream are built as.
+    """
 
     short: Short
     is_next: bool
     error: BaseException | None = None
+    types: StreamTypes | None = None
 
 
 class WouldWait(Exception):
@@ -134,15 +137,17 @@ class Session:
         return done
 
     def call_plain(
-        self, call: tuple[Any, ...], head: bytes, code: Code | None, timeout: float | None, idempotent: bool,
-        only_on: Connection | None,
+        self, call: tuple[Any, ...], head: bytes, arguments: bytes | Payload, code: Code | None = None,
+        timeout: float | None = None, idempotent: bool = False, only_on: Connection | None = None, returns: Any = None,
+        check: Callable[[Any], bool] | None = None, streams: bool = True,
     ) -> Any:  # fmt: skip
-        """``call`` for the commonest case, in as few steps as can be: ``call`` is the verb and its arguments, ``head`` what
-        ``pack_head`` makes of all but the last of them. What it comes to is the value itself, where that is plain data and
-        came at once; else an Outcome, by the long way, which goes on from wherever the short one ended. In a loop's thread
-        (see ``on_loop``) it is Sent.
+        """``call`` for the commonest case, in as few steps as can be. ``call``: the verb and all that goes with it; ``head``:
+        what ``pack_head`` makes of it without its ``arguments``.
+
+        What it comes to is the value itself, where that is plain data and came at once; else an Outcome, by the long way,
+        which goes on from wherever the short one ended. In a loop's thread (see ``on_loop``) it is Sent.
         """
-        keeper, caller, arguments, child = self.keeper, threading.get_ident(), call[-1], None
+        keeper, caller, child = self.keeper, threading.get_ident(), None
         connection, on_loop = keeper.connection, self._loop_thread == caller
         if (
             connection is not None and type(arguments) is bytes and self._is_simple and not self._unwanted
@@ -152,9 +157,12 @@ class Session:
             if on_loop:
                 caller = next(_loop_callers)
             child = keeper.begin_at_once(caller, connection)
-        if child is None or connection is None:
-            return self.call(*call, code=code, timeout=timeout, idempotent=idempotent, only_on=only_on, streams=True)
-        body, ident, error, is_next = head + arguments, connection.new_ident(), None, False
+        if child is None or connection is None or type(arguments) is not bytes:
+            return self.call(
+                *call, code=code, timeout=timeout, idempotent=idempotent, only_on=only_on, returns=returns, check=check,
+                streams=streams,
+            )  # fmt: skip
+        body, ident, text, error, is_next = head + arguments, connection.new_ident(), None, None, False
         try:
             if self._unwanted and caller in self._unwanted:  # since we looked, and before the turn was ours
                 raise IsolatorClosed(_NOT_WANTED)
@@ -162,13 +170,35 @@ class Session:
                 is_next = connection.put(ident, body, deadline)
             elif (text := connection.ask(ident, body, deadline)) is not None:
                 value = decode_plain(text, keeper.reader)
+                if check is not None:
+                    check_value(value, check)
                 keeper.end_at_once(caller, child)
-                return value
         except BaseException as raised:
             error = raised
-        rest = Call(body, code, timeout, deadline, False, None, only_on, None, True, idempotent)
+        if text is not None and error is None:
+            return value if returns is None else build(value, returns)
+        rest = Call(body, code, timeout, deadline, False, returns, only_on, check, streams, idempotent)
         short = Short(rest, caller, ident, child, connection)
         return Sent(short, is_next, error) if on_loop else self.finish(short, error)
+
+    def end_short(self, short: Short, text: bytes) -> Any:
+        """The value that ``text`` says, which is the end of the call. Raises ProtocolError before it is."""
+        value = decode_plain(text, self.keeper.reader)
+        if short.call.check is not None:
+            check_value(value, short.call.check)
+        self.keeper.end_at_once(short.caller, short.child)
+        return value
+
+    def on_loop(self, method: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Sent | None:
+        """That call, made in an event loop's thread, which may not wait. None: it would have to, and nothing has happened."""
+        self._loop_thread = threading.get_ident()
+        try:
+            sent: Sent = method(*args, **keywords)
+            return sent
+        except WouldWait:
+            return None
+        finally:
+            self._loop_thread = 0
 
     def finish(self, short: Short, error: BaseException | None) -> Outcome:
         """The long way of a call that has begun the short one, and has come to that error, or to nothing yet."""
@@ -176,21 +206,6 @@ class Session:
         with acting_for(short.caller):
             done: Outcome = run_through(self._run_outermost(short.call, short.caller, Begun(short.ident, error), begun))
             return done
-
-    def end_short(self, short: Short, text: bytes) -> Any:
-        """The value that ``text`` says, which is the end of the call. Raises ProtocolError before it is."""
-        value = decode_plain(text, self.keeper.reader)
-        self.keeper.end_at_once(short.caller, short.child)
-        return value
-
-    @contextmanager
-    def on_loop(self) -> Iterator[None]:
-        """Within it, this thread may not wait: what would raises WouldWait, and nothing has happened then."""
-        self._loop_thread = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._loop_thread = 0
 
     def prepare(
         self, verb: str, *arguments: Any, code: Code | None = None, timeout: float | None = None, idempotent: bool = False,
@@ -329,8 +344,8 @@ class Session:
                     raise ProtocolError("a generator, where there can be none")
                 message = f"the call returned a generator, not {call.returns}; ask for returns=Iterator[...]"
                 raise SerializationError(message, direction="from child")
-            if call.check is not None and answer.kind != wire.STREAM and not call.check(value):
-                raise ProtocolError("an answer that is none to such a call")
+            if call.check is not None and answer.kind != wire.STREAM:
+                check_value(value, call.check)
             return value
         except IsolationError as error:
             error.with_output(answer.stdout, answer.stderr, answer.truncated)
@@ -384,6 +399,12 @@ class Session:
         """``caller`` begins another call: what was cancelled before is past."""
         with self.keeper.lock:
             self._unwanted.discard(caller)
+
+
+def check_value(value: Any, check: Callable[[Any], bool]) -> None:
+    """Raises ProtocolError for what no honest child answers to such a call."""
+    if not check(value):
+        raise ProtocolError("an answer that is none to such a call")
 
 
 def may_repeat(call: Call, gone: LinkClosed, reason: ExitReason, *, was_stopped: bool) -> bool:
