@@ -203,7 +203,7 @@ class Connection:
     def frame(self, pending: Pending, body: bytes) -> bytes:
         """A call as it is sent with ``send_frames``; its answer may come from then on."""
         self.calls[pending.ident] = pending
-        return wire.pack_header(wire.CALL, pending.ident, len(body)) + body
+        return _CALL.pack(_CALL_WORD, pending.ident, len(body)) + body
 
     def send_frames(self, data: bytes, deadline: float | None) -> None:
         if self._displaced or self.released:
@@ -364,10 +364,16 @@ class Connection:
                 return
             except OSError as error:
                 raise LinkClosed from error
-        while (frame := self._frames.next()) is not None:
+        while True:
+            self._hold(self._frames.take_plain(self.calls))
+            frame = self._frames.next()
+            if frame is None:
+                return
             self.dispatch(frame)
 
     def _wait(self, pending: Pending, deadline: float | None, captured: Output | None) -> Answer:
+        if pending.text is not None:
+            return Answer(wire.RESULT, wire.pack_text(pending.text))
         try:
             if self._readers is not None:
                 self._wait_with_others(pending, deadline, captured)
@@ -476,7 +482,7 @@ class Connection:
         if pending is None:
             others = ", ".join(map(str, [*self.calls][:3])) or "none"
             raise ProtocolError(f"an answer to call {ident}, where {others} is under way")
-        if not pending.owned and not self._hold(pending, kind, body):
+        if not pending.owned and not self._keep(pending, kind, body):
             return
         if pending.take(kind, body):
             if pending.answer is not None:
@@ -486,17 +492,21 @@ class Connection:
             if pending.bell is not None:
                 pending.bell.ring()
 
-    def _hold(self, pending: Pending, kind: int, body: bytes) -> bool:
-        """What comes for a call of a map lies here until its turn is there: so much, and no more. False: nobody wants it."""
+    def _keep(self, pending: Pending, kind: int, body: bytes) -> bool:
+        """What comes for a call of a map lies here until its turn is there. False: nobody wants it."""
         if pending.is_abandoned and kind not in _QUESTIONS:
             if kind != wire.PIECE:
                 self.calls.pop(pending.ident, None)
             return False
         pending.size += len(body)
-        self._held += len(body)
+        self._hold(len(body))
+        return True
+
+    def _hold(self, size: int) -> None:
+        """So many bytes more, and not too many."""
+        self._held += size
         if self._held > _HELD * self.largest:
             raise ProtocolError(f"more than {_HELD * self.largest} bytes of answers that nobody has asked for yet")
-        return True
 
     def let_go(self, pending: Pending) -> None:
         """Somebody has the answer, or nobody will ask for it."""

@@ -86,6 +86,25 @@ class Frames:
         self.missing = need - len(data)
         return None
 
+    def take_plain(self, calls: dict[int, Pending]) -> int:
+        """Plain answers of calls that nobody waits for at this moment, as long as they are there whole, in few steps each; how
+        many bytes they were. What else there is, or comes too large, is left for ``next``.
+        """
+        data, at, size = self._data, self._at, 0
+        while len(data) - at >= _PLAIN_SIZE:
+            word, ident, length, text, buffers = _PLAIN.unpack_from(data, at)
+            end = at + _HEADER + length
+            if word != _RESULT_WORD or buffers or text + _COUNTS.size != length or length > READ or end > len(data):
+                break
+            pending = calls.get(ident)
+            if pending is None or not pending.is_untouched:
+                break
+            del calls[ident]
+            pending.text, pending.size, at = bytes(data[at + _PLAIN_SIZE : end]), length, end
+            size += length
+        self._at = at
+        return size
+
     @property
     def partial(self) -> bool:
         """Whether a frame has begun and is not whole yet (after ``next`` has given None)."""
@@ -109,29 +128,28 @@ class Pending:
     read it. ``largest`` bounds the answer in bytes, however many pieces it comes in.
     """
 
-    __slots__ = (
-        "_largest",
-        "_pieces",
-        "_roomed",
-        "_whole",
-        "answer",
-        "asked",
-        "bell",
-        "ident",
-        "is_abandoned",
-        "owned",
-        "size",
+    answer: Answer | None = None
+    text: bytes | None = (
+        None  # in the place of the answer, where that is plain data that came in one frame: see ``take_plain``
     )
+    size = 0  # bytes that have come for it, where nobody waits for it
+    is_abandoned = False
+    asked: tuple[int, bytes] | None = None  # kind and body of a callback, until somebody sees to it
+    _whole: bytearray | None = None
+    _pieces = 0
+    _roomed = False
 
     def __init__(self, ident: int, largest: int, bell: Ringing | None = None, *, owned: bool = True) -> None:
         self.ident, self._largest, self.bell, self.owned = ident, largest, bell, owned
-        self.answer: Answer | None = None
-        self.size = 0  # bytes that have come for it, where nobody waits for it
-        self.is_abandoned = False
-        self.asked: tuple[int, bytes] | None = None  # kind and body of a callback, until somebody sees to it
-        self._whole: bytearray | None = None
-        self._pieces = 0
-        self._roomed = False
+
+    @property
+    def is_answered(self) -> bool:
+        return self.answer is not None or self.text is not None
+
+    @property
+    def is_untouched(self) -> bool:
+        """Whether a plain answer may come for it, and nothing else is to be done about that than to keep it."""
+        return not (self.owned or self.is_abandoned or self._whole or self.asked)
 
     def ring(self) -> None:
         if self.bell is not None:

@@ -7,7 +7,7 @@ from collections import deque
 
 from pihost import wire
 from pisupervisor.errors import IsolationError, ProtocolError
-from pisupervisor.link.calls import Payload, body_of
+from pisupervisor.link.calls import Attached, Payload, body_of
 from pisupervisor.link.connection import Connection, Request
 from pisupervisor.link.frames import Answer, Pending, text_of
 from pisupervisor.link.serializer import decode_plain
@@ -52,10 +52,12 @@ class Target:
     def __init__(self, code: Code | None, name: str, function: bytes | Payload | None = None) -> None:
         self.code, self._name, self._function = code, name, function
         self._number = 0
+        self._what: tuple[Any, ...] = ()
+        self.head = b""  # of each call: see ``pack_head``
 
     def settle(self, connection: Connection, deadline: float | None) -> None:
         """In a child that has not seen it yet. Raises what that comes to."""
-        from pisupervisor.link.calls import pack_code, unpack_answer
+        from pisupervisor.link.calls import pack_code, pack_head, unpack_answer
         from pisupervisor.link.reader import DATA
 
         if self.code is not None and self.code.key not in connection.sent:
@@ -68,12 +70,12 @@ class Target:
             if type(number) is not int:
                 raise ProtocolError("an answer that is none to such a call")
             self._number = number
+        self._what = ("kept", self._number) if self.code is None else ("method", self.code.key, self._name)
+        self.head = pack_head(self._what[0], False, *self._what[1:])
 
-    def call(self, payload: bytes | Payload) -> tuple[str, tuple[Any, ...]]:
-        """The verb and its arguments."""
-        if self.code is not None:
-            return "method", (self.code.key, self._name, payload)
-        return "kept", (self._number, payload)
+    def attached(self, payload: Payload) -> Attached:
+        """A call of it with such arguments."""
+        return Attached(self._what[0], False, (*self._what[1:], payload), payload)
 
     def release(self, connection: Connection | None) -> None:
         if connection is not None and self._number:
@@ -90,7 +92,7 @@ class Pipeline(Blocking):
         idempotent: bool, finish: Callable[[Any], Any] | None,
     ) -> None:  # fmt: skip
         self._session, self._target, self._payloads, self._limit = session, target, payloads, limit
-        self._most, self._idempotent, self._finish = in_flight, idempotent, finish
+        self._most, self._half, self._idempotent, self._finish = in_flight, in_flight // 2, idempotent, finish
         self._waiting: deque[Item] = deque()  # to be sent
         self._flight: deque[Item] = deque()  # sent, in order
         self._size = 0  # bytes of those
@@ -107,7 +109,8 @@ class Pipeline(Blocking):
         if self._is_over:
             raise StopIteration
         try:
-            self._fetch()
+            if len(self._flight) <= self._half:
+                self._fetch()
             if not self._flight and not self._waiting:
                 if self._error is not None:
                     raise self._error
@@ -122,7 +125,7 @@ class Pipeline(Blocking):
     def has_next(self) -> bool:
         """Whether the next result is there, and nothing is to be sent or waited for first."""
         pending = self._flight[0].pending if self._flight else None
-        return pending is not None and pending.answer is not None and not self._is_over
+        return pending is not None and pending.is_answered and not self._is_over
 
     def _fetch(self) -> None:
         """Arguments for the calls that are to be sent now. Before anything of the isolator is held: it is foreign code."""
@@ -143,18 +146,17 @@ class Pipeline(Blocking):
     def _next_answer(self) -> Any:
         """The value of the first call under way."""
         head = self._flight[0] if self._flight else None
-        connection = self._connection
-        if head is None or head.pending is None or head.pending.answer is None or self._waiting or connection is None:
-            return self._go_on()
-        text = text_of(head.pending.answer)
-        if text is None or self._session.keeper.reader.pickled:
+        pending, connection, text = None if head is None else head.pending, self._connection, None
+        if pending is not None and not self._waiting and not self._session.keeper.reader.pickled:
+            text = pending.text if pending.answer is None else text_of(pending.answer)
+        if text is None or head is None or pending is None or connection is None:
             return self._go_on()
         try:
             value = decode_plain(text, self._session.keeper.reader)
         except ProtocolError as error:
             self._broken = error
             return self._go_on()
-        connection.let_go(head.pending)
+        connection.let_go(pending)
         self._done(head)
         return value
 
@@ -169,7 +171,8 @@ class Pipeline(Blocking):
     def _done(self, head: Item) -> None:
         self._flight.popleft()
         self._size -= head.size
-        self._since = time.monotonic()
+        if self._limit is not None:
+            self._since = time.monotonic()
 
     # --- what the way of a call asks for ----------------------------------------------------------------------
 
@@ -193,7 +196,7 @@ class Pipeline(Blocking):
 
     def _move_to(self, connection: Connection, deadline: float | None) -> None:
         """Another child: what the last one has not answered is lost, or sent anew."""
-        lost = [item for item in self._flight if item.pending is not None and item.pending.answer is None]
+        lost = [item for item in self._flight if item.pending is not None and not item.pending.is_answered]
         info = self._session.keeper.last_exit
         if lost and not self._idempotent and info is not None:
             self._connection = None
@@ -209,18 +212,16 @@ class Pipeline(Blocking):
             item = self._waiting.popleft()
             self._flight.append(item)
             self._size += item.size
-            if item.pending is not None and item.pending.answer is not None:
+            if item.pending is not None and item.pending.is_answered:
                 continue  # the child that has died had answered this one
             item.pending = Pending(connection.new_ident(), connection.largest, connection.new_bell(), owned=False)
-            verb, arguments = self._target.call(item.payload)
-            body = body_of(verb, False, arguments)
-            if isinstance(body, bytes):
-                frames.append(connection.frame(item.pending, body))
+            if isinstance(item.payload, bytes):
+                frames.append(connection.frame(item.pending, self._target.head + item.payload))
                 continue
             self._flush(connection, frames, deadline)
             from pisupervisor.link import attachments
 
-            packed, fds = attachments.send(body, connection, deadline)
+            packed, fds = attachments.send(self._target.attached(item.payload), connection, deadline)
             connection.begin(item.pending, Request(packed, fds), deadline)
         self._flush(connection, frames, deadline)
 
