@@ -227,6 +227,20 @@ def test_pressure_is_a_share() -> None:
 # --- what is told -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("release", "first"),
+    [
+        ("5.10.0-46-cloud-amd64", "overlay mounts in a user namespace"),
+        ("6.1.0-56-cloud-amd64", "who is born in a group is bound to its CPUs"),
+        ("6.12.118+deb13-cloud-amd64", None),
+        ("7.3.4", None),
+    ],
+)
+def test_what_a_kernel_is_too_old_for(release: str, first: str | None) -> None:
+    found = [entry.what for entry in kernels.too_old_for(release)]
+    assert (found[0] if found else None) == first
+
+
 def test_the_page_on_platforms_has_the_table_of_kernels() -> None:
     page = (Path(__file__).parent.parent / "docs/platforms.md").read_text()
     rows = [f"| {entry.what} | {entry.version} | {entry.fallback} |\n" for entry in kernels.TABLE]

@@ -22,6 +22,7 @@ def facts(features: Features) -> dict[str, str]:
     host = os.uname()
     return {
         "kernel": f"{features.kernel} {host.machine}",
+        "too old for": _too_old_for(features.kernel),
         "python": f"{sys.version.split()[0]} ({sys.executable})",
         "libseccomp": _libseccomp(host.machine),
         "user": "root" if features.root else f"uid {features.uid}",
@@ -36,6 +37,15 @@ def facts(features: Features) -> dict[str, str]:
         "container": _container(),
         "init": "systemd" if os.path.isdir("/run/systemd/system") else f"{_line('/proc/1/comm') or 'unknown'}",
     }
+
+
+def _too_old_for(release: str) -> str:
+    from pisupervisor.launch import kernels
+
+    found = kernels.too_old_for(release)
+    return (
+        "; ".join(f"{entry.what} (Linux {entry.version}): {entry.fallback}" for entry in found) or "nothing used here"
+    )
 
 
 def _line(path: str) -> str:

@@ -1,6 +1,6 @@
 """What came with which kernel, and what is done on an older one. For people: what can be had is tried, never looked up here.
 
-``docs/platforms.md`` shows the same table; a test holds them together.
+``docs/platforms.md`` shows the same table (a test holds them together), and ``doctor`` what of it a kernel is too old for.
 """
 
 from __future__ import annotations
@@ -35,3 +35,13 @@ TABLE = (
     Since("Landlock for TCP", "6.7", "the network namespace holds"),
     Since("Landlock for abstract sockets and signals", "6.12", "the network and pid namespaces hold"),
 )
+
+
+def too_old_for(release: str) -> list[Since]:
+    """The entries that came after this kernel, by its ``uname -r``. Distributions may have brought some of them back."""
+    own = _numbers(release)
+    return [entry for entry in TABLE if _numbers(entry.version) > own]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.partition("-")[0].split(".")[:2] if part.isdigit())
