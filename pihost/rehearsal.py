@@ -61,7 +61,8 @@ def keep(names: Iterable[str]) -> None:
 def once(number: int) -> None:
     """One child's first calls, in a worker and a library that are thrown away. ``number`` makes its module a new one."""
     ours, theirs = _socket.socketpair()
-    worker = serve.Worker(serve.Link(theirs.detach()), _LIMITS)
+    worker = serve.Worker()
+    worker.begin(serve.Link(theirs.detach()), _LIMITS)
     key = f"file:{number}"
     code = (key, "file", "rehearsed", "/rehearsed.py", (("rehearsed.py", _SOURCE),))
     calls = [("answer", ()), ("answer", ()), ("Tool.turn", (1, "two")), ("fail", ())]

@@ -101,6 +101,7 @@ class Zygote:
         self.filter = plan.seccomp and syscalls.seccomp_program(plan.seccomp)
         self.children: dict[int, tuple[_socket.socket, int]] = {}  # PID 1's pidfd -> status socket, network
         self.idle_work = rehearsal.pieces(settle)
+        self.worker = serve.Worker()
         self.is_warm, self.launches = False, 0
         self.postponed: tuple[bytes, list[int]] | None = None
         self.network = -1  # namespace that the next child will inherit; -1: none is ready
@@ -277,7 +278,7 @@ class Zygote:
         _signal.signal(_signal.SIGINT, _signal.default_int_handler)  # KeyboardInterrupt, as programs expect
         link = serve.Link(confine.LINK)
         link.send(wire.READY, 0, [b"1"])
-        return serve.serve(link, plan.limits, plan.debug)
+        return serve.serve(self.worker, link, plan.limits, plan.debug)
 
     def report_end(self, pidfd: int) -> None:
         status, network = self.children.pop(pidfd)

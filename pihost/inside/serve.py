@@ -26,12 +26,12 @@ if False:  # typing costs 5 ms, and only a type checker reads this
     from pihost.inside.threads import Inbox
 
 
-def serve(link: Link, limits: dict[str, int], debug: bool) -> int:
+def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> int:
     """Answer calls until the host closes the link; the exit code of the payload."""
     if debug:
         os.kill(os.getpid(), _signal.SIGSTOP)
     reseed()
-    worker = Worker(link, limits)
+    worker.begin(link, limits)
     if limits["modules"]:
         from pihost.inside import asking
 
@@ -54,14 +54,18 @@ def reseed() -> None:
 
 
 class Worker:
-    """Runs calls. What they leave behind (modules, the namespace of source snippets) stays for the next ones."""
+    """Runs calls. What they leave behind (modules, the namespace of source snippets) stays for the next ones. A zygote makes
+    one, for all its children to be born with.
+    """
 
-    def __init__(self, link: Link, limits: dict[str, int]) -> None:
-        self.link, self.limits = link, limits
-        self.own_pid = os.getpid()
-        self.inbox: Link | Inbox = link  # where frames come from: the link, or whoever reads that for all
+    link: Link
+    limits: dict[str, int]
+    own_pid: int
+    inbox: Link | Inbox  # where frames come from: the link, or whoever reads that for all
+    sends_plain: bool  # numbers, text and what JSON has, at once and as they are
+
+    def __init__(self) -> None:
         self.host: callbacks.Host | None = None  # the way back to it, for what runs here
-        self.sends_plain = not limits["pickle"]  # numbers, text and what JSON has, at once and as they are
         self.loop = awaiting.Loop()
         self.loops = [self.loop]
         self.released: list[int] = []
@@ -71,6 +75,12 @@ class Worker:
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
         self.quick = Quick(self)
+
+    def begin(self, link: Link, limits: dict[str, int]) -> None:
+        """In the child."""
+        self.link = self.inbox = link
+        self.limits, self.sends_plain = limits, not limits["pickle"]
+        self.own_pid = os.getpid()
 
     def twin(self) -> Worker:
         """Another one, for another thread, with the same modules, objects and namespace."""
