@@ -225,7 +225,8 @@ class IsolationOptions:
                          for pandas' and pyarrow's, whose bytes pyarrow then reads in the host (extra "arrow")
     zero_copy            results that are big arrays are used where the child has put them, and can still write: for those
                          who trust the child; the default is a copy
-    degrade              names of protections that may be missing (see PROTECTIONS); ``applied`` then says so
+    degrade              names of protections that may be missing (see PROTECTIONS); ``applied`` then says so. Limits of
+                         memory, cpus and pids that no group holds are watched instead (docs/platforms.md)
     start_timeout        seconds for create(), None waits without end
     call_timeout         default for calls that give no ``timeout``
     idle_timeout         seconds without a call after which the child is ended; the next call starts another

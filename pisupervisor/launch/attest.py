@@ -68,13 +68,14 @@ def read_links(pid: int | str) -> dict[str, str]:
 
 
 def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, filtered: bool, groups: dict[str, Applied],
-           missing: dict[str, str]) -> dict[str, Applied]:  # fmt: skip
+           missing: dict[str, str], instead: dict[str, str] | None = None) -> dict[str, Applied]:  # fmt: skip
     """``applied``: each protection as it was read back. Raises LaunchError where a planned one does not hold. Pure.
 
-    ``filtered``: a seccomp program was given; ``groups``: what the cgroup files say; ``missing``: why a limit has none.
+    ``filtered``: a seccomp program was given; ``groups``: what the cgroup files say; ``missing``: why a limit has none,
+    ``instead``: what stands in for it.
     """
     applied = {name: _namespace(name, options, readings) for name in NAMESPACE_LINKS}
-    applied.update(_limits(options, groups, missing))
+    applied.update(_limits(options, groups, missing, instead or {}))
     applied["landlock"] = _landlock(plan, options)
     applied["seccomp"] = _seccomp(options, readings.status, filtered)
     applied["capabilities"] = _capabilities(readings.status)
@@ -103,7 +104,9 @@ def _namespace(name: str, options: IsolationOptions, readings: Readings) -> Appl
     return Applied(asked=asked, holds=own, how="namespace" if own else "", detail=link or "the kernel has none")
 
 
-def _limits(options: IsolationOptions, groups: dict[str, Applied], missing: dict[str, str]) -> dict[str, Applied]:
+def _limits(
+    options: IsolationOptions, groups: dict[str, Applied], missing: dict[str, str], instead: dict[str, str]
+) -> dict[str, Applied]:
     applied = {}
     for name, asked in limits_text(options.limits).items():
         entry = groups.get(name)
@@ -112,7 +115,9 @@ def _limits(options: IsolationOptions, groups: dict[str, Applied], missing: dict
             entry = Applied(asked=True, holds=True, how=how, detail=missing.get(name, ""))
         if name == "swap" and entry is None and name not in missing and asked is not None:
             entry = Applied(asked=asked, holds=True, how="the host has no swap")
-        applied[name] = entry or Applied(asked=asked, holds=False, how="", detail=missing.get(name, "not asked for"))
+        if name in missing:
+            entry = Applied(asked=asked, holds=False, how=instead.get(name, ""), detail=missing[name])
+        applied[name] = entry or Applied(asked=asked, holds=False, how="", detail="not asked for")
     return applied
 
 

@@ -51,6 +51,7 @@ class Birth:
         self._output: OutputPipes | StderrTail
         self._reports: Reports
         self._group: cgroups.ChildGroup | None = None
+        self._instead: dict[str, str] = {}  # what stands in for limits that no group holds
         self._when_idle = False
         self._asked = False  # whether the zygote was given the plan
         self.log: Log | None = None  # of what a listener sees
@@ -100,6 +101,10 @@ class Birth:
         features = self.template.features
         instead = rlimits.stand_ins(self.options.limits, self._missing, features.kernel, features.root)
         self._missing.update((name, f"{self._missing[name]}; instead, {words}") for name, (_, words) in instead.items())
+        if self._missing:
+            from pisupervisor.supervise import stand_in
+
+            self._instead = stand_in.words(self.options.limits, self._missing, instead)
         return rlimits.rlimit_plan(self.options.limits, extra=[entry for entry, _words in instead.values()])
 
     def _make_output(self) -> None:
@@ -215,7 +220,13 @@ class Birth:
         groups = self._group.read_back() if self._group is not None else {}
         filtered = bool(self.template.plan.seccomp)
         return attest.verify(
-            self._plan, self.options, readings, filtered=filtered, groups=groups, missing=self._missing
+            self._plan,
+            self.options,
+            readings,
+            filtered=filtered,
+            groups=groups,
+            missing=self._missing,
+            instead=self._instead,
         )
 
 

@@ -45,6 +45,7 @@ class Child(Birth):
         self._lock = threading.Lock()
         self._freezer: Freezer | None = None
         self._pausing = threading.Lock()  # taken before _lock, never after
+        self._is_paused = False  # by the application; see ``hold_back``
         self._farewell = ""
 
     # --- launch -----------------------------------------------------------------------------------------------
@@ -235,14 +236,32 @@ class Child(Birth):
         with self._pausing:
             if self.ended:
                 raise IsolationError("there is nothing to pause: the child has ended")
-            if self._freezer is None:
-                own = self._group.freezer() if self._group is not None else None
-                self._freezer = own or make_freezer(self.template.features.cgroups, next_name(), self.meter.frozen_pids)
-            self._freezer.pause()
+            self._stop()
+            self._is_paused = True
+
+    def _stop(self) -> None:
+        if self._freezer is None:
+            own = self._group.freezer() if self._group is not None else None
+            self._freezer = own or make_freezer(self.template.features.cgroups, next_name(), self.meter.frozen_pids)
+        self._freezer.pause()
 
     def resume(self) -> None:
         with self._pausing:
+            self._is_paused = False
             if self._freezer is not None:
+                self._freezer.resume()
+
+    def hold_back(self) -> None:
+        """Stop everything for a moment, on the supervisor's own behalf. Raises IsolationError. What the application has
+        paused stays so, whoever lets go.
+        """
+        with self._pausing:
+            if not self._is_paused and not self.ended:
+                self._stop()
+
+    def let_go(self) -> None:
+        with self._pausing:
+            if not self._is_paused and self._freezer is not None:
                 self._freezer.resume()
 
     def _remove_freezer(self) -> None:

@@ -61,15 +61,24 @@ class Keeper:
         self.crashed = False  # whether the last child died of itself
         self.unsettled: set[int] = set()  # crashes whose handlers have not returned yet
         self.log: Log | None = None
+        self.watched = self._watched()
         self._watch: watch.Watch | None = None
         self._start_threads()
+
+    def _watched(self) -> tuple[str, ...]:
+        """Limits that have no group to hold them, and are watched instead."""
+        if not self.options.degrade:
+            return ()
+        from pisupervisor.supervise import stand_in
+
+        return stand_in.watched(self.options, self.template.features.cgroups)
 
     def _start_threads(self) -> None:
         """Those that the options ask for. Raises LaunchError."""
         try:
             self.teller = Teller(self.options, self.id, self._settle)
             try:
-                self._watch = watch.Watch(self) if watch.is_needed(self.options) else None
+                self._watch = watch.Watch(self) if self.watched or watch.is_needed(self.options) else None
             except BaseException:
                 self.teller.close()
                 raise

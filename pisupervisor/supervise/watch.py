@@ -1,5 +1,6 @@
 """The one helper thread of an isolator whose options ask for what nobody waits on: ends while idle, idle and CPU time
-limits, limit events. An isolator that asks for none of it has no thread.
+limits, limit events, and what stands in for limits that ``degrade`` lets go. An isolator that asks for none of it has no
+thread.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pisupervisor.supervise.child import Child
     from pisupervisor.supervise.keeper import Keeper
+    from pisupervisor.supervise.stand_in import StandIn
 
 _LIMITS_EVERY = 0.25  # seconds between two looks at the counters: their events arrive within a second
 _CPU_AT_LEAST = 0.01
@@ -58,6 +60,7 @@ class Watch:
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self._wake = Wake()
+        self._stand_in: tuple[Child, StandIn] | None = None
         self._closing = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=f"pisupervisor-watch-{keeper.id}", daemon=True)
         try:
@@ -107,7 +110,7 @@ class Watch:
         if child.ended:
             self._keeper.bury(child)
             return 0.0
-        waits = (self._limits(child), self._cpu_time(child), self._idle(child))
+        waits = (self._limits(child), self._cpu_time(child), self._idle(child), self._stand_in_for_groups(child))
         return min((wait for wait in waits if wait is not None), default=None)
 
     def _sleep(self, child: Child | None, wait: float | None) -> None:
@@ -126,6 +129,15 @@ class Watch:
             return None
         self._keeper.teller.limits(child, child.meter.events())
         return _LIMITS_EVERY
+
+    def _stand_in_for_groups(self, child: Child) -> float | None:
+        if not self._keeper.watched:
+            return None
+        if self._stand_in is None or self._stand_in[0] is not child:
+            from pisupervisor.supervise.stand_in import StandIn
+
+            self._stand_in = child, StandIn(child, self._keeper.watched)
+        return self._stand_in[1].look(self._keeper)
 
     def _cpu_time(self, child: Child) -> float | None:
         limits = self._keeper.options.limits

@@ -1,0 +1,184 @@
+"""A look at all processes of a child, by /proc: who they are, what memory they hold, what CPU time they have used.
+
+For children without a group, whom nobody else counts. What is read is a hostile process's: every read is bounded, and what
+vanishes meanwhile is not there. Not seen are buffers of pipes and sockets, descriptors on their way through a socket, and
+System V segments that nobody has attached.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+
+from pisupervisor.records import NamedTuple
+
+_MOST = 4 << 20  # bytes of one smaps: some 5000 mappings; who has more is counted by what is resident
+_MEMORY_FILES = ("/memfd:", "/dev/zero", "/SYSV")  # shared memory, by the name of its mapping
+_TICK = os.sysconf("SC_CLK_TCK")
+_HEADING = b"0123456789abcdef"  # what a mapping's first line begins with; those of its figures begin with a capital
+
+
+class Held(NamedTuple):
+    """What one process holds: bytes resident and swapped, threads, CPU time of its own and of those it has reaped."""
+
+    resident: int
+    threads: int
+    started: int
+    cpu_time: float
+
+
+class Census(NamedTuple):
+    """``processes`` by pid. ``unmapped``: bytes in memory files, by inode; ``scratch``: bytes in the child's tmpfs;
+    ``missed``: how many ended between being found and being looked at.
+    """
+
+    processes: Mapping[int, Held]
+    unmapped: Mapping[int, int]
+    scratch: int
+    missed: int = 0
+
+    @property
+    def at_most(self) -> int:
+        """Bytes, what is shared counted by everybody who has it."""
+        return sum(held.resident for held in self.processes.values()) + sum(self.unmapped.values()) + self.scratch
+
+    @property
+    def threads(self) -> int:
+        return sum(held.threads for held in self.processes.values())
+
+    def used_since(self, before: Mapping[int, Held]) -> float:
+        """Seconds of CPU time. Who is new has used all of theirs since; who is gone, what its parent got of it."""
+        used = 0.0
+        for pid, now in self.processes.items():
+            then = before.get(pid)
+            known = then is not None and then.started == now.started
+            used += max(0.0, now.cpu_time - (then.cpu_time if then is not None and known else 0.0))
+        return used
+
+
+def take(pids: Iterable[int], scratch: Sequence[str]) -> Census:
+    """Of these processes. ``scratch``: paths in the child where a tmpfs of its own lies. Raises PermissionError."""
+    processes, unmapped, seen, missed = {}, dict[int, int](), 0, 0
+    for pid in pids:
+        try:
+            processes[pid] = _held(pid)
+            unmapped.update(_memory_files(pid))
+            seen = seen or _scratch(pid, scratch)
+        except (FileNotFoundError, ProcessLookupError):
+            missed += 1
+        except PermissionError:  # what is dying belongs to root (its fds are looked at by nobody else)
+            if _lives(pid):
+                raise
+    return Census(processes, unmapped, seen, missed)
+
+
+def exactly(census: Census, scratch: Sequence[str], of_the_host: Iterable[int] = ()) -> tuple[int, int]:
+    """The same bytes, shared ones counted once; and how many more it would be, had those held so much who have ended since.
+    Costs milliseconds. ``of_the_host``: inodes of memory that is not theirs.
+    """
+    excused = set(of_the_host)
+    unsure = 0
+    total = census.scratch + sum(size for inode, size in census.unmapped.items() if inode not in excused)
+    counted = excused | census.unmapped.keys()
+    for pid, held in census.processes.items():
+        try:
+            with open(f"/proc/{pid}/smaps", "rb") as file:
+                text = file.read(_MOST)
+        except OSError:
+            unsure += held.resident
+            continue
+        total += held.resident if len(text) == _MOST else mapped(text, counted, tuple(scratch))
+    return total, unsure
+
+
+def mapped(smaps: bytes, counted: Iterable[int], scratch: tuple[str, ...]) -> int:
+    """Bytes of anonymous and shared memory, in proportion, and of swap, in one process. Pure."""
+    total, known = 0, set(counted)
+    takes: tuple[bytes, ...] = ()
+    for line in smaps.splitlines():
+        if line and line[0] in _HEADING:
+            takes = _what_counts(line.split(None, 5), known, scratch)
+        elif line.startswith(takes):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+_ALL, _OWN, _NOTHING = (b"Pss:", b"SwapPss:"), (b"Anonymous:", b"SwapPss:"), (b"-",)
+
+
+def _what_counts(words: list[bytes], known: set[int], scratch: tuple[str, ...]) -> tuple[bytes, ...]:
+    """Which lines below this heading count: all, what was written to a private copy, or none."""
+    inode, path = int(words[4]), words[5].decode("utf-8", "replace") if len(words) > 5 else ""
+    if (inode in known and path.startswith("/memfd:")) or path.startswith(tuple(f"{place}/" for place in scratch)):
+        return _OWN  # counted already, but for private copies
+    return _ALL if inode == 0 or path.startswith(_MEMORY_FILES) else _OWN
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that stem from it. Of a sandbox's PID 1: everybody, for orphans become its children."""
+    found, waiting = [], [pid]
+    while waiting:
+        parent = waiting.pop()
+        try:
+            tasks = os.listdir(f"/proc/{parent}/task")
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # ended meanwhile
+        found.append(parent)
+        for task in tasks:
+            waiting += _children(parent, task)
+    return found
+
+
+def _children(pid: int, task: str) -> list[int]:
+    try:
+        with open(f"/proc/{pid}/task/{task}/children", "rb") as file:
+            return [int(child) for child in file.read().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []  # ended meanwhile
+
+
+def host_memory() -> set[int]:
+    """Inodes of the memory files that this process has open or mapped: a child may have them too, but they are ours."""
+    with open("/proc/self/maps", "rb") as file:
+        mapped_here = {int(line.split(None, 5)[4]) for line in file if b" /memfd:" in line}
+    return mapped_here | set(_memory_files("self"))
+
+
+def _held(pid: int) -> Held:
+    with open(f"/proc/{pid}/status", "rb") as file:
+        lines = dict(line.split(b":", 1) for line in file if line.startswith((b"VmRSS", b"VmSwap", b"Threads")))
+    kib = sum(int(lines[name].split()[0]) for name in (b"VmRSS", b"VmSwap") if name in lines)
+    with open(f"/proc/{pid}/stat", "rb") as file:
+        fields = file.read().rpartition(b")")[2].split()
+    return Held(kib << 10, int(lines[b"Threads"]), int(fields[19]), sum(map(int, fields[11:15])) / _TICK)
+
+
+def _lives(pid: int) -> bool:
+    """Whether it has memory of its own; what is dying has not."""
+    try:
+        with open(f"/proc/{pid}/status", "rb") as file:
+            return any(line.startswith(b"VmRSS") for line in file)
+    except OSError:
+        return False
+
+
+def _memory_files(pid: int | str) -> dict[int, int]:
+    """Inode -> bytes of each memfd that it has open."""
+    found = {}
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            if os.readlink(f"/proc/{pid}/fd/{fd}").startswith("/memfd:"):
+                status = os.stat(f"/proc/{pid}/fd/{fd}")
+                found[status.st_ino] = status.st_blocks * 512
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # closed meanwhile
+    return found
+
+
+def _scratch(pid: int, places: Sequence[str]) -> int:
+    """Bytes in its tmpfs: mounts that nobody in the child can move."""
+    total = 0
+    for place in places:
+        status = os.statvfs(f"/proc/{pid}/root{place}")
+        total += (status.f_blocks - status.f_bfree) * status.f_frsize
+    return total
