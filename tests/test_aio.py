@@ -7,7 +7,7 @@ import inspect
 import os
 import signal
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from pisupervisor import (
     LaunchError,
     OptionsError,
     ProcessIsolator,
+    ProtocolError,
     RemoteError,
     RestartPolicy,
+    SerializationError,
 )
 
 pytestmark = linux
@@ -299,6 +301,79 @@ def test_a_warm_call_is_made_by_the_loop(plugin: Path) -> None:
             isolator._calls.end()
             assert [await double(n) for n in range(50)] == [2 * n for n in range(50)]
             assert isolator.state == "ready"
+
+    run(main)
+
+
+def test_streams_and_built_results_are_the_loops_too(plugin: Path) -> None:
+    """No thread is there for them either."""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            count, double = await isolator.get_method(plugin, "count"), await isolator.get_method(plugin, "double")
+            counter = await isolator.create_object(plugin, "Counter", 5)
+            for last in (3, 40):
+                stream = await count(last)
+                assert [n async for n in stream] == list(range(last))
+                assert stream.value == "over"
+                assert isinstance(await double(2, returns=float), float)
+                assert [n async for n in await count(3, returns=Generator[float, None, str])] == [0.0, 1.0, 2.0]
+                assert await counter.add(1, returns=int) > 5
+                with pytest.raises(SerializationError):
+                    await double(1, returns=str)
+                with pytest.raises(SerializationError, match="Iterator"):
+                    await count(1, returns=list[int])
+                isolator._calls.end()
+            async for n in await count(1000):
+                if n == 10:
+                    break
+            assert isolator.state == "ready"
+
+    run(main)
+
+
+def test_a_stream_whose_child_lies_is_no_stream(plugin: Path) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            stream = await isolator.invoke_method(plugin, "count", 10)
+            assert [await anext(stream), await anext(stream)] == [0, 1]
+            await isolator.invoke(_lie_about_items)
+            with pytest.raises(ProtocolError, match="none to such a call"):
+                await anext(stream)
+            assert [n async for n in stream] == []
+
+    run(main)
+
+
+def _lie_about_items() -> None:
+    from pihost.inside import serve
+
+    serve.VERBS["next"] = lambda *_: [1, 2, 3]
+
+
+def test_two_tasks_that_wait_and_one_is_cancelled(plugin: Path) -> None:
+    """The one whose call is under way; the other's is made on the next child."""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            await isolator.invoke(time.sleep, 0)
+            first = asyncio.ensure_future(isolator.invoke(time.sleep, 1000))
+            second = asyncio.ensure_future(isolator.invoke(pow, 2, 5))
+            await asyncio.sleep(0.2)
+            first.cancel()
+            assert await second == 32
+            assert first.cancelled()
+
+    run(main)
+
+
+def test_a_warm_call_within_a_timeout_of_asyncio() -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            await isolator.invoke(time.sleep, 0)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(isolator.invoke(time.sleep, 1000), 0.2)
+            assert await asyncio.wait_for(isolator.invoke(pow, 2, 5), 20) == 32
 
     run(main)
 

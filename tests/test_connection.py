@@ -336,6 +336,56 @@ def test_answers_of_calls_under_way_are_told_apart(pair: tuple[Connection, socke
     assert link.calls == {}
 
 
+@pytest.mark.parametrize("step", [1, 7, 1000])
+def test_plain_answers_come_by_the_dozen(pair: tuple[Connection, socket.socket], step: int) -> None:
+    """However they are cut, and what is no plain answer among them."""
+    link, peer = pair
+    calls = under_way(link, 40)
+    whole = {n: frame(ident=n, body=wire.pack_text(b"%d" % n)) for n in range(1, 41)}
+    whole[7] = frame(wire.RAISED, 7, b"{}")
+    whole[9] = frame(wire.PIECE, 9, wire.pack_text(b"9")[:5]) + frame(wire.RESULT, 9, wire.pack_text(b"9")[5:])
+    whole[11] = frame(ident=11, body=b"".join(wire.pack_value(b"1", [b"1"])))
+    said = b"".join(whole.values())
+    for at in range(0, len(said), step):
+        peer.sendall(said[at : at + step])
+        if step < len(said):
+            link.dispatch_what_is_there(read=True)
+    bodies = [link.wait(pending).body for pending in calls]
+    assert [wire.unpack_value(body)[0] for n, body in enumerate(bodies, 1) if n != 7] == [
+        b"1" if n == 11 else b"%d" % n for n in range(1, 41) if n != 7
+    ]
+    assert calls[0].text == b"1"
+    assert link.calls == {}
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        (frame(ident=2, body=wire.pack_text(b"1")) * 2, "answer to call 2"),
+        (frame(ident=4, body=wire.pack_text(b"1")), "answer to call 4"),
+        (wire.pack_header(wire.RESULT, 2, wire.MAX_FRAME + 1) + bytes(100), "are allowed"),
+        (wire.pack_header(wire.CALL, 2, 9) + bytes(9), "no child may send"),
+    ],
+)
+def test_what_is_no_answer_among_plain_ones(pair: tuple[Connection, socket.socket], said: bytes, match: str) -> None:
+    link, peer = pair
+    under_way(link, 3)
+    peer.sendall(frame(ident=1, body=wire.pack_text(b"1")) + said)
+    with pytest.raises(ProtocolError, match=match):
+        link.dispatch_what_is_there(read=True)
+
+
+def test_plain_answers_for_later_are_bounded(
+    pair: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_HELD", 0)
+    link, peer = pair
+    under_way(link, 2)
+    peer.sendall(frame(ident=2, body=wire.pack_text(b"1")))
+    with pytest.raises(ProtocolError, match="nobody has asked for yet"):
+        link.dispatch_what_is_there(read=True)
+
+
 def test_what_lies_there_for_later_is_bounded(pair: tuple[Connection, socket.socket]) -> None:
     """A child that answers the first call last must not fill its host with all the others."""
     link, peer = pair
