@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import decimal
+import pickle
 import random
 import struct
 import sys
@@ -16,6 +17,8 @@ from helpers import linux, resident
 from pihost.inside import encode as child, taught
 from pisupervisor import Limits, ProcessIsolator, ProtocolError, SerializationError
 from pisupervisor.link import arrow, arrow_messages, serializer
+from pisupervisor.link.arguments import write_call
+from pisupervisor.link.attachments import Attachments
 from pisupervisor.link.reader import Reader
 
 pandas = pytest.importorskip("pandas")
@@ -409,3 +412,98 @@ def test_mutated_streams_only_ever_raise_our_errors() -> None:
         except (ProtocolError, SerializationError):
             refused_ones += 1
     assert 1_000 < refused_ones < 6_000
+
+
+# --- arguments ------------------------------------------------------------------------------------------------------
+
+
+def sent(*args: Any) -> tuple[bytes, list[bytes]]:
+    """The pickle and the buffers beside it, as a host that asks for Arrow sends them."""
+    written, _by_value = write_call(lambda: Attachments(0, False, True), args, {}, lambda _name: True, True)
+    payload = written.payload()
+    return (
+        (payload, []) if isinstance(payload, bytes) else (b"".join(payload.pickle), [bytes(b) for b in payload.buffers])
+    )
+
+
+def received(*args: Any) -> Any:
+    data, buffers = sent(*args)
+    return pickle.loads(data, buffers=buffers)[0][0]
+
+
+@pytest.mark.parametrize("name", FRAMES)
+def test_a_frame_goes_as_it_is(name: str) -> None:
+    """To the last detail, the index's frequency too: where Arrow has no word for one, as a pickle."""
+    pandas.testing.assert_frame_equal(received(FRAMES[name]), FRAMES[name])
+
+
+@pytest.mark.parametrize("name", SERIES)
+def test_a_series_goes_as_it_is(name: str) -> None:
+    pandas.testing.assert_series_equal(received(SERIES[name]), SERIES[name])
+
+
+ARROWS = {
+    "table": TABLE, "batch": TABLE.to_batches()[0], "chunks": pyarrow.concat_tables([TABLE, TABLE]), "none": TABLE.slice(0, 0),
+    "frame": FRAME[["whole", "real", "flag", "time", "span", "kind", "maybe", "arrow"]], "series": SERIES["nullable"],
+    "an index": FRAME[["real", "whole", "flag"]].set_index(["whole", "flag"]), "large": FRAMES["large"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARROWS)
+def test_what_goes_in_arrows_format(name: str) -> None:
+    assert b"pihost.inside.arrow" in sent(ARROWS[name])[0]
+    assert received(ARROWS[name]).equals(ARROWS[name])
+
+
+def test_of_a_slice_no_more_travels_than_is_in_it() -> None:
+    part = pyarrow.table({"x": range(1_000_000)}).slice(10, 5)
+    data, buffers = sent(part)
+    assert len(data) + sum(map(len, buffers)) < 10_000
+    assert received(part).equals(part)
+
+
+class Labelled(pandas.DataFrame):  # type: ignore[misc]
+    pass
+
+
+SAID_BETTER = {
+    "attributes": pandas.DataFrame({"x": [1]}), "twice": pandas.DataFrame([[1, 2]], columns=["x", "x"]),
+    "objects": pandas.DataFrame({"x": pandas.Series([1, "x", None], dtype=object)}),
+    "frequency": pandas.DataFrame({"x": [1, 2]}, index=pandas.date_range("2024", periods=2)),
+    "periods": pandas.DataFrame({"x": pandas.period_range("2024", periods=2)}),
+    "subclass": Labelled({"x": [1]}), "sparse": pandas.DataFrame({"x": pandas.arrays.SparseArray([0, 0, 1])}),
+}  # fmt: skip
+SAID_BETTER["attributes"].attrs["unit"] = "m"
+
+
+@pytest.mark.parametrize("name", SAID_BETTER)
+def test_what_a_pickle_says_better(name: str) -> None:
+    value = SAID_BETTER[name]
+    assert b"pihost.inside.arrow" not in sent(value)[0]
+    pandas.testing.assert_frame_equal(received(value), value)
+    assert type(received(value)) is type(value)
+    assert received(value).attrs == value.attrs
+
+
+@linux
+@pytest.mark.parametrize("name", ARROWS)
+def test_arguments_in_a_child(name: str) -> None:
+    with ProcessIsolator.create(types=["arrow"], import_paths=PACKAGES, limits=Limits(memory="1G")) as isolator:
+        assert isolator.invoke(lambda value: type(value).__module__ + str(len(value)), ARROWS[name]).endswith(
+            str(len(ARROWS[name]))
+        )
+        assert isolator.invoke(lambda value: value, ARROWS[name]).equals(ARROWS[name])
+
+
+@linux
+def test_a_frame_among_the_arguments_can_be_written_to() -> None:
+    def doubled(frame: Any) -> float:
+        frame.iloc[0, 0] = 7.0
+        frame["y"] = frame["x"] * 2
+        return float(frame["y"].sum())
+
+    frame = pandas.DataFrame({"x": [1.0] * 300_000})
+    with ProcessIsolator.create(types=["arrow"], import_paths=PACKAGES, limits=Limits(memory="1G")) as isolator:
+        assert isolator.invoke(doubled, frame) == 600_012.0
+        assert isolator.invoke(doubled, frame) == 600_012.0
+    assert frame.iloc[0, 0] == 1.0

@@ -160,7 +160,8 @@ def answers(said: bytes, cut: int) -> bytes:
     """What a worker says to these bytes, of which it gets so many first."""
     ours, theirs = socket.socketpair()
     limits = {"pickle": 0, "result": 1 << 20, "modules": 0, "concurrency": 1}
-    worker = Worker(Link(theirs.detach()), limits)
+    worker = Worker()
+    worker.begin(Link(theirs.detach()), limits)
     with ours:
         ours.sendall(said[:cut])
         ours.settimeout(5)

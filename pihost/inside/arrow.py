@@ -127,3 +127,30 @@ def _stream(walk: Walk, table: Any) -> Any:
 
 def _refuse_subclass(walk: Walk, value: Any) -> None:
     walk.refuse(f"{type(value)} may say more than what it is derived from; return that")
+
+
+# --- what arguments name: see ``pisupervisor.link.arrow_arguments``. From the host, whose metadata are believed ------------
+
+
+def read_table(data: Any) -> Any:
+    """A pyarrow.Table, whose memory ``data`` is."""
+    pyarrow = __import__("pyarrow")
+    with pyarrow.ipc.open_stream(pyarrow.py_buffer(data)) as stream:
+        return stream.read_all()
+
+
+def read_batch(data: Any) -> Any:
+    """A pyarrow.RecordBatch."""
+    pyarrow = __import__("pyarrow")
+    with pyarrow.ipc.open_stream(pyarrow.py_buffer(data)) as stream:
+        return stream.read_next_batch()
+
+
+def read_frame(data: Any) -> Any:
+    """A pandas.DataFrame."""
+    return read_table(data).to_pandas()
+
+
+def read_series(data: Any) -> Any:
+    """A pandas.Series: a frame's only column."""
+    return read_frame(data).iloc[:, 0]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pisupervisor.shared import SharedMemory
 
 
+_ARROW = frozenset(("pandas", "pyarrow"))  # where classes of what can go in Arrow's format are
 _SHARED = frozenset(("numpy", "pisupervisor.shared"))  # where classes of shared arrays are
 
 
@@ -30,8 +31,9 @@ class Attachments:
     shared: dict[int, SharedMemory] | None = None
     buffers: list[memoryview] | None = None
 
-    def __init__(self, isolator: int, networked: bool) -> None:
-        self.isolator, self.networked = isolator, networked
+    def __init__(self, isolator: int, networked: bool, arrow: bool = False) -> None:
+        """``arrow``: pandas and pyarrow objects go in Arrow's stream format, where they come back from it as they were."""
+        self.isolator, self.networked, self.arrow = isolator, networked, arrow
         self.parts: list[bytes] = []
         self.write = self.parts.append  # what a pickler asks of a file
 
@@ -49,6 +51,10 @@ class Attachments:
         kind = type(obj)
         if kind is memoryview:
             return _reduce_memoryview(obj)
+        if self.arrow and kind.__module__.partition(".")[0] in _ARROW:
+            from pisupervisor.link import arrow_arguments
+
+            return arrow_arguments.reduce(obj)
         if kind.__module__ in _SHARED:
             from pisupervisor import shared
 

@@ -111,7 +111,8 @@ class Packer:
 
             from pisupervisor.link.attachments import Attachments
 
-            self._new = partial(Attachments, self._owner, self._options.network == "host")
+            arrow = "arrow" in self._options.types and self._importable()("pyarrow")
+            self._new = partial(Attachments, self._owner, self._options.network == "host", arrow)
         return self._new
 
     def _need_cloudpickle(self) -> None:
