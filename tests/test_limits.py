@@ -795,11 +795,30 @@ class TestSweep:
         base = f"{host.places['pids'].directory}/pisupervisor-test-{os.getpid()}"
         os.mkdir(base)
         try:
-            for name in (f"{os.getpid()}-1-1", group_name(1), "something", "1-2", "a-b-c"):
+            reused, strange = f"{os.getpid()}-1-{directories.pid_namespace()}-1", ("something", "1-2", "a-b-c-d")
+            for name in (reused, group_name(1), *strange):
                 directories.make(base, name)
-            assert directories.sweep(base) == {f"{os.getpid()}-1-1"}
-            left = [f"{base}/pisupervisor/{name}" for name in (group_name(1), "something", "1-2", "a-b-c")]
+            assert directories.sweep(base) == {reused}
+            left = [f"{base}/pisupervisor/{name}" for name in (group_name(1), *strange)]
             assert [directories.remove(path) for path in left] == [True] * 4
+        finally:
+            os.rmdir(base)
+
+    def test_an_owner_whom_we_cannot_see(self, host: CgroupHost, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In another pid namespace, or behind a /proc that is not ours: a group just made may be about to take a child."""
+        base = f"{host.places['pids'].directory}/pisupervisor-test-{os.getpid()}"
+        os.mkdir(base)
+        elsewhere, dead = "1-1-1-1", f"{os.getpid()}-1-{directories.pid_namespace()}-1"
+        try:
+            for name in (elsewhere, dead):
+                directories.make(base, name)
+            pid = os.getpid()
+            monkeypatch.setattr(os, "getpid", lambda: pid + 1)  # what /proc/self says is then somebody else
+            assert directories.sweep(base) == set()
+            monkeypatch.undo()
+            assert directories.sweep(base) == {dead}
+            monkeypatch.setattr(directories, "_OLD", -1.0)
+            assert directories.sweep(base) == {elsewhere}
         finally:
             os.rmdir(base)
 

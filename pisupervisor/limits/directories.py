@@ -1,6 +1,7 @@
 """Our directories in a cgroup hierarchy: their names, making them, removing them, sweeping up after dead owners.
 
-A group is ``<base>/pisupervisor/<owner pid>-<owner start time>-<n>``, where base is the host application's own group.
+A group is ``<base>/pisupervisor/<owner pid>-<owner start time>-<its pid namespace>-<n>``, where base is the host
+application's own group.
 The parent exists only while there are groups in it, and other processes make and remove it as well.
 """
 
@@ -16,17 +17,23 @@ PARENT = "pisupervisor"
 _MAX_LOST_RACES = 64  # each needs another process to remove the parent in the same microseconds
 _AT_ONCE = 1 << 16
 _SURELY_ALL = 2048  # less than this is the whole file: no line of such a file is as long as the other half of a page
+_OLD = 60.0  # seconds; a group is empty only while a child is launched or ends
 _RETRY_DELAY = 0.0005  # an exiting task keeps its group busy for a fraction of a millisecond
 
 
 def group_name(counter: int) -> str:
-    """``"<own pid>-<own start time>-<counter>"``: unique, and tells anyone whether its owner still lives."""
+    """``"<own pid>-<own start time>-<own pid namespace>-<counter>"``: unique, and tells whether its owner still lives."""
     return f"{_owner(os.getpid())}-{counter}"
 
 
 @lru_cache(maxsize=1)  # by pid: a fork of the application is another owner
 def _owner(pid: int) -> str:
-    return f"{pid}-{start_time(pid)}"
+    return f"{pid}-{start_time(pid)}-{pid_namespace()}"
+
+
+def pid_namespace() -> int:
+    """The number of ours, in which our pid means something."""
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def start_time(pid: int) -> int | None:
@@ -139,17 +146,26 @@ def _remove_parent(parent: str) -> None:
 def sweep(base: str) -> set[str]:
     """Remove the empty groups below ``base`` whose owner is dead; return their names.
 
-    A group that still has tasks stays (rmdir refuses it), and so does anything whose name is not of our form.
+    A group that still has tasks stays (rmdir refuses it), and so does anything whose name is not of our form. Of the
+    owner in another pid namespace nothing is known: such a group goes when it has been there for a minute.
     """
     try:
         names = os.listdir(f"{base}/{PARENT}")
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return set()  # a /proc of others, which does not show who lives here
     except OSError:
-        return set()
-    return {name for name in names if _is_orphan(name) and remove(f"{base}/{PARENT}/{name}")}
+        return set()  # no groups; or a masked /proc
+    return {name for name in names if _is_orphan(base, name) and remove(f"{base}/{PARENT}/{name}")}
 
 
-def _is_orphan(name: str) -> bool:
+def _is_orphan(base: str, name: str) -> bool:
     parts = name.split("-")
-    if len(parts) != 3 or not all(part.isascii() and part.isdigit() for part in parts):
+    if len(parts) != 4 or not all(part.isascii() and part.isdigit() for part in parts):
         return False
-    return start_time(int(parts[0])) != int(parts[1])  # a reused pid has another start time
+    pid, started, namespace, _number = map(int, parts)
+    if namespace == pid_namespace():
+        return start_time(pid) != started  # a reused pid has another start time
+    try:
+        return time.time() - os.stat(f"{base}/{PARENT}/{name}").st_ctime > _OLD
+    except OSError:
+        return False  # gone meanwhile

@@ -7,12 +7,11 @@ stopped does too. So the v1 freezer is no choice: a paused child must end with i
 from __future__ import annotations
 
 import _signal as signal  # signal imports enum for names that nobody needs here
-import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 from pisupervisor.errors import IsolationError
-from pisupervisor.limits import directories
+from pisupervisor.limits import directories, signals
 from pisupervisor.limits.detect import CgroupHost
 from pisupervisor.records import Protocol
 
@@ -145,27 +144,13 @@ class SignalFreezer:
                 if pids == self._pids():
                     return
                 continue
-            self._signal(running, signal.SIGSTOP)
+            signals.send(running, self._pids, signal.SIGSTOP)
             time.sleep(_POLL)
         self.resume()
         raise IsolationError("cannot pause: its processes fork or continue each other faster than they can be stopped")
 
     def resume(self) -> None:
-        self._signal(self._pids(), signal.SIGCONT)
-
-    def _signal(self, pids: Iterable[int], number: int) -> None:
-        for pid in pids:
-            try:
-                pidfd = os.pidfd_open(pid)
-            except ProcessLookupError:
-                continue
-            try:
-                if pid in self._pids():  # asked again: the number may have been reused before its pidfd was open
-                    signal.pidfd_send_signal(pidfd, number)
-            except ProcessLookupError:
-                pass
-            finally:
-                os.close(pidfd)
+        signals.send(self._pids(), self._pids, signal.SIGCONT)
 
     def kill(self) -> None:
         pass  # the end of PID 1 is the end of them all

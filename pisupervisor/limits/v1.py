@@ -11,7 +11,7 @@ from pisupervisor.limits import cgroups, directories
 from pisupervisor.limits.cgroups import CgroupHost, GroupEvents, GroupIo, GroupLimits, GroupUsage, Place
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.detect import CONTROLLERS
-from pisupervisor.limits.killing import kill_members
+from pisupervisor.limits.signals import kill_members
 from pisupervisor.limits.v1_files import FileWrite, file_writes, io_writes, weight_writes
 from pisupervisor.limits.v1_readback import io_in, read_back
 

@@ -11,7 +11,7 @@ from pisupervisor.limits import delegation, directories
 from pisupervisor.limits.cgroups import CgroupHost, GroupEvents, GroupIo, GroupLimits, GroupUsage
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.freezer import GroupFreezer
-from pisupervisor.limits.killing import kill_members
+from pisupervisor.limits.signals import kill_members
 from pisupervisor.limits.v2_files import FileWrite, file_writes, io_writes, weight_writes
 from pisupervisor.limits.v2_readback import read_back
 

@@ -20,7 +20,7 @@ from helpers import descendants, own_groups, state_of, status_of, wait_until
 
 from pisupervisor import ProcessIsolator
 from pisupervisor.launch.ids import BLOCK
-from pisupervisor.limits.directories import start_time
+from pisupervisor.limits.directories import pid_namespace, start_time
 
 pytestmark = pytest.mark.linux
 APPLICATION = Path(__file__).with_name("application.py")
@@ -178,8 +178,8 @@ def test_groups_of_the_living_are_never_swept() -> None:
         base = Path(next(iter(theirs))).parent
         started = start_time(host.process.pid)
         empty, foreign = (
-            base / f"{host.process.pid}-{started}-999999",
-            base / f"{host.process.pid}-{(started or 0) + 1}-1",
+            base / f"{host.process.pid}-{started}-{pid_namespace()}-999999",
+            base / f"{host.process.pid}-{(started or 0) + 1}-{pid_namespace()}-1",
         )
         empty.mkdir()
         foreign.mkdir()
