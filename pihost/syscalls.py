@@ -31,6 +31,7 @@ _MOUNT_ATTR = {MS_RDONLY: 1, MS_NOSUID: 2, MS_NODEV: 4, MS_NOEXEC: 8}
 
 # Numbers from 424 on are the same on every architecture.
 _SYS_PIVOT_ROOT = 155 if _X86 else 41
+_SYS_CLONE = 56 if _X86 else 220
 _SYS_SECCOMP = 317 if _X86 else 277
 _SYS_CLONE3, _SYS_CLOSE_RANGE = 435, 436
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
@@ -79,6 +80,12 @@ def clone(flags: int, group: int = 0) -> tuple[int, int]:
     75 copied pages (0.2 ms). The thread id that glibc caches is stale until then; only our launch code runs before.
     """
     pidfd = ctypes.c_int(-1)
+    if (
+        not flags & CLONE_INTO_CGROUP
+    ):  # by clone, where that can do it: filters refuse clone3, whose flags they cannot see
+        word = ctypes.c_ulong(flags | CLONE_PIDFD | 17)
+        pid = _libc.syscall(ctypes.c_long(_SYS_CLONE), word, None, ctypes.byref(pidfd), None, None)
+        return _check(pid, "clone"), pidfd.value
     arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=17, cgroup=group)
     pid = _libc.syscall(ctypes.c_long(_SYS_CLONE3), ctypes.byref(arguments), ctypes.sizeof(arguments))
     return _check(pid, "clone3"), pidfd.value

@@ -161,6 +161,10 @@ class Security:
     ``IsolationEvents.syscall``): "kills" names the call that a child was killed for; "trace" tells what is refused, and
     refuses with EPERM where the profile would kill; "learn" tells every call, too, and is slow. A profile with rules
     marked SCMP_ACT_NOTIFY is listened to as with "kills": those calls are refused, and told.
+
+    ``nesting``: code in the child may use pisupervisor itself. Landlock then has no rules for files, with which nobody
+    inside could mount (the inner isolator has its own), the filter lets through what makes namespaces and mounts, and the
+    child can read its mount table. Much more of the kernel is in reach of it: for code that you trust with that.
     """
 
     seccomp: str | os.PathLike[str] | SeccompProfile | None = "default"
@@ -168,6 +172,7 @@ class Security:
     user: int = 1000
     hostname: str = "pihost"
     watch: Literal["kills", "trace", "learn"] | None = None
+    nesting: bool = False
 
     def __post_init__(self) -> None:
         if self.watch not in (None, "kills", "trace", "learn"):
@@ -175,8 +180,9 @@ class Security:
         if self.watch is not None and self.seccomp is None:
             raise OptionsError(f"watch={self.watch!r}: without a seccomp profile there is nothing to watch")
         _integer(self.user, "user", 1, 65533)
-        if not isinstance(self.landlock, bool):
-            raise OptionsError(f"landlock: expected True or False, not {self.landlock!r}")
+        for name in ("landlock", "nesting"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionsError(f"{name}: expected True or False, not {getattr(self, name)!r}")
         if not (isinstance(self.hostname, str) and 0 < len(self.hostname) <= 63 and self.hostname.isascii()):
             raise OptionsError(f"hostname: {self.hostname!r} is no host name (1 to 63 ASCII characters)")
 

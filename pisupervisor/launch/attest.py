@@ -96,6 +96,10 @@ def _left_out(name: str, plan: ChildPlan) -> bool:
 def _namespace(name: str, options: IsolationOptions, readings: Readings) -> Applied:
     link = readings.links.get(name, "")
     own = bool(link) and link != readings.host_links.get(name)
+    if name == "mount" and options.security.nesting:
+        return Applied(
+            asked=True, holds=own, how="namespace", detail="nesting: its mounts can be listed, by itself too"
+        )
     if name == "mount" and readings.mounts:
         return Applied(asked=True, holds=False, how="", detail=f"its mounts can be listed: {readings.mounts[:80]}")
     asked: Any = options.network if name == "network" else True
@@ -125,14 +129,20 @@ def _landlock(plan: ChildPlan, options: IsolationOptions) -> Applied:
     # The kernel shows Landlock nowhere in /proc: the launch stops if restricting fails, and that is the proof there is.
     holds = plan.landlock_abi > 0 and "landlock" not in plan.without
     detail = f"ABI {plan.landlock_abi}, {len(plan.landlock)} rules" if holds else "this kernel has none"
-    return Applied(asked=options.security.landlock, holds=holds, how="landlock" if holds else "", detail=detail)
+    asked = options.security.landlock
+    if asked and options.security.nesting:
+        asked = plan.landlock_abi > 0
+        rest = "TCP and scopes as else" if asked else "and this kernel's Landlock has no others"
+        detail = f"nesting: the rules for files are the inner isolator's; {rest}"
+    return Applied(asked=asked, holds=holds, how="landlock" if holds else "", detail=detail)
 
 
 def _seccomp(options: IsolationOptions, status: dict[str, str], filtered: bool) -> Applied:
     mode, no_new_privs = status.get("Seccomp", "").strip(), status.get("NoNewPrivs", "").strip()
     holds = filtered and mode == "2" and no_new_privs == "1"
     asked = options.security.seccomp and str(options.security.seccomp)
-    detail = f"mode {mode}, no_new_privs {no_new_privs}, filters {status.get('Seccomp_filters', '?').strip()}"
+    nesting = "; nesting: clone, unshare, mount and their kind are let through" if options.security.nesting else ""
+    detail = f"mode {mode}, no_new_privs {no_new_privs}, filters {status.get('Seccomp_filters', '?').strip()}{nesting}"
     return Applied(asked=asked, holds=holds, how="seccomp filter" if holds else "", detail=detail)
 
 

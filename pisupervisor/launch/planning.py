@@ -155,6 +155,10 @@ def child_plan(
     """
     user, outer = options.security.user, 0 if outer_id is None else outer_id
     abi = features.landlock_abi if options.security.landlock else 0
+    nesting = options.security.nesting
+    net, scopes = (3 if abi >= 4 and options.network == "none" else 0), (3 if abi >= 6 else 0)
+    if nesting and not net and not scopes:
+        abi = 0  # nothing is left for it to hold
     flags = clone_flags
     for name, flag in CLONE_FLAGS.items():
         skip = NAMESPACE_LINKS[name] not in features.namespaces
@@ -165,14 +169,14 @@ def child_plan(
         hostname=options.security.hostname,
         mounts=_own_mounts(options, interpreter),
         rlimits=[list(entry) for entry in rlimits], nice=options.limits.nice or 0,
-        landlock=_landlock_rules(options, abi), landlock_abi=abi, landlock_fs=file_rights(abi),
-        landlock_net=3 if abi >= 4 and options.network == "none" else 0, landlock_scopes=3 if abi >= 6 else 0,
+        landlock=[] if nesting else _landlock_rules(options, abi), landlock_abi=abi,
+        landlock_fs=0 if nesting else file_rights(abi), landlock_net=net, landlock_scopes=scopes,
         output=output, cgroups=cgroups,
         limits={
             "result": int(options.limits.result), "pickle": int(options.results == "pickle"),
             "modules": int(bool(options.modules)), "concurrency": options.max_concurrency,
         },
-        debug=options.debug, without=sorted({*without, *absent}),
+        debug=options.debug, without=sorted({*without, *absent, *(("mount table",) if nesting else ())}),
     )  # fmt: skip
 
 

@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from pisupervisor.launch.seccomp_rules import Flaw
 
 PACKAGED = ("default", "strict", "permissive")
+#: what a launch does that no profile of ours lets through (clone3 is for cgroups, of which a child has none to give)
+NESTING = (
+    "chroot", "clone", "landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self", "mount",
+    "mount_setattr", "open_tree", "move_mount", "pivot_root", "seccomp", "sethostname", "setns", "umount2", "unshare",
+)  # fmt: skip
 
 _MAX_SOURCE = 1 << 20  # Docker's own profile has 17 KB; what is larger than this is no profile
 _FORMAT = b"4"  # raise it whenever the same profile shall give another program
@@ -111,6 +116,20 @@ def load_profile(profile: str | os.PathLike[str] | SeccompProfile) -> SeccompPro
         return profile
     file = _path_of(profile)
     return SeccompProfile(_read_source(file), os.path.basename(file), file)
+
+
+def for_nesting(profile: SeccompProfile) -> SeccompProfile:
+    """The same, and what makes namespaces and mounts is let through. A filter inside a filter can only take away."""
+    import json
+
+    mapping = json.loads(profile.source)
+    kept = []
+    for rule in mapping["syscalls"]:
+        names = [name for name in rule.get("names", [rule.get("name")]) if name not in NESTING]
+        if names:
+            kept.append({**{key: value for key, value in rule.items() if key != "name"}, "names": names})
+    mapping["syscalls"] = [*kept, {"names": list(NESTING), "action": "SCMP_ACT_ALLOW"}]
+    return SeccompProfile.from_dict(mapping, f"{profile.name} with nesting")
 
 
 def is_listened_to(program: bytes) -> bool:

@@ -168,7 +168,8 @@ def template_key(options: IsolationOptions) -> tuple[Any, ...]:
     return (
         options.python, options.preload, options.import_paths, options.filesystem, options.network, options.log_level,
         _profile_key(options.security.seccomp), options.security.watch, options.security.user, options.security.hostname,
-        options.security.landlock, options.degrade, options.cgroup, tuple(sorted(options.environment.items())), inherited,
+        options.security.landlock, options.security.nesting, options.degrade, options.cgroup,
+        tuple(sorted(options.environment.items())), inherited,
         options.tenant,
     )  # fmt: skip
 
@@ -196,8 +197,10 @@ def _program(options: IsolationOptions) -> tuple[bytes, Answers | None]:
     profile, watch = options.security.seccomp, options.security.watch
     if profile is None:
         return b"", None
-    from pisupervisor.launch.seccomp import compile_profile, is_listened_to, load_profile
+    from pisupervisor.launch.seccomp import compile_profile, for_nesting, is_listened_to, load_profile
 
+    if options.security.nesting:
+        profile = for_nesting(load_profile(profile))
     program = compile_profile(profile) if watch is None else load_profile(profile).compile(watch)
     if not is_listened_to(program):
         return program, None

@@ -16,12 +16,15 @@ _SWITCHES = {
 
 
 class Situation(NamedTuple):
-    """Who asked, and what is set: ``switches`` by sysctl's name, ``filtered`` by somebody's seccomp program."""
+    """Who asked, and what is set: ``switches`` by sysctl's name, ``filtered`` by somebody's seccomp program, ``nested``: in
+    a child of a pisupervisor.
+    """
 
     uid: int
     may_mount: bool
     filtered: bool
     switches: Mapping[str, str]
+    nested: bool = False
 
 
 def situation() -> Situation:
@@ -30,7 +33,8 @@ def situation() -> Situation:
         status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
     switches = {name: text for name in _SWITCHES if (text := _read(f"/proc/sys/{name.replace('.', '/')}"))}
     may_mount = bool(int(status.get("CapEff", "0"), 16) >> _SYS_ADMIN & 1)
-    return Situation(os.geteuid(), may_mount, status.get("Seccomp", "0") != "0", switches)
+    nested = os.path.isdir("/pis/pihost")  # planning.OURS: where each of our children finds our code
+    return Situation(os.geteuid(), may_mount, status.get("Seccomp", "0") != "0", switches, nested)
 
 
 def _read(path: str) -> str:
@@ -43,6 +47,8 @@ def _read(path: str) -> str:
 
 def remedy(found: Situation) -> str:
     """What helps, as exact as it can be said. Pure."""
+    if found.nested:
+        return "this is the child of another isolator: create that one with security=Security(nesting=True)"
     off = next((name for name, stop in _SWITCHES.items() if found.switches.get(name) == stop), "")
     if off == "user.max_user_namespaces":
         return "as root: sysctl -w user.max_user_namespaces=65536 (it is 0: nobody may make any)"
