@@ -324,7 +324,7 @@ def test_pipes_are_closed_whatever_happens(pair: tuple[Connection, socket.socket
 
 def under_way(link: Connection, count: int) -> list[Pending]:
     calls = [Pending(link.new_ident(), link.largest, owned=False) for _ in range(count)]
-    link.send_frames(b"".join(link.frame(pending, b"x") for pending in calls), None)
+    link.send_frames(b"".join(link.header(pending, 1) + b"x" for pending in calls), None)
     return calls
 
 

@@ -32,6 +32,7 @@ class Quick:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._known: dict[bytes, Callable[..., Any]] = {}
+        self._is_copy = False
 
     def learn(self, head: bytes, call: tuple[Any, ...], answer: tuple[int, list[bytes]]) -> None:
         """That call has come to a value: the next one of the same head need not look for what is called."""
@@ -72,6 +73,10 @@ class Quick:
                 return 0
             worker.serve_one(frame)
 
+    def note_copy(self) -> None:
+        """User code forked: if it lets the copy return, only the original may answer."""
+        self._is_copy = True
+
     def answer(self, link: Link, ident: int, function: Callable[..., Any], arguments: bytes | bytearray) -> None:
         """Run it and reply."""
         worker = self._worker
@@ -84,7 +89,7 @@ class Quick:
             plain = encode.PLAIN.get(type(value))
             text = None if plain is None else plain(value)
             if text is not None and len(text) <= worker.limits["result"]:
-                if os.getpid() != worker.own_pid:
+                if self._is_copy:
                     os._exit(0)
                 size = len(text)
                 link.sock.sendall(_RESULT.pack(_RESULT_WORD, ident, size + 8, size, 0) + text)

@@ -41,6 +41,7 @@ def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> in
 
         return Threads(worker, limits["concurrency"]).serve()
     worker.host = callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
+    os.register_at_fork(after_in_child=worker.quick.note_copy)  # os.getpid() would be a system call for each answer
     return worker.quick.serve(link)
 
 

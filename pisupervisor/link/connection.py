@@ -200,10 +200,12 @@ class Connection:
     def new_bell(self) -> Bell | None:
         return None if self._readers is None else Bell()
 
-    def frame(self, pending: Pending, body: bytes) -> bytes:
-        """A call as it is sent with ``send_frames``; its answer may come from then on."""
+    def header(self, pending: Pending, size: int) -> bytes:
+        """What a call begins with that is sent with ``send_frames``, before a body of that size; its answer may come from then
+        on.
+        """
         self.calls[pending.ident] = pending
-        return _CALL.pack(_CALL_WORD, pending.ident, len(body)) + body
+        return _CALL.pack(_CALL_WORD, pending.ident, size)
 
     def send_frames(self, data: bytes, deadline: float | None) -> None:
         if self._displaced or self.released:

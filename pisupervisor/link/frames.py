@@ -97,7 +97,7 @@ class Frames:
             if word != _RESULT_WORD or buffers or text + _COUNTS.size != length or length > READ or end > len(data):
                 break
             pending = calls.get(ident)
-            if pending is None or not pending.is_untouched:
+            if pending is None or pending.owned or pending.is_abandoned or pending.asked or pending._whole:
                 break
             del calls[ident]
             pending.text, pending.size, at = bytes(data[at + _PLAIN_SIZE : end]), length, end
@@ -129,9 +129,7 @@ class Pending:
     """
 
     answer: Answer | None = None
-    text: bytes | None = (
-        None  # in the place of the answer, where that is plain data that came in one frame: see ``take_plain``
-    )
+    text: bytes | None = None  # in the place of the answer, where that is plain data in one frame: see ``take_plain``
     size = 0  # bytes that have come for it, where nobody waits for it
     is_abandoned = False
     asked: tuple[int, bytes] | None = None  # kind and body of a callback, until somebody sees to it
@@ -145,11 +143,6 @@ class Pending:
     @property
     def is_answered(self) -> bool:
         return self.answer is not None or self.text is not None
-
-    @property
-    def is_untouched(self) -> bool:
-        """Whether a plain answer may come for it, and nothing else is to be done about that than to keep it."""
-        return not (self.owned or self.is_abandoned or self._whole or self.asked)
 
     def ring(self) -> None:
         if self.bell is not None:

@@ -98,6 +98,8 @@ class Pipeline(Blocking):
         self._size = 0  # bytes of those
         self._since = time.monotonic()  # when the first of them came to be the first
         self._connection: Connection | None = None
+        self._reader = session.keeper.reader
+        self._is_plain = not self._reader.pickled
         self._error: BaseException | None = None  # of the application's own iterable: raised when it is its turn
         self._broken: ProtocolError | None = None
         self._is_over = False
@@ -147,12 +149,12 @@ class Pipeline(Blocking):
         """The value of the first call under way."""
         head = self._flight[0] if self._flight else None
         pending, connection, text = None if head is None else head.pending, self._connection, None
-        if pending is not None and not self._waiting and not self._session.keeper.reader.pickled:
+        if pending is not None and self._is_plain and not self._waiting:
             text = pending.text if pending.answer is None else text_of(pending.answer)
         if text is None or head is None or pending is None or connection is None:
             return self._go_on()
         try:
-            value = decode_plain(text, self._session.keeper.reader)
+            value = decode_plain(text, self._reader)
         except ProtocolError as error:
             self._broken = error
             return self._go_on()
@@ -208,21 +210,22 @@ class Pipeline(Blocking):
 
     def _send(self, connection: Connection, deadline: float | None) -> None:
         frames: list[bytes] = []
+        head, largest, new_ident = self._target.head, connection.largest, connection.new_ident
         while self._waiting:
             item = self._waiting.popleft()
             self._flight.append(item)
             self._size += item.size
             if item.pending is not None and item.pending.is_answered:
                 continue  # the child that has died had answered this one
-            item.pending = Pending(connection.new_ident(), connection.largest, connection.new_bell(), owned=False)
+            item.pending = pending = Pending(new_ident(), largest, connection.new_bell(), owned=False)
             if isinstance(item.payload, bytes):
-                frames.append(connection.frame(item.pending, self._target.head + item.payload))
+                frames += (connection.header(pending, len(head) + item.size), head, item.payload)
                 continue
             self._flush(connection, frames, deadline)
             from pisupervisor.link import attachments
 
             packed, fds = attachments.send(self._target.attached(item.payload), connection, deadline)
-            connection.begin(item.pending, Request(packed, fds), deadline)
+            connection.begin(pending, Request(packed, fds), deadline)
         self._flush(connection, frames, deadline)
 
     @staticmethod
