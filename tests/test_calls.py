@@ -418,6 +418,14 @@ def test_results_larger_than_a_frame(shared: ProcessIsolator) -> None:
     assert shared.invoke(lambda: list(range(100_000))) == list(range(100_000))
 
 
+@pytest.mark.parametrize("size", [(1 << 20) - 10, 1 << 20, (4 << 20) - 8, 4 << 20, 9 << 20])
+def test_a_known_target_whose_result_is_larger_than_a_frame(shared: ProcessIsolator, tmp_path: Path, size: int) -> None:
+    """The short way, which the second call takes, must not send what is for the long one."""
+    plugin = write(tmp_path, "plugin.py", "def text(size): return 'x' * size")
+    for length in (1, size, size):
+        assert shared.invoke_method(plugin, "text", length) == "x" * length
+
+
 def test_arguments_larger_than_a_frame(shared: ProcessIsolator) -> None:
     data = os.urandom(10 << 20)
     assert shared.invoke(lambda data: hash(data) and len(data), data) == 10 << 20

@@ -24,6 +24,7 @@ _RESULT = struct.Struct("<IQIII")
 _CALL_WORD = wire.MAGIC | wire.VERSION << 16 | wire.CALL << 24
 _RESULT_WORD = wire.MAGIC | wire.VERSION << 16 | wire.RESULT << 24
 _MOST = 1000
+_SMALL = wire.PIECE_SIZE - 8  #: what is larger goes in pieces
 
 
 class Quick:
@@ -88,7 +89,7 @@ class Quick:
             value = function(*args, **kwargs)
             plain = encode.PLAIN.get(type(value))
             text = None if plain is None else plain(value)
-            if text is not None and len(text) <= worker.limits["result"]:
+            if text is not None and len(text) <= _SMALL and len(text) <= worker.limits["result"]:
                 if self._is_copy:
                     os._exit(0)
                 size = len(text)
