@@ -25,7 +25,7 @@ BOX = 300.0  #: seconds for one module
 
 HEAD = """# Real programs inside
 
-Written by `scripts/compat`; not by hand. {machine}.
+Written by `scripts/compat` ({date}); not by hand. {machine}.
 
 Each of {modules} modules of CPython's own regression tests was run in a confined child (the default walls and profile,
 `network="loopback"`) and outside (as an ordinary user, with a session, umask and folder of its own): {tests} tests, of
@@ -125,7 +125,9 @@ def document(
     tests = sum(len(before.outcomes) for before, _ in results.values())
     equal = tests - sum(len(each) for each in found.values())
     machine = f"CPython {platform.python_version()}, Linux {platform.release().split('-')[0]}, {platform.machine()}"
-    lines = [HEAD.format(machine=machine, modules=len(results), tests=tests, equal=equal)]
+    lines = [
+        HEAD.format(machine=machine, date=time.strftime("%Y-%m-%d"), modules=len(results), tests=tests, equal=equal)
+    ]
     lines += ["| module | test | outside | inside | reason |\n|---|---|---|---|---|\n"]
     lines += [
         f"| {m} | {d.test} | {d.outside} | {d.inside} | {d.reason} |\n" for m, list_ in found.items() for d in list_
