@@ -59,4 +59,59 @@ OWN: dict[str, dict[str, object]] = {
         "code": "p=['self/mountinfo','self/mounts','self/mountstats','thread-self/mountinfo','self/task/%d/mounts'%os.getpid()]\n"
         "s=''.join(open('/proc/'+x).read() for x in p); want(not s,s[:200])",
     },
+    "O11": {
+        "title": "write to the page cache by the kernel's crypto", "mechanism": "seccomp: no AF_ALG socket",
+        "needs": ["seccomp"], "source": "CVE-2026-31431 (Copy Fail: AF_ALG and splice, from any container)",
+        "code": "deny(lambda:socket.socket(38,socket.SOCK_SEQPACKET,0),'EAFNOSUPPORT')",
+    },
+    "O12": {
+        "title": "a namespace by its file handle", "mechanism": "seccomp: no handles; no capability to open one",
+        "needs": ["seccomp"], "source": "CVE-2026-43391 (nsfs handles of others, Linux 6.18); Shocker",
+        "code": "h=(ctypes.c_uint8*136)(128); n=ctypes.c_int()\n"
+        "deny(lambda:sc(303,-100,b'/proc/self/ns/net',h,ctypes.byref(n),0x200),'EPERM')\n"
+        "h=(ctypes.c_uint8*40)(16,0,0,0,0xf1)\nfor root in (-10002,-10003): deny(lambda:sc(304,root,h,0),'EPERM')",
+    },
+    "O13": {
+        "title": "system calls of the last two years", "mechanism": "seccomp: ENOSYS for what no profile names",
+        "needs": ["seccomp"],
+        "source": "statmount, listmount and lsm_* (6.8), open_tree_attr and file_getattr (6.17), listns (6.18)",
+        "code": "m=ctypes.create_string_buffer(4096); n=ctypes.c_uint32(4096)\n"
+        "r=lambda *v:ctypes.byref((ctypes.c_uint64*4)(*v))\n"
+        "for call in ((457,r(32,1,2),m,4096,0),(458,r(32,(1<<64)-1,0),m,8,0),(459,100,m,ctypes.byref(n),0),"
+        "(461,m,ctypes.byref(n),0),(467,-100,b'/tmp',1,0,0),(468,-100,b'/tmp',m,24,0),(469,-100,b'/tmp',m,24,0),(470,r(40,0),m,8,0)):\n"
+        "    deny(lambda:sc(*call),'ENOSYS','EPERM')",
+    },
+    "O14": {
+        "title": "thousands of descriptors under way on UNIX sockets", "mechanism": "RLIMIT_NOFILE, counted for an id of its own",
+        "needs": ["rlimits"], "source": "CVE-2025-40214, CVE-2021-0920: the collector of such sockets; unix(7) ETOOMANYREFS",
+        "code": "import array\na,b=socket.socketpair(); a.setsockopt(1,7,1<<22); n=0; fds=array.array('i',[a.fileno()]*200)\n"
+        "try:\n    while n<4000: a.sendmsg([b'x'],[(1,1,fds)],64); n+=200\nexcept OSError: pass\nwant(n<=600,n)",
+    },
+    "O15": {
+        "title": "what a pidfd tells of the other end, and of PID 1", "mechanism": "pid ns; PID 1 is not dumpable", "needs": [],
+        "source": "pidfd ioctls: PIDFD_GET_*_NAMESPACE (6.11), PIDFD_GET_INFO (6.13, with coredumps since 6.16)",
+        "code": "import fcntl\nfd=os.pidfd_open(1); bad=[]\nfor n in range(1,11):\n"
+        "    try: bad.append((n,fcntl.ioctl(fd,0xff00+n,0)))\n    except OSError: pass\n"
+        "b=bytearray(72); struct.pack_into('Q',b,0,31)\ntry:\n    fcntl.ioctl(os.pidfd_open(os.getpid()),0xc048ff0b,b)\n"
+        "    pid,tgid,ppid=struct.unpack_from('3I',b,16)\n"
+        "    if (pid,ppid)!=(os.getpid(),os.getppid()): bad.append((pid,ppid))\n"
+        "except OSError: pass\nwant(not bad,bad)",
+    },
+    "O16": {
+        "title": "fanotify, which needs no privilege since 5.13", "mechanism": "seccomp", "needs": ["seccomp"],
+        "source": "fanotify(7); mount notifications FAN_REPORT_MNT (6.15)",
+        "code": "for flags in (0x200,0x4000,0xe00): deny(lambda:sc(300,flags,0),'EPERM','ENOSYS')",
+    },
+    "O17": {
+        "title": "urgent data on a UNIX socket", "mechanism": "seccomp: no MSG_OOB", "needs": ["seccomp"],
+        "source": "CVE-2025-38236: out of Chrome's renderer by MSG_OOB",
+        "code": "a,b=socket.socketpair(); a.send(b'x')\n"
+        "for f in (lambda:a.send(b'x',1),lambda:a.sendmsg([b'x'],[],1)): deny(f,'EOPNOTSUPP','ENOTSUP')",
+    },
+    "O18": {
+        "title": "socket families that nobody needs here", "mechanism": "seccomp: UNIX, IPv4 and IPv6 alone",
+        "needs": ["seccomp"], "source": "CVE-2026-43500 (Dirty Frag: AF_RXRPC, the page cache), CVE-2025-21756 (AF_VSOCK)",
+        "code": "bad=[]\nfor f in range(3,64):\n    for t in (1,2,3,5):\n"
+        "        try: bad+=[] if f==10 else [(f,socket.socket(f,t).family)]\n        except OSError as e: bad+=[] if e.errno==97 else [(f,e.errno)]\nwant(not bad,bad)",
+    },
 }  # fmt: skip

@@ -53,6 +53,30 @@ def _families() -> str:
     return "the kernel has none of the families"
 
 
+def _crypto() -> str:
+    try:
+        socket.socket(socket.AF_ALG, socket.SOCK_SEQPACKET, 0).close()
+    except OSError:
+        return "the kernel has no AF_ALG"
+    return ""
+
+
+def _handles() -> str:
+    handle, mount = (ctypes.c_uint8 * 136)(128), ctypes.c_int()
+    got = _libc.name_to_handle_at(-100, b"/proc/self/ns/net", handle, ctypes.byref(mount), 0x200)
+    return "namespaces have no handles here (Linux 6.18 has them)" if got < 0 else ""
+
+
+def _urgent() -> str:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        try:
+            ours.send(b"x", socket.MSG_OOB)
+        except OSError:
+            return "the kernel has no urgent data on UNIX sockets"
+    return ""
+
+
 def _setuid_su() -> str:
     try:
         return "" if os.stat("/usr/bin/su").st_mode & 0o4000 else "/usr/bin/su is not setuid"
@@ -93,6 +117,11 @@ _DEV = [
     "userfaultfd",
 ]
 _PROBES: dict[str, Callable[[], str]] = {
+    "O11": _crypto,
+    "O12": _handles,
+    "O13": _system_call(458, 0, 0, 0, 0),
+    "O16": _system_call(300, -1, 0),
+    "O17": _urgent,
     "N08": _one_of([f"/run/{box.PROBE}.sock"]),
     "N10": _queue,
     "N11": _one_of([f"/dev/shm/{box.PROBE}"]),
