@@ -249,3 +249,30 @@ def test_big_data_and_open_files(ordinary_user: OrdinaryUser, need: Callable[...
         """
     found = run(ordinary_user, source)
     assert found == {"there": 1 << 20, "back": 1 << 20, "read": "precious", "file": "PermissionError", "pipe": "opened"}
+
+
+def test_no_child_can_write_the_filters_of_later_ones(ordinary_user: OrdinaryUser) -> None:
+    """The cache is trusted because nobody else can write there; a child of an ordinary user has that user's id outside.
+    Firejail #7132 was of this kind.
+    """
+    source = """
+        import pathlib
+        home = pathlib.Path.home()
+        os.environ["XDG_CACHE_HOME"] = str(home / "kept" / "cache")
+        for name in ("kept/cache/pisupervisor/seccomp", "kept/other"):
+            (home / name).mkdir(parents=True, mode=0o700, exist_ok=True)
+        (home / "link").symlink_to("kept/cache")
+        said = {}
+        for name in ("", "kept", "kept/cache", "kept/cache/pisupervisor/seccomp", "link", "kept/other"):
+            try:
+                shown = Filesystem(writable=[(str(home / name), "/given")])
+                with ProcessIsolator.create(DEGRADED, filesystem=shown) as isolator:
+                    said[name] = isolator.run_source("open('/given/file', 'w').write('x')").value
+            except OptionsError as error:
+                said[name] = str(error)
+        tell(**said)
+    """
+    said = run(ordinary_user, source)
+    assert said.pop("kept/other") == 1
+    assert len(said) == 5
+    assert all("cache of compiled filters" in text and "XDG_CACHE_HOME" in text for text in said.values())

@@ -8,6 +8,7 @@ import stat
 from pihost import mounts, syscalls
 from pihost.plan import ChildPlan, TemplatePlan
 from pisupervisor.errors import FeatureUnavailable, OptionsError
+from pisupervisor.launch import seccomp_cache
 from pisupervisor.launch.features import Features
 from pisupervisor.launch.interpreter import Interpreter
 from pisupervisor.limits.cgroups import CgroupHost, Missing, missing, wanted_limits
@@ -215,7 +216,9 @@ def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str
 
 
 def check_writable(options: IsolationOptions, features: Features) -> None:
-    """Raises OptionsError for a writable bind that the child's id could not write: better now than as EACCES inside."""
+    """Raises OptionsError for a writable bind that the child's id could not write: better now than as EACCES inside. And
+    for one by which it could write the filters of those that come after it.
+    """
     for source, _target in options.filesystem.shown("writable"):
         found = os.stat(source)
         if features.root and not found.st_mode & stat.S_IWOTH:
@@ -225,6 +228,11 @@ def check_writable(options: IsolationOptions, features: Features) -> None:
             )
         if not features.root and not os.access(source, os.W_OK):
             raise OptionsError(f"writable: {source} is not writable for uid {features.uid}")
+        if not features.root and seccomp_cache.can_be_reached_from(source):
+            raise OptionsError(
+                f"writable: {source} shows the child the cache of compiled filters, where it could put one of its own; show a"
+                " folder beside it, or set XDG_CACHE_HOME to another one"
+            )
 
 
 def _own_mounts(options: IsolationOptions, interpreter: Interpreter) -> list[list[Any]]:

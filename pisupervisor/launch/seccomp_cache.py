@@ -9,6 +9,7 @@ import stat
 
 MAX_INSTRUCTIONS = 4096  # BPF_MAXINSNS
 _DIGEST = 32
+_FOLDERS = ("pisupervisor", "seccomp")  # below the user's ~/.cache
 _MAX_FILE = _DIGEST + 8 * MAX_INSTRUCTIONS
 
 
@@ -53,6 +54,14 @@ def store(key: str, program: bytes, cache_dir: str | None) -> None:
         os.close(folder)
 
 
+def can_be_reached_from(folder: str) -> bool:
+    """Whether who writes to ``folder`` could put a program of their own into the cache, or another cache into its place."""
+    cache, shown = (
+        os.path.realpath(path).rstrip("/") + "/" for path in (_user_cache() + "/".join(("", *_FOLDERS)), folder)
+    )
+    return cache.startswith(shown) or shown.startswith(cache)
+
+
 def _read_program(folder: int, name: str) -> bytes | None:
     """A digest guards against a file cut short or mixed up; the owner check guards against other users."""
     fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, dir_fd=folder)
@@ -92,7 +101,7 @@ def _open_folder(cache_dir: str | None, create: bool = False) -> int:
     sudo HOME is another user's: then there is no cache, and nothing of root's appears in that user's home.
     """
     base = cache_dir or _user_cache()
-    steps = () if cache_dir else ("pisupervisor", "seccomp")
+    steps = () if cache_dir else _FOLDERS
     fd = _enter(base, None, create)
     for step in steps:
         parent = fd

@@ -112,6 +112,7 @@ OWN: dict[str, dict[str, object]] = {
         "title": "socket families that nobody needs here", "mechanism": "seccomp: UNIX, IPv4 and IPv6 alone",
         "needs": ["seccomp"], "source": "CVE-2026-43500 (Dirty Frag: AF_RXRPC, the page cache), CVE-2025-21756 (AF_VSOCK)",
         "code": "bad=[]\nfor f in range(3,64):\n    for t in (1,2,3,5):\n"
-        "        try: bad+=[] if f==10 else [(f,socket.socket(f,t).family)]\n        except OSError as e: bad+=[] if e.errno==97 else [(f,e.errno)]\nwant(not bad,bad)",
+        "        try: bad+=[] if f==10 else [(f,socket.socket(f,t).family)]\n"
+        "        except OSError as e: bad+=[] if e.errno==97 else [(f,e.errno)]\nwant(not bad,bad)",
     },
 }  # fmt: skip
