@@ -46,12 +46,19 @@ def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> in
 
 
 def reseed() -> None:
-    """numpy's global generator, where it was preloaded. Python's own does it by itself; numpy's would give the same
-    numbers to all children of a zygote.
+    """What was preloaded and keeps random state, which all children of a zygote would share. Python's own generator reseeds
+    itself after a fork. OpenSSL and tempfile do so when the pid is another, and in a container the zygote can be pid 2, as
+    every payload is; numpy and multiprocessing never do.
     """
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
+    loaded = sys.modules.get
+    if (numpy_random := loaded("numpy.random")) is not None:
         numpy_random.seed()
+    if (ssl := loaded("_ssl")) is not None:
+        ssl.RAND_add(os.urandom(32), 32.0)
+    if (tempfile := loaded("tempfile")) is not None:
+        tempfile._name_sequence = None
+    if (process := loaded("multiprocessing.process")) is not None:
+        process.current_process().authkey = os.urandom(32)
 
 
 class Worker:

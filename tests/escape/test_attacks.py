@@ -215,15 +215,45 @@ def test_memory_holds_nothing_of_another_isolator(isolator: ProcessIsolator) -> 
 def test_children_share_no_random_state() -> None:
     """numpy.random as well: it knows nothing of forks (NEP 19)."""
     packages = os.path.dirname(os.path.dirname(os.path.abspath(numpy.__file__)))
-    shared = {"limits": limits(), "preload": ["random", "numpy.random", "ssl"], "import_paths": [packages]}
+    preload = ["random", "numpy.random", "ssl", "multiprocessing.process", "uuid", "secrets"]
+    shared = {"limits": limits(), "preload": preload, "import_paths": [packages]}
     code = """
-import os, random, ssl, tempfile, uuid, numpy.random
-[random.random(), numpy.random.random(), ssl.RAND_bytes(8), next(tempfile._get_candidate_names()), os.urandom(8), uuid.uuid1().hex]
+import os, random, secrets, ssl, tempfile, uuid, numpy.random, multiprocessing.process
+[random.random(), numpy.random.random(), ssl.RAND_bytes(8), next(tempfile._get_candidate_names()), os.urandom(8), uuid.uuid1().hex,
+ uuid.uuid4().hex, secrets.token_bytes(8), bytes(multiprocessing.process.current_process().authkey)]
 """
     with ProcessIsolator.create(**shared) as one, ProcessIsolator.create(**shared) as two:
         first, second = one.run_source(code).value, two.run_source(code).value
         assert zygote_of(one) == zygote_of(two)
     assert [a for a, b in zip(first, second, strict=True) if a == b] == []
+
+
+_USED_EARLY = "import ssl, tempfile\nssl.RAND_bytes(8)\nnext(tempfile._get_candidate_names())\n"
+_IN_A_CONTAINER = """
+import sys
+sys.path[:0] = {paths!r}
+from helpers import zygote_of
+from pisupervisor import IsolationOptions, ProcessIsolator
+shared = IsolationOptions(preload=["early"], import_paths=[{folder!r}], degrade={degrade!r})
+with ProcessIsolator.create(shared) as one, ProcessIsolator.create(shared) as two:
+    code = "import ssl, tempfile; [ssl.RAND_bytes(8), next(tempfile._get_candidate_names())]"
+    print(zygote_of(one), one.run_source(code).value, two.run_source(code).value, sep="|")
+"""
+
+
+def test_children_share_no_random_state_where_their_pid_is_the_zygotes(shared: Path) -> None:
+    """OpenSSL draws anew when the pid is another. To an application that is PID 1 of a container the first zygote is 2."""
+    (shared / "early.py").write_text(_USED_EARLY)
+    top, degrade = Path(__file__).parents[2], ("memory", "swap", "cpus", "pids", "devices")
+    source = _IN_A_CONTAINER.format(paths=[str(top), str(top / "tests")], folder=str(shared), degrade=degrade)
+    inside = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", source]
+    done = subprocess.run(inside, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    zygote, *seen = done.stdout.strip().split("|")
+    assert zygote == "2", "the case that is tried"
+    first, second = seen
+    assert first != second
+    assert [one for one, two in zip(eval(first), eval(second), strict=True) if one == two] == []
 
 
 def test_tenants_share_no_hash_seed_and_no_address() -> None:
