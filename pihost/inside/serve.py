@@ -56,7 +56,7 @@ def reseed() -> None:
     if (ssl := loaded("_ssl")) is not None:
         ssl.RAND_add(os.urandom(32), 32.0)
     if (tempfile := loaded("tempfile")) is not None:
-        tempfile._name_sequence = None
+        tempfile._name_sequence = None  # type: ignore[attr-defined]
     if (process := loaded("multiprocessing.process")) is not None:
         process.current_process().authkey = os.urandom(32)
 
