@@ -19,12 +19,15 @@ _HEADING = b"0123456789abcdef"  # what a mapping's first line begins with; those
 
 
 class Held(NamedTuple):
-    """What one process holds: bytes resident and swapped, threads, CPU time of its own and of those it has reaped."""
+    """What one process holds: bytes resident and swapped, threads, CPU time of its own and of those it has reaped, and the
+    page faults of those (which grow whenever it reaps).
+    """
 
     resident: int
     threads: int
     started: int
     cpu_time: float
+    reaped: int = 0
 
 
 class Census(NamedTuple):
@@ -150,7 +153,9 @@ def _held(pid: int) -> Held:
     kib = sum(int(lines[name].split()[0]) for name in (b"VmRSS", b"VmSwap") if name in lines)
     with open(f"/proc/{pid}/stat", "rb") as file:
         fields = file.read().rpartition(b")")[2].split()
-    return Held(kib << 10, int(lines[b"Threads"]), int(fields[19]), sum(map(int, fields[11:15])) / _TICK)
+    return Held(
+        kib << 10, int(lines[b"Threads"]), int(fields[19]), sum(map(int, fields[11:15])) / _TICK, int(fields[8])
+    )
 
 
 def _lives(pid: int) -> bool:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 EVERY = 0.1  # seconds between two looks
 _AT_MOST = 0.05  # share of a CPU that looking may cost: a child of many processes is looked at less often
 _SELDOM = 0.5
-_LONGEST_STOP = 1.0
+_LONGEST_STOP = 10.0
 _RESTLESS = 3  # looks, after which a child that never stands still is stopped to be counted
 _WATCHED = ("memory", "cpus", "pids")
 
@@ -123,7 +123,7 @@ class StandIn:
                 Verdict(
                     "memory",
                     ExitReason.MEMORY,
-                    f"more than {self._limits.memory} bytes, and more than can be counted: {error}",
+                    f"it cannot be seen that it holds no more than {self._limits.memory} bytes: {error}",
                 ),
             )
             return EVERY
@@ -141,20 +141,22 @@ class StandIn:
         most = int(self._limits.memory or 0)
         if "memory" not in self._names:
             return 0
-        self._restless = self._restless + 1 if found.missed else 0
+        self._restless = self._restless + 1 if self._is_restless(found) else 0
         memory, unsure = 0, 0
         if found.at_most > most:
             memory, unsure = census.exactly(found, self._scratch, census.host_memory())
         if memory > most or (memory + unsure <= most and self._restless < _RESTLESS):
             return memory
-        try:
-            return self._memory_of_the_stopped()
-        except IsolationError:  # they fork faster than they can be stopped
-            if memory + unsure > most:
-                raise
-            return memory
+        return self._memory_of_the_stopped()
+
+    def _is_restless(self, found: census.Census) -> bool:
+        """Whether some may have slipped through: who ended while we looked, or whose orphans PID 1 has reaped since."""
+        init = self._child.init_pid
+        now, before = found.processes.get(init), self._before.get(init)
+        return found.missed > 0 or (now is not None and before is not None and now.reaped != before.reaped)
 
     def _memory_of_the_stopped(self) -> int:
+        """Raises IsolationError where they fork faster than they can be stopped: no honest program does."""
         self._restless = 0
         self._child.hold_back()
         try:

@@ -41,7 +41,7 @@ LACKS = {
     "6.1": {"landlock_net", "landlock_scopes"},
 }
 #: what some or all cells lack beside that: skipping for it is explained
-NOWHERE = {"testsuite", "v1", "loop_bfq", "io_cost", "mounts", "systemd", "psi", *LACKS["5.10"]}
+NOWHERE = {"testsuite", "v1", "loop_bfq", "io_cost", "numpy", "mounts", "systemd", "psi", *LACKS["5.10"]}
 SECONDS = 600.0
 HEAD = "| kernel | mode | passed | skipped | result | seconds |\n|---|---|---|---|---|---|\n"
 
