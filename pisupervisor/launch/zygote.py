@@ -35,6 +35,10 @@ _REMEDIES = {
 }
 
 
+#: steps that fail with EPERM where an outer filter lets namespaces be made, and refuses what they are for
+_FILTERED = ("clone", "private mounts", "root", "pivot", "bind", "tmpfs", "mounts", "layer", "hostname")
+
+
 class Zygote:
     """One running zygote. ``launch`` may be called from any thread; each child answers on a socket of its own."""
 
@@ -142,10 +146,12 @@ def failure(message: dict[str, Any]) -> LaunchError:
     """A reported step as an error. The sender is trusted code, but beside user code: only text and a number are taken."""
     step, number = str(message.get("failed"))[:200], message.get("errno")
     remedy = next((text for name, text in _REMEDIES.items() if step.startswith(name)), None)
-    if step == "namespaces":
+    if step == "namespaces" or number == errno.EPERM:
         from pisupervisor.launch import userns  # only to explain a failure
 
-        remedy = userns.remedy(userns.situation())
+        found = userns.situation()
+        if step == "namespaces" or (found.filtered and step.startswith(_FILTERED)):
+            remedy = userns.remedy(found)
     if step == "mounts" and "/proc" in str(message.get("detail")):
         remedy = "an outer container must not mask /proc (docker: --security-opt systempaths=unconfined)"
     if step.startswith("preload"):
