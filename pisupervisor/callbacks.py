@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pisupervisor.link.arenas import Arenas
     from pisupervisor.modules import Modules
 
     Dump = Callable[[Any], bytes]
@@ -57,14 +58,20 @@ class Callbacks:
                 raise OptionsError(f"there is no callback {name!r}")
             self._functions = {known: entry for known, entry in self._functions.items() if known != name}
 
-    def answer(self, kind: int, body: bytes) -> bytes:
+    def answer(self, kind: int, body: bytes, arenas: Callable[[], Arenas] | None = None) -> bytes:
         """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
         if not self._calls.may_pass():  # before anything is decoded: that is what costs
             return _FAILED + f"more than {self._rate:g} calls of the host in a second".encode()
-        if not self._bytes.may_pass(len(body)):
+        if not self._bytes.may_pass(_size(kind, body)):
             return _FAILED + f"more than {self._size} bytes for the host in a second".encode()
         try:
-            name, args, kwargs = _request(kind, body, self._reader)
+            if kind == wire.CALLBACK_MAPPED and arenas is not None:
+                with arenas().reading(body) as (text, buffers):
+                    name, args, kwargs = _request(kind, text, buffers, self._reader)
+            else:
+                name, args, kwargs = _request(kind, *wire.unpack_value(body), self._reader)
+        except wire.BadFrame as error:
+            raise _unreadable(error) from None
         except SerializationError as error:  # no numpy here, a decoder of the application's that raised ...
             self._log("reading what a callback was called with", error)
             return _FAILED + b"the host cannot read these arguments"
@@ -125,17 +132,30 @@ class _Bucket:
             return True
 
 
-def _request(kind: int, body: bytes, reader: Reader) -> tuple[str, list[Any], dict[str, Any]]:
+def _size(kind: int, body: bytes) -> int:
+    """What it costs to read a request, as it says itself. Raises ProtocolError."""
+    try:
+        return len(body) + (sum(wire.unpack_mapped(body)[2]) if kind == wire.CALLBACK_MAPPED else 0)
+    except wire.BadFrame as error:
+        raise _unreadable(error) from None
+
+
+def _unreadable(error: Exception) -> ProtocolError:
+    return ProtocolError(f"a callback that cannot be read: {error}")
+
+
+def _request(
+    kind: int, text: bytes, buffers: list[memoryview], reader: Reader
+) -> tuple[str, list[Any], dict[str, Any]]:
     from pisupervisor.link.serializer import decode
 
     try:
-        text, buffers = wire.unpack_value(body)
         if kind == wire.CALLBACK_RAW:
             name, args, kwargs = decode(text, []), [bytes(part) for part in buffers], {}
         else:
             name, args, kwargs = decode(text, buffers, reader=reader)
-    except (wire.BadFrame, TypeError, ValueError) as error:
-        raise ProtocolError(f"a callback that cannot be read: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise _unreadable(error) from None
     if not (isinstance(name, str) and isinstance(args, list) and isinstance(kwargs, dict)):
         raise ProtocolError("a callback that is not a name, a list and a mapping")
     if not all(isinstance(key, str) for key in kwargs):

@@ -631,6 +631,81 @@ def test_a_child_that_leaves_its_pages_to_the_host_is_ended(name: str, there: bo
 
 
 @linux
+def test_what_a_callback_is_called_with_goes_through_arenas() -> None:
+    """Also what is larger than a frame; the same call's result too, and the next ones through the same memory."""
+
+    def work(count: int) -> tuple[float, Any]:
+        import numpy
+
+        import pihost
+
+        array = numpy.arange(count, dtype=float)
+        totals = [pihost.call_host("total", array, by=2) for _ in range(3)]
+        return sum(totals), array
+
+    seen = []
+
+    def total(array: Any, by: int) -> float:
+        seen.append(array.copy())
+        return float(array.sum() * by)
+
+    with ProcessIsolator.create(import_paths=SITE, limits=Limits(memory="1G")) as isolator:
+        isolator.register_callback("total", total)
+        for _ in range(2):
+            found, array = isolator.invoke(work, 800_000)
+            assert found == 6 * np.arange(800_000, dtype=float).sum()
+            assert (array == np.arange(800_000)).all()
+        assert len(seen) == 6
+        assert all((each == array).all() for each in seen)
+        assert len(isolator._keeper.connection.arenas()._out) == 1  # type: ignore[union-attr]
+
+
+@linux
+def test_what_lies_in_an_arena_counts_for_a_callback() -> None:
+    def call(count: int) -> str:
+        import numpy
+
+        import pihost
+
+        try:
+            return str(pihost.call_host("size", numpy.ones(count)))
+        except pihost.HostError as error:
+            return str(error)
+
+    with ProcessIsolator.create(import_paths=SITE, callback_bytes="8M") as isolator:
+        isolator.register_callback("size", len)
+        assert isolator.invoke(call, 900_000) == "900000"
+        assert isolator.invoke(call, 1_100_000) == "more than 8388608 bytes for the host in a second"
+
+
+@linux
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("wire.pack_mapped(77, text, [8])", "not there or too small"), ("[b'x']", "cannot be read"),
+        ("wire.pack_mapped(number, text, [1 << 40])", "not there or too small"),
+        ("wire.pack_mapped(number, text, [8])", "has made 0 bytes"),
+    ],
+)  # fmt: skip
+def test_lies_about_what_a_callback_is_called_with(body: str, message: str) -> None:
+    source = f"""
+        from pihost import wire
+        from pihost.inside import arenas, callbacks
+
+        def lie():
+            text = b'["f",[],{{}}]'
+            number = callbacks.host.ask_for_room(200_000)[0]
+            number = int.from_bytes(number[:8], "little")
+            callbacks.host._ask(wire.CALLBACK_MAPPED, {body})
+        """
+    with ProcessIsolator.create(callback_bytes=None) as isolator, tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder), "liar.py", source)
+        isolator.register_callback("f", len)
+        with pytest.raises(ProtocolError, match=message):
+            isolator.invoke_method(path, "lie")
+
+
+@linux
 def test_room_without_measure_is_refused(isolator: ProcessIsolator) -> None:
     def ask(size: int) -> int:
         from pihost.inside import callbacks

@@ -13,7 +13,7 @@ from pihost import wire
 from pisupervisor.errors import ProtocolError
 from pisupervisor.link.bells import Bell, PollBell
 from pisupervisor.link.callers import this_caller
-from pisupervisor.link.frames import READ, Answer, Frames, Pending, plain_text
+from pisupervisor.link.frames import QUESTIONS, READ, Answer, Frames, Pending, plain_text
 from pisupervisor.link.output import Output
 from pisupervisor.link.readers import Readers
 from pisupervisor.records import NamedTuple
@@ -26,7 +26,6 @@ _CALL = struct.Struct("<IQI")  # a header, whose first fields are one number her
 _CALL_WORD = wire.MAGIC | wire.VERSION << 16 | wire.CALL << 24
 _IDENTS = struct.Struct("<32Q")
 _AT_ONCE = _socket.MSG_DONTWAIT
-_QUESTIONS = frozenset((wire.CALLBACK, wire.CALLBACK_RAW, wire.ROOM))
 _HELD = 4  #: times the largest answer
 
 __all__ = ["Answer", "Broken", "Connection", "DeadlinePassed", "LinkClosed", "NeverSent"]
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from pisupervisor.link.arenas import Arenas
 
-    Answerer = Callable[[int, bytes], bytes]
+    Answerer = Callable[[int, bytes, Callable[[], Arenas]], bytes]
 
 
 class Broken(Exception):
@@ -455,7 +454,7 @@ class Connection:
         chain = self._in_callbacks.setdefault(caller, [])
         chain.append(pending.ident)
         try:
-            answer = self._answer(*asked)  # may call into the child in turn
+            answer = self._answer(*asked, self.arenas)  # may call into the child in turn
         finally:
             chain.pop()
             if not chain:
@@ -471,7 +470,7 @@ class Connection:
         self._tell(pending, answer, () if arena is None else (arena.fd,), deadline)
 
     def _tell(self, pending: Pending, answer: bytes, fds: tuple[int, ...], deadline: float | None) -> None:
-        pending.asked = None
+        pending.has_its_answer()
         try:
             self.send(wire.ANSWER, answer, fds, deadline, pending.ident)
         except NeverSent as error:
@@ -496,7 +495,7 @@ class Connection:
 
     def _keep(self, pending: Pending, kind: int, body: bytes) -> bool:
         """What comes for a call of a map lies here until its turn is there. False: nobody wants it."""
-        if pending.is_abandoned and kind not in _QUESTIONS:
+        if pending.is_abandoned and kind not in QUESTIONS:
             if kind != wire.PIECE:
                 self.calls.pop(pending.ident, None)
             return False

@@ -22,6 +22,7 @@ _RESULT_WORD = wire.MAGIC | wire.VERSION << 16 | wire.RESULT << 24
 _PLAIN_SIZE = _PLAIN.size
 _COUNTS = struct.Struct("<II")
 READ = 1 << 16
+QUESTIONS = frozenset((wire.CALLBACK, wire.CALLBACK_RAW, wire.CALLBACK_MAPPED, wire.ROOM))
 
 
 class Answer(NamedTuple):
@@ -144,6 +145,12 @@ class Pending:
     def is_answered(self) -> bool:
         return self.answer is not None or self.text is not None
 
+    def has_its_answer(self) -> None:
+        """What it asked is answered; before its next question, or its end, it may ask for room anew."""
+        if self.asked is not None and self.asked[0] != wire.ROOM:
+            self._roomed = False
+        self.asked = None
+
     def ring(self) -> None:
         if self.bell is not None:
             self.bell.ring()
@@ -152,7 +159,7 @@ class Pending:
         """One frame; whether the caller has something to do now. Raises ProtocolError."""
         if self.asked is not None:
             raise ProtocolError(f"something about call {self.ident}, whose callback is not answered yet")
-        if kind == wire.CALLBACK or kind == wire.CALLBACK_RAW or kind == wire.ROOM:
+        if kind in QUESTIONS:
             if kind == wire.ROOM and self._roomed:
                 raise ProtocolError("room asked for twice")
             self._roomed |= kind == wire.ROOM
