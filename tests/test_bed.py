@@ -87,3 +87,26 @@ def test_pytest_arguments_follow_two_dashes(bed: ModuleType) -> None:
 def test_the_page_has_a_place_for_the_table() -> None:
     text = (TOP / "docs/platforms.md").read_text()
     assert text.count("<!-- bed: begin -->\n") == text.count("<!-- bed: end -->\n") == 1
+
+
+def test_a_cell_that_cannot_be_run_does_not_end_the_others(
+    bed: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell = bed.Bed(tmp_path, []).try_to_run("6.1", "root")
+    assert cell.trouble[0].startswith("could not be run: FileNotFoundError")
+    assert "| 6.1 | root | 0 | 0 | could not be run" in bed.table([cell])
+    assert "Traceback" in capsys.readouterr().out
+
+
+def test_the_whole_matrix_has_every_kernel_in_every_mode(bed: ModuleType) -> None:
+    args = bed.parse(["images", "--all", "-j", "3"])
+    assert (args.all, args.jobs) == (True, 3)
+    assert len(bed.KERNELS) * len(bed.machine.MODES) == 36
+    assert set(bed.HAS) == set(bed.machine.MODES)
+
+
+def test_what_was_skipped_is_told_by_its_reason(bed: ModuleType, tmp_path: Path) -> None:
+    skip = '<testcase classname="t" name="{}"><skipped message="Skipped: {}" /></testcase>'
+    rows = "".join(skip.format(number, why) for number, why in enumerate(("v1: no", "v1: no", "testsuite: none")))
+    (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{rows}</testsuite></testsuites>")
+    assert bed.skips(tmp_path / "junit.xml") == {"v1": 2, "testsuite": 1}

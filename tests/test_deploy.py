@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,3 +61,63 @@ def test_the_units_delegate() -> None:
 def test_the_readme_names_every_file() -> None:
     readme = (TOP / "README.md").read_text()
     assert [path.name for path in DEPLOY.iterdir() if f"`{path.name}`" not in readme] == []
+
+
+@pytest.mark.bed
+@pytest.mark.parametrize(
+    ("name", "manager"), [("pisupervisor-app.service", "--system"), ("pisupervisor-app.user.service", "--user")]
+)
+def test_systemd_has_nothing_to_say_against_the_units(name: str, manager: str, tmp_path: Path) -> None:
+    """``systemd-analyze verify``, which also tells of a word that it does not know."""
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("systemd: there is no systemd-analyze here")
+    text = (DEPLOY / name).read_text()
+    unit = tmp_path / "pisupervisor-app.service"
+
+    def verified(text: str) -> subprocess.CompletedProcess[str]:
+        unit.write_text(re.sub(r"^ExecStart=\S+", f"ExecStart={sys.executable}", text, flags=re.MULTILINE))
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path)}
+        command = ["systemd-analyze", manager, "--man=no", "verify", str(unit)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, check=False)
+
+    done = verified(text)
+    mine = [line for line in done.stderr.splitlines() if "pisupervisor-app" in line]
+    assert mine == [], done.stderr
+    wrong = verified(text.replace("Delegate=", "Delegates="))
+    assert re.search(r"Unknown key.* 'Delegates'", wrong.stderr), "the control"
+
+
+@pytest.mark.bed
+def test_a_users_unit_holds_everything_that_their_systemd_has(need: Callable[..., None], tmp_path: Path) -> None:
+    """Written where the unit says, started as it says, with the doctor in place of the application."""
+    need("scope")
+    folder = Path.home() / ".config/systemd/user"
+    unit, told = folder / "pisupervisor-app.service", tmp_path / "told.json"
+    start = f"Type=oneshot\nExecStart={sys.executable} -m pisupervisor doctor --json"
+    text = re.sub(r"^ExecStart=.*$", start, (DEPLOY / "pisupervisor-app.user.service").read_text(), flags=re.MULTILINE)
+    own = f"Environment=PYTHONPATH={TOP}\nStandardOutput=truncate:{told}\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    unit.write_text(text.replace("[Install]", f"{own}\n[Install]"))
+    try:
+        subprocess.run(["systemctl", "--user", "daemon-reload"], check=True)
+        subprocess.run(["systemctl", "--user", "start", unit.name], timeout=200, check=False)
+        found: dict[str, Any] = json.loads(told.read_text())
+    finally:
+        unit.unlink()
+        subprocess.run(["systemctl", "--user", "daemon-reload"], check=False)
+    assert found["host"]["delegation"] == "delegated by systemd to pisupervisor-app.service"
+    for name in ("memory", "cpus", "pids", "user", "mount", "network", "seccomp", "capabilities"):
+        assert found["protections"][name]["verdict"] == "holds", (name, found["protections"][name])
+
+
+def test_the_dockerfile_names_what_there_is() -> None:
+    """Its packages, as this machine's apt knows them, and our own name as the package has it."""
+    text = (DEPLOY / "Dockerfile").read_text()
+    packages = re.findall(r"--no-install-recommends (.*?) &&", text)[0].split()
+    if shutil.which("apt-cache"):
+        listed = subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True, check=True).stdout.split()
+        assert not listed or set(packages) <= set(listed)
+    name = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["name"]
+    assert f"pip install --no-cache-dir {name}\n" in text
+    assert "python3-venv" in packages
+    assert "libseccomp2" in packages

@@ -1,4 +1,4 @@
-"""bed.py IMAGES [--all] [--kernel K]... [--mode M]... [--jobs N] [--table FILE] [-- PYTEST ARGUMENT...]
+"""bed.py IMAGES [--all] [--kernel K]... [--mode M]... [-j N] [--table FILE] [-- PYTEST ARGUMENT...]
 
 Runs the tests marked ``bed`` in VMs, one for each kernel and mode, and says what came of each. A cell is green when
 nothing failed and every skipped test was skipped for a feature that this cell is known to lack.
@@ -11,7 +11,9 @@ import datetime
 import sys
 import tempfile
 import threading
+import traceback
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -70,6 +72,12 @@ def features(kernel: str, mode: str) -> set[str]:
     return has - LACKS.get(kernel, set()) - ({"overlay"} if mode == "container" else set())
 
 
+def skips(junit: Path) -> dict[str, int]:
+    """Why tests were skipped, and how many for each reason's first word: the feature that the cell lacks."""
+    messages = [str(skip.get("message")).removeprefix("Skipped: ") for skip in ElementTree.parse(junit).iter("skipped")]
+    return dict(Counter(message.split(":")[0] for message in messages).most_common())
+
+
 def judge(junit: Path, has: set[str]) -> tuple[int, int, list[str]]:
     """(passed, skipped, trouble) of a pytest run, from its report."""
     cases = list(ElementTree.parse(junit).iter("testcase"))
@@ -105,6 +113,15 @@ class Bed:
         with self._telling:
             print(text, flush=True)
 
+    def try_to_run(self, kernel: str, mode: str) -> Cell:
+        """The same; whatever goes wrong in one cell, the others have their turn."""
+        try:
+            return self.run(kernel, mode)
+        except Exception as error:
+            self.tell(f"[{kernel} {mode}] {traceback.format_exc()}")
+            trouble = (f"could not be run: {type(error).__name__}: {error}",)
+            return Cell(kernel=kernel, mode=mode, version=kernel, trouble=trouble)
+
     def run(self, kernel: str, mode: str) -> Cell:
         """Once more where the VM got stuck: that says nothing about the tests. Never for a failed test."""
         version = (self.images / kernel / "version").read_text().strip()
@@ -129,6 +146,8 @@ class Bed:
     ) -> Cell:
         junit = output / "junit.xml"
         passed, skipped, trouble = judge(junit, features(kernel, mode)) if junit.exists() else (0, 0, [])
+        if junit.exists() and (why := skips(junit)):
+            self.tell(f"[{kernel} {mode}] skipped for want of: {', '.join(f'{name} ({n})' for name, n in why.items())}")
         if outcome.status and not trouble:
             trouble = [f"pytest ended with {outcome.status}"]
         return Cell(
@@ -161,7 +180,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="default: 6.1")
     parser.add_argument("--mode", action="append", choices=machine.MODES, help=f"default: {', '.join(EVERY_RUN)}")
-    parser.add_argument("--jobs", type=int, default=2, help="VMs at once")
+    parser.add_argument("-j", "--jobs", type=int, default=2, help="VMs at once")
     parser.add_argument("--table", type=Path, help="write the table into this Markdown file")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:split])
@@ -193,7 +212,9 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     bed = Bed(args.images, args.pytest)
     with ThreadPoolExecutor(args.jobs) as pool:
-        cells = list(pool.map(lambda pair: bed.run(*pair), [(kernel, mode) for kernel in kernels for mode in modes]))
+        cells = list(
+            pool.map(lambda pair: bed.try_to_run(*pair), [(kernel, mode) for kernel in kernels for mode in modes])
+        )
     print(table(cells))
     if args.table:
         write_table(args.table, cells, datetime.date.today().isoformat())
