@@ -18,7 +18,7 @@ from pisupervisor.results import Applied
 
 TOP = Path(__file__).parent.parent
 SITE = sysconfig.get_path("purelib")
-pytestmark = [pytest.mark.linux, pytest.mark.bed]
+pytestmark = pytest.mark.linux
 
 INNER = """
     from pisupervisor import *
@@ -71,6 +71,7 @@ def _lacking() -> tuple[str, ...]:
     return tuple(DEGRADE)
 
 
+@pytest.mark.bed
 def test_the_inner_walls_stand(tmp_path: Path) -> None:
     """What the outer child sees, the inner one does not; and the outer one is a child as any other."""
     told, applied = inside('[attempt(), open("/secret").read()]', tmp_path, nesting=True)
@@ -90,6 +91,7 @@ def test_the_inner_walls_stand(tmp_path: Path) -> None:
     assert "nesting: clone, unshare, mount" in applied["seccomp"].detail
 
 
+@pytest.mark.bed
 def test_without_it_the_error_says_what_to_do(tmp_path: Path) -> None:
     told, applied = inside("attempt()", tmp_path)
     assert told["step"] == "namespaces"

@@ -15,7 +15,7 @@ import pytest
 from conftest import OrdinaryUser
 from helpers import DEGRADE
 
-pytestmark = [pytest.mark.rootless, pytest.mark.bed]
+pytestmark = pytest.mark.rootless
 
 ATTEMPT = f"""
 import json, sys
@@ -78,6 +78,7 @@ def in_mounts(user: OrdinaryUser, before: str, source: str) -> subprocess.Comple
     )  # fmt: skip
 
 
+@pytest.mark.bed
 def test_a_masked_proc(ordinary_user: OrdinaryUser) -> None:
     """As container engines do: something is mounted over a part of /proc, and the kernel then refuses a fresh one."""
     if (

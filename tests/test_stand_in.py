@@ -127,7 +127,6 @@ PRELUDE = f"""
                 return "timeout"
     def tell(**facts): print(json.dumps(facts, default=str))
 """
-rootless = [pytest.mark.rootless, pytest.mark.bed]
 
 
 def run(user: OrdinaryUser, source: str) -> dict[str, Any]:
@@ -182,10 +181,18 @@ HOPPING = """
 """
 
 
-@pytest.mark.parametrize("attack", [MANY, FILES, SHARED, HOPPING], ids=["processes", "memfds", "shared", "hopping"])
-class TestMemory:
-    pytestmark = rootless
+OTHERS = (("memfds", FILES), ("shared", SHARED), ("hopping", HOPPING))
 
+
+@pytest.mark.rootless
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param(MANY, id="processes", marks=pytest.mark.bed),
+        *(pytest.param(text, id=name) for name, text in OTHERS),
+    ],
+)
+class TestMemory:
     def test_all_of_it_together_is_held(self, ordinary_user: OrdinaryUser, attack: str) -> None:
         """Each process is below RLIMIT_DATA. The control is not watched, and lives."""
         tight, free = 'outcome(eat, memory="96M", cpus=None)', "outcome(eat, memory=None, swap=None, cpus=None)"
@@ -196,7 +203,6 @@ class TestMemory:
 
 
 @pytest.mark.rootless
-@pytest.mark.bed
 class TestOthers:
     def test_what_is_shared_counts_once(self, ordinary_user: OrdinaryUser) -> None:
         source = """
@@ -243,6 +249,7 @@ class TestOthers:
             pytest.skip(f"numpy: {told['error']}")
         assert told == {"got": float(15 << 20), "own": "MemoryLimitExceeded"}
 
+    @pytest.mark.bed
     def test_cpu_time_is_held_back(self, ordinary_user: OrdinaryUser) -> None:
         source = """
             def spin():
@@ -309,6 +316,7 @@ class TestOthers:
         """
         assert run(ordinary_user, source) == {"roomy": False, "kind": "PidsLimitExceeded", "reason": "pids"}
 
+    @pytest.mark.bed
     def test_applied_says_so_and_the_thread_is_there_only_as_long(self, ordinary_user: OrdinaryUser) -> None:
         source = """
             def threads(): return [one.name.rpartition("-")[0] for one in threading.enumerate()]
