@@ -80,7 +80,7 @@ class Quick:
 
     def answer(self, link: Link, ident: int, function: Callable[..., Any], arguments: bytes | bytearray) -> None:
         """Run it and reply."""
-        worker = self._worker
+        worker, text, answer = self._worker, b"", None
         try:
             try:
                 args, kwargs = _pickle.loads(arguments)
@@ -88,14 +88,17 @@ class Quick:
                 raise unloadable(error) from error
             value = function(*args, **kwargs)
             plain = encode.PLAIN.get(type(value))
-            text = None if plain is None else plain(value)
-            if text is not None and len(text) <= _SMALL and len(text) <= worker.limits["result"]:
-                if self._is_copy:
-                    os._exit(0)
-                size = len(text)
-                link.sock.sendall(_RESULT.pack(_RESULT_WORD, ident, size + 8, size, 0) + text)
-                return
-            answer = worker.pack_users(value)
+            written = None if plain is None else plain(value)
+            if written is None or len(written) > worker.limits["result"]:
+                answer = worker.pack_users(value)
+            else:
+                text = written
         except BaseException as error:
             answer = answer_to(error)
-        worker.reply(ident, answer)
+        if answer is not None:
+            worker.reply(ident, answer)
+            return
+        if self._is_copy:
+            os._exit(0)
+        size = len(text)
+        link.sock.sendall(_RESULT.pack(_RESULT_WORD, ident, size + 8, size, 0) + text)
