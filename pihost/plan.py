@@ -64,7 +64,8 @@ class TemplatePlan(Plan):
     """What one zygote is: everything that its children share.
 
     root         mounts in order, each ``[kind, *arguments]`` (see ``mounts.py``)
-    own_ids      ``[uid, gid]`` of an ordinary user, who needs a user namespace to mount at all; empty for root
+    own_ids      ``[uid, gid]`` of an ordinary user, who needs a user namespace to mount at all; empty for root. A third: wait
+                 until the host has mapped subordinate ids, too
     interpreter  path inside the new root
     package      folder of pihost inside the new root
     sys_path     import path of the zygote: the standard library and our own package

@@ -38,7 +38,7 @@ def enter(control: int, host: int) -> None:
     step = "plan"
     try:
         plan = TemplatePlan.load(data)
-        build(plan)
+        build(plan, control)
         step = "interpreter"
         arguments = [plan.interpreter, "-I", "-S", f"{plan.package}/__main__.py", "zygote", str(control), str(host)]
         os.set_inheritable(control, True)
@@ -63,13 +63,17 @@ def await_plan(control: int, host: int) -> bytes:
     return os.read(control, 1 << 20) if control in dict(poll.poll()) else b""
 
 
-def enter_namespaces(own_ids: list[int]) -> None:
+def enter_namespaces(own_ids: list[int], control: int = -1) -> None:
     """A mount namespace of our own; for an ordinary user inside a user namespace in which they are root."""
     if not own_ids:
         syscalls.unshare(syscalls.CLONE_NEWNS)
         return
-    uid, gid = own_ids
+    uid, gid, *more = own_ids
     syscalls.unshare(syscalls.CLONE_NEWUSER | syscalls.CLONE_NEWNS)
+    if more:  # subordinate ids, too: only from outside can they be mapped, and the host has that done
+        os.write(control, dump({"unshared": 1}))
+        os.read(control, 1)
+        return
     write_proc("self", "setgroups", "deny")
     write_proc("self", "uid_map", f"0 {uid} 1")
     write_proc("self", "gid_map", f"0 {gid} 1")
@@ -84,11 +88,11 @@ def write_proc(pid: object, name: str, text: str) -> None:
         os.close(fd)
 
 
-def build(plan: TemplatePlan) -> None:
+def build(plan: TemplatePlan, control: int = -1) -> None:
     """Build the root of ``plan`` and make it ours. Raises StepFailed naming the mount that failed."""
     step = "namespaces"
     try:
-        enter_namespaces(plan.own_ids)
+        enter_namespaces(plan.own_ids, control)
         step = "private mounts"
         syscalls.mount("", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
         entries = mounts.read(plan.root)

@@ -165,6 +165,9 @@ class Security:
     ``nesting``: code in the child may use pisupervisor itself. Landlock then has no rules for files, with which nobody
     inside could mount (the inner isolator has its own), the filter lets through what makes namespaces and mounts, and the
     child can read its mount table. Much more of the kernel is in reach of it: for code that you trust with that.
+
+    ``subordinate_ids``: an ordinary user's children get ids of their own outside, from /etc/subuid, in place of the user's
+    (root's always have their own). Then they reach only those of the user's files that everybody may read.
     """
 
     seccomp: str | os.PathLike[str] | SeccompProfile | None = "default"
@@ -173,6 +176,7 @@ class Security:
     hostname: str = "pihost"
     watch: Literal["kills", "trace", "learn"] | None = None
     nesting: bool = False
+    subordinate_ids: bool = False
 
     def __post_init__(self) -> None:
         if self.watch not in (None, "kills", "trace", "learn"):
@@ -180,7 +184,7 @@ class Security:
         if self.watch is not None and self.seccomp is None:
             raise OptionsError(f"watch={self.watch!r}: without a seccomp profile there is nothing to watch")
         _integer(self.user, "user", 1, 65533)
-        for name in ("landlock", "nesting"):
+        for name in ("landlock", "nesting", "subordinate_ids"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionsError(f"{name}: expected True or False, not {getattr(self, name)!r}")
         if not (isinstance(self.hostname, str) and 0 < len(self.hostname) <= 63 and self.hostname.isascii()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
@@ -161,6 +162,10 @@ def _loop_bfq() -> str:
     return "" if known else "this kernel has no bfq"
 
 
+def _newuidmap() -> str:
+    return "" if shutil.which("newuidmap") else "newuidmap is not installed (Debian: uidmap)"
+
+
 def _testsuite() -> str:
     """CPython's own tests, which Debian has in a package of their own."""
     try:
@@ -236,6 +241,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "user_overlay": _user_overlay,
     "testsuite": _testsuite,
     "loop_bfq": _loop_bfq,
+    "newuidmap": _newuidmap,
 }
 
 

@@ -27,6 +27,7 @@ def facts(features: Features) -> dict[str, str]:
         "libseccomp": _libseccomp(host.machine),
         "user": "root" if features.root else f"uid {features.uid}",
         "user namespaces": _switches(),
+        "subordinate ids": _subordinate_ids(features),
         "cgroups": _cgroups(features.cgroups),
         "delegation": _delegation(features.cgroups),
         "swap": "on" if features.cgroups.swap_on else "none",
@@ -67,6 +68,20 @@ def _libseccomp(machine: str) -> str:
 def _switches() -> str:
     found = [f"{name.replace('/', '.')}={value}" for name in _SWITCHES if (value := _line(f"/proc/sys/{name}"))]
     return " ".join(found) or "no switches found"
+
+
+def _subordinate_ids(features: Features) -> str:
+    """What children's ids are outside, and could be."""
+    from pisupervisor.errors import FeatureUnavailable
+    from pisupervisor.launch import subids
+
+    if features.root:
+        return "not needed: root's children have ids of their own"
+    try:
+        found = subids.find(features.uid)
+    except FeatureUnavailable as error:
+        return f"none, children have this user's id; {error.remedy}"
+    return f"{found.size} from {found.uid}, for those who ask: Security(subordinate_ids=True)"
 
 
 def _cgroups(host: CgroupHost) -> str:

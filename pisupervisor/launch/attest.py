@@ -68,18 +68,18 @@ def read_links(pid: int | str) -> dict[str, str]:
 
 
 def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, filtered: bool, groups: dict[str, Applied],
-           missing: dict[str, str], instead: dict[str, str] | None = None) -> dict[str, Applied]:  # fmt: skip
+           missing: dict[str, str], instead: dict[str, str] | None = None, shift: int = 0) -> dict[str, Applied]:  # fmt: skip
     """``applied``: each protection as it was read back. Raises LaunchError where a planned one does not hold. Pure.
 
     ``filtered``: a seccomp program was given; ``groups``: what the cgroup files say; ``missing``: why a limit has none,
-    ``instead``: what stands in for it.
+    ``instead``: what stands in for it; ``shift``: from a child's outer id as its zygote has it to the same as we have it.
     """
     applied = {name: _namespace(name, options, readings) for name in NAMESPACE_LINKS}
     applied.update(_limits(options, groups, missing, instead or {}))
     applied["landlock"] = _landlock(plan, options)
     applied["seccomp"] = _seccomp(options, readings.status, filtered)
     applied["capabilities"] = _capabilities(readings.status)
-    _check_ids(plan, readings)
+    _check_ids(plan, readings, shift)
     for name, entry in applied.items():
         lacking = not entry.holds and entry.asked is not None and entry.asked is not False  # swap=0 is asked for
         if lacking and name not in options.degrade and not _left_out(name, plan):
@@ -105,6 +105,8 @@ def _namespace(name: str, options: IsolationOptions, readings: Readings) -> Appl
     asked: Any = options.network if name == "network" else True
     if name == "network" and options.network == "host":
         return Applied(asked=False, holds=own, how="the host's network, as asked", detail=link)
+    if name == "user":
+        link += f"; outside it is uid {readings.status.get('Uid', '?').split()[0]}"
     return Applied(asked=asked, holds=own, how="namespace" if own else "", detail=link or "the kernel has none")
 
 
@@ -152,10 +154,11 @@ def _capabilities(status: dict[str, str]) -> Applied:
     return Applied(asked=True, holds=holds, how="all five sets empty" if holds else "", detail=str(sets))
 
 
-def _check_ids(plan: ChildPlan, readings: Readings) -> None:
+def _check_ids(plan: ChildPlan, readings: Readings, shift: int) -> None:
     if _left_out("user", plan) or "ids" in plan.without:
         return
-    if readings.uid_map.split() != plan.uid_map.split() and plan.uid_map.split()[1] != "0":
+    inner, outer, count = plan.uid_map.split()
+    if readings.uid_map.split() != [inner, str(int(outer) + shift), count] and outer != "0":
         raise LaunchError(f"the id map is {readings.uid_map!r}", step="attest", remedy=_REMEDY)
     outside = readings.status.get("Uid", "0").split()
     if "0" in outside:

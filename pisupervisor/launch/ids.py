@@ -17,9 +17,12 @@ _OFD_SETLK = 37  # F_OFD_SETLK: released by the kernel when the process dies, ho
 
 
 class IdBlock:
-    """A block of 65536 ids that belongs to this process for as long as the object is open."""
+    """A block of ids (65536, of root's) that belongs to this process for as long as the object is open."""
 
-    def __init__(self, lock_file: str = LOCK_FILE) -> None:
+    def __init__(
+        self, lock_file: str = LOCK_FILE, *, first: int = FIRST, size: int = BLOCK, count: int | None = None
+    ) -> None:
+        self._size, self._count = size, BLOCKS if count is None else count
         self._lock = threading.Lock()
         self._used: set[int] = set()
         self._next = 0
@@ -31,10 +34,10 @@ class IdBlock:
                 f"cannot open {lock_file}: {error.strerror}", step="ids", errno=error.errno,
                 remedy="mount a writable /run, where outer ids are claimed",
             ) from error  # fmt: skip
-        self.base = FIRST + BLOCK * self._claim()
+        self.base = first + size * self._claim()
 
     def _claim(self) -> int:
-        for number in range(BLOCKS):
+        for number in range(self._count):
             try:
                 lock = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, number, 1, 0)
                 fcntl.fcntl(self._fd, _OFD_SETLK, lock)
@@ -42,18 +45,22 @@ class IdBlock:
                 continue
             return number
         os.close(self._fd)
-        raise LaunchError(f"all {BLOCKS} blocks of outer ids are taken", step="ids", remedy="close other supervisors")
+        raise LaunchError(
+            f"all {self._count} blocks of outer ids are taken", step="ids", remedy="close other supervisors"
+        )
 
     def take(self) -> int:
         """An id that no living child has. Raises LaunchError when all 65536 are in use."""
         with self._lock:
-            for _ in range(BLOCK):
+            for _ in range(self._size):
                 candidate = self.base + self._next
-                self._next = (self._next + 1) % BLOCK
+                self._next = (self._next + 1) % self._size
                 if candidate not in self._used:
                     self._used.add(candidate)
                     return candidate
-        raise LaunchError(f"all {BLOCK} outer ids of this process are in use", step="ids", remedy="close isolators")
+        raise LaunchError(
+            f"all {self._size} outer ids of this process are in use", step="ids", remedy="close isolators"
+        )
 
     def give_back(self, number: int) -> None:
         with self._lock:

@@ -113,7 +113,7 @@ def _by_cause(refused: list[Missing]) -> dict[str, list[str]]:
 
 def template_plan(
     options: IsolationOptions, features: Features, interpreter: Interpreter, *, package: str, cloudpickle: str | None,
-    program: bytes, host_environment: dict[str, str], listen: bool = False,
+    program: bytes, host_environment: dict[str, str], listen: bool = False, subordinate: bool = False,
 ) -> TemplatePlan:  # fmt: skip
     """What the zygote for these options is. ``package`` is pihost's folder, ``cloudpickle`` that package's, or None."""
     root = [*_base(options, interpreter), ["layer", package, f"{OURS}/pihost", mounts.READ_ONLY]]
@@ -128,7 +128,7 @@ def template_plan(
         root += [[kind, source, where, flags] for where in dict.fromkeys((place, final))]
     return TemplatePlan(
         root=root,
-        own_ids=[] if features.root else [features.uid, features.gid],
+        own_ids=[] if features.root else [features.uid, features.gid, *([1] if subordinate else [])],
         interpreter=interpreter.inside(interpreter.executable),
         package=f"{OURS}/pihost",
         sys_path=[
@@ -215,18 +215,18 @@ def binds(options: IsolationOptions, interpreter: Interpreter) -> list[tuple[str
     return found
 
 
-def check_writable(options: IsolationOptions, features: Features) -> None:
+def check_writable(options: IsolationOptions, features: Features, *, others: bool = False) -> None:
     """Raises OptionsError for a writable bind that the child's id could not write: better now than as EACCES inside. And
     for one by which it could write the filters of those that come after it.
     """
     for source, _target in options.filesystem.shown("writable"):
         found = os.stat(source)
-        if features.root and not found.st_mode & stat.S_IWOTH:
+        if (features.root or others) and not found.st_mode & stat.S_IWOTH:
             raise OptionsError(
                 f"writable: {source} is not writable for others, and a child's id outside is its own; chmod o+w {source}"
                 " (a folder that only root and the children can reach is enough), or run the application as its owner"
             )
-        if not features.root and not os.access(source, os.W_OK):
+        if not features.root and not others and not os.access(source, os.W_OK):
             raise OptionsError(f"writable: {source} is not writable for uid {features.uid}")
         if not features.root and seccomp_cache.can_be_reached_from(source):
             raise OptionsError(

@@ -17,6 +17,7 @@ from pisupervisor.options import IsolationOptions, host_python
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any, Protocol
 
     from pisupervisor.launch.features import Features
@@ -43,6 +44,8 @@ class Template:
         self.ids: IdBlock | None = None
         self._warmed = False
         self._cgroup = options.cgroup
+        self._write_maps: Callable[[int], None] | None = None
+        self.outside = 0  # what is added to an id of a child, as the zygote numbers it, to number it as we do
         try:
             self.interpreter: Interpreter = _interpreter(options)
             # What builds the root runs outside of it: nothing of a rootfs is run before that has become "/".
@@ -70,19 +73,32 @@ class Template:
 
         self.features: Features = probe(self.zygote.pid, options.cgroup)
         planning.required(options, self.features)
-        planning.check_writable(options, self.features)
+        subordinate = options.security.subordinate_ids and not self.features.root
+        planning.check_writable(options, self.features, others=subordinate)
+        if subordinate:
+            self._use_subordinate_ids()
         planning.lacking_limits(options, self.features.cgroups)
         self.cloudpickle = _cloudpickle_folder() if self.interpreter.version == sys.version_info[:2] else None
         self.plan = planning.template_plan(
             options, self.features, self.interpreter, package=PACKAGE, cloudpickle=self.cloudpickle, program=program,
-            listen=self.answers is not None,
+            listen=self.answers is not None, subordinate=self._write_maps is not None,
             host_environment=dict(os.environ),
         )  # fmt: skip
-        self.zygote.prepare(self.plan)
+        self.zygote.prepare(self.plan, self._write_maps)
         cgroups.sweep(self.features.cgroups)
         self.host_links = read_links("self")
         if self.features.root:
             self.ids = IdBlock()
+
+    def _use_subordinate_ids(self) -> None:
+        from functools import partial
+
+        from pisupervisor.launch import subids
+
+        found = subids.find(self.features.uid)
+        self.ids = subids.claim(self.features.uid, found)
+        self.outside = found.uid - 1
+        self._write_maps = partial(subids.write_maps, uid=self.features.uid, gid=self.features.gid, found=found)
 
     def warm_cloudpickle(self) -> None:
         """Closures are used: the next children shall find cloudpickle imported (it takes a child 15 to 27 ms)."""
@@ -99,7 +115,7 @@ class Template:
                 self.zygote.close()
                 zygote = Zygote(self.python)
                 zygote.prepare(
-                    self.plan
+                    self.plan, self._write_maps
                 )  # before another thread can see it: its plan is the first that it must be told
                 if self.features.cgroups.scope:  # it has died with the old one
                     from pisupervisor.launch.features import probe
@@ -168,7 +184,8 @@ def template_key(options: IsolationOptions) -> tuple[Any, ...]:
     return (
         options.python, options.preload, options.import_paths, options.filesystem, options.network, options.log_level,
         _profile_key(options.security.seccomp), options.security.watch, options.security.user, options.security.hostname,
-        options.security.landlock, options.security.nesting, options.degrade, options.cgroup,
+        options.security.landlock, options.security.nesting,
+        options.security.subordinate_ids, options.degrade, options.cgroup,
         tuple(sorted(options.environment.items())), inherited,
         options.tenant,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from pisupervisor.errors import IsolatorClosed, LaunchError, OptionsError
 PACKAGE = os.path.dirname(os.path.abspath(pihost.__file__))
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
 _SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them at
@@ -70,10 +71,14 @@ class Zygote:
         ours.settimeout(_GRACE)
         ours.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 1 << 20)
 
-    def prepare(self, plan: TemplatePlan) -> None:
-        """Tell it what to be."""
+    def prepare(self, plan: TemplatePlan, write_maps: Callable[[int], None] | None = None) -> None:
+        """Tell it what to be. ``write_maps`` is called with its pid as soon as it has its user namespace. Raises LaunchError."""
         try:
             self.control.send(plan.dump())  # once for the stage that builds the root,
+            if write_maps is not None and b"unshared" in self.control.recv(4096, _socket.MSG_PEEK):
+                self.control.recv(4096)  # else it says why not, which the first launch will tell
+                write_maps(self.pid)
+                self.control.send(b"1")
             # once for the zygote that wakes up inside it, whose memory children inherit: host paths are none of theirs
             self.control.send(plan.replaced(root=[]).dump())
         except OSError as error:

@@ -59,12 +59,16 @@ class Census(NamedTuple):
         return used
 
 
-def take(pids: Iterable[int], scratch: Sequence[str]) -> Census:
-    """Of these processes. ``scratch``: paths in the child where a tmpfs of its own lies. Raises PermissionError."""
+def take(pids: Iterable[int], scratch: Sequence[str] | None) -> Census:
+    """Of these processes. ``scratch``: paths in the child where a tmpfs of its own lies; None: nobody asks for memory in
+    files. Raises PermissionError.
+    """
     processes, unmapped, seen, missed = {}, dict[int, int](), 0, 0
     for pid in pids:
         try:
             processes[pid] = _held(pid)
+            if scratch is None:
+                continue
             unmapped.update(_memory_files(pid))
             seen = seen or _scratch(pid, scratch)
         except (FileNotFoundError, ProcessLookupError):

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 from pihost import wire
-from pisupervisor.errors import LaunchError
+from pisupervisor.errors import FeatureUnavailable, LaunchError
 from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
 from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
@@ -92,6 +92,12 @@ class Birth:
         """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
         host = self.template.features.cgroups
         lacking = planning.lacking_limits(self.options, host)
+        if self.template.outside and "memory" in lacking and self.options.limits.memory is not None:
+            raise FeatureUnavailable(
+                "subordinate ids, and a memory limit that is only watched: what memory files a process with another id has"
+                " open, this user may not see", feature="user",
+                remedy="leave subordinate_ids out, or give the application a group of its own (pisupervisor doctor)",
+            )  # fmt: skip
         if "limits" not in without and host.directories():
             self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), next_name())
         return lacking
@@ -227,6 +233,7 @@ class Birth:
             groups=groups,
             missing=self._missing,
             instead=self._instead,
+            shift=self.template.outside,
         )
 
 

@@ -115,7 +115,7 @@ class StandIn:
             self._until = 0.0
             self._child.let_go()
         try:
-            found = census.take(self._child.meter.pids(), self._scratch)
+            found = census.take(self._child.meter.pids(), self._scratch if "memory" in self._names else None)
             memory = self._memory(found)
         except (PermissionError, IsolationError) as error:
             self._end(

@@ -1,0 +1,88 @@
+"""Subordinate ids: what /etc/subuid and /etc/subgid give an ordinary user, mapped by newuidmap and newgidmap (setuid root)."""
+
+from __future__ import annotations
+
+import os
+
+from pisupervisor.errors import FeatureUnavailable, LaunchError
+from pisupervisor.launch.ids import IdBlock
+from pisupervisor.records import NamedTuple
+
+BLOCK = 256  #: ids of one template: so many children at once
+_TOOLS = ("newuidmap", "newgidmap")
+_FOLDERS = ("/usr/bin", "/bin", "/usr/local/bin")
+
+
+class Range(NamedTuple):
+    """``size`` ids that begin with ``uid`` and with ``gid``."""
+
+    uid: int
+    gid: int
+    size: int
+
+
+def parse(text: str, names: tuple[str, ...]) -> tuple[int, int]:
+    """(first, count) of the largest range of one of ``names``: lines ``user-or-number:first:count``; (0, 0): none. Pure."""
+    found = [(0, 0)]
+    for line in text.splitlines():
+        name, _, rest = line.strip().partition(":")
+        first, _, count = rest.partition(":")
+        if name in names and first.isdecimal() and count.isdecimal():
+            found.append((int(first), int(count)))
+    return max(found, key=lambda one: one[1])
+
+
+def find(uid: int, folder: str = "/etc") -> Range:
+    """The user's own. Raises FeatureUnavailable with what to install or to write."""
+    names = (str(uid), _name_of(uid))
+    (first_uid, uids), (first_gid, gids) = (parse(_read(f"{folder}/{file}"), names) for file in ("subuid", "subgid"))
+    count = min(uids, gids)
+    if count < BLOCK:
+        remedy = f"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {names[1] or uid}"
+        why = f"/etc/subuid and /etc/subgid give uid {uid} {count} ids, and {BLOCK} are needed"
+        raise FeatureUnavailable(f"no subordinate ids: {why}", feature="user", remedy=remedy)
+    for tool in _TOOLS:
+        if not _path_of(tool):
+            why = f"no subordinate ids: {tool} is not installed"
+            raise FeatureUnavailable(why, feature="user", remedy="as root: apt install uidmap (or shadow-utils)")
+    return Range(first_uid, first_gid, count)
+
+
+def claim(uid: int, found: Range) -> IdBlock:
+    """Ids for the children of one template, as its zygote numbers them: 0 is the user, 1 the first of ``found``."""
+    folder = f"/run/user/{uid}"
+    place = f"{folder}/pisupervisor.ids" if os.access(folder, os.W_OK) else f"/tmp/pisupervisor-{uid}.ids"
+    return IdBlock(place, first=1, size=BLOCK, count=found.size // BLOCK)
+
+
+def write_maps(pid: int, uid: int, gid: int, found: Range) -> None:
+    """For the user namespace that ``pid``, a zygote, has just made. Raises LaunchError."""
+    import subprocess
+
+    for tool, own, first in ((_TOOLS[0], uid, found.uid), (_TOOLS[1], gid, found.gid)):
+        command = [_path_of(tool), *map(str, (pid, 0, own, 1, 1, first, found.size))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        if done.returncode:
+            remedy = f"see that {tool} is setuid root, and not on a mount with nosuid; or leave subordinate_ids out"
+            raise LaunchError(f"{tool}: {done.stderr.strip()}", step="namespaces", remedy=remedy)
+
+
+def _name_of(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return ""
+
+
+def _path_of(tool: str) -> str:
+    return next((path for folder in _FOLDERS if os.access(path := f"{folder}/{tool}", os.X_OK)), "")
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
