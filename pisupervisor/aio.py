@@ -24,7 +24,7 @@ from pisupervisor.link.serializer import build
 from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage
-from pisupervisor.supervise.aio_link import LoopLink, answer_to
+from pisupervisor.supervise.aio_link import LoopLink, until
 from pisupervisor.supervise.session import Sent
 from pisupervisor.worker import Worker
 
@@ -266,9 +266,14 @@ class AsyncProcessIsolator:
         session, text = self._isolator._session, None
         try:
             if is_next:
-                text = await answer_to(short, self._link_to(short.connection), short.call.deadline)
+                reply, deadline = self._link_to(short.connection).wait(), short.call.deadline
+                text = short.connection.understand(
+                    short.ident, await (reply if deadline is None else until(deadline, reply))
+                )
                 if text is not None:
                     value = session.end_short(short, text)
+        except TimeoutError:
+            pass  # a thread waits on, or finds that it is too late
         except asyncio.CancelledError as cancelled:
             self._close_link()
             short.child.kill(ExitReason.KILLED, "the call was cancelled")
@@ -283,10 +288,11 @@ class AsyncProcessIsolator:
         return self._awaited(self._isolator._result(done, short.call.limit, types))
 
     def _link_to(self, connection: Connection) -> LoopLink:
-        if self._link is None or not self._link.is_open or self._link.connection is not connection:
+        link = self._link
+        if link is None or link.fd < 0 or link.connection is not connection:
             self._close_link()
-            self._link = LoopLink(connection, asyncio.get_running_loop())
-        return self._link
+            link = self._link = LoopLink(connection, asyncio.get_running_loop())
+        return link
 
     def _close_link(self) -> None:
         if self._link is not None:

@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator
     from contextvars import Context
 
-    from pisupervisor.supervise.session import Short
-
 _PATIENCE = 1.0  # seconds without an answer, after which a thread waits for it, and looks around as it does
 
 
@@ -84,10 +82,11 @@ class LoopLink:
 
     def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
         self.connection, self._loop = connection, loop
-        self._fd = os.dup(connection.link.fileno())  # the other may be closed by a thread, and its number used anew
+        # The other may be closed by a thread, and its number used anew. -1 when this one is closed.
+        self.fd = os.dup(connection.link.fileno())
         self._reply: Reply | None = None
         self._rounds = 0
-        loop.add_reader(self._fd, self._readable)
+        loop.add_reader(self.fd, self._readable)
         self._timer = loop.call_later(_PATIENCE, self._look)
 
     def wait(self) -> Reply:
@@ -97,19 +96,15 @@ class LoopLink:
 
     def close(self) -> None:
         """The loop reads no more."""
-        fd, self._fd, self._reply = self._fd, -1, None
+        fd, self.fd, self._reply = self.fd, -1, None
         if fd >= 0:
             self._timer.cancel()
             self._loop.remove_reader(fd)
             os.close(fd)
 
-    @property
-    def is_open(self) -> bool:
-        return self._fd >= 0
-
     def _readable(self) -> None:
         reply = self._reply
-        if reply is None or reply.done():
+        if reply is None or reply._error is not None:
             self.close()  # its end, or what no honest child says: the next call will see
             return
         try:
@@ -132,16 +127,10 @@ class LoopLink:
         self._timer = self._loop.call_later(_PATIENCE, self._look)
 
 
-async def answer_to(short: Short, link: LoopLink, deadline: float | None) -> bytes | None:
-    """The text of the answer, where that is plain data in one frame and comes soon; else None."""
-    reply, timer = link.wait(), None
-    if deadline is not None:
-        timer = asyncio.get_running_loop().call_at(deadline, reply.fail, TimeoutError())  # its clock is time.monotonic
+async def until(deadline: float, reply: Reply) -> bytes:
+    """Raises TimeoutError when that is over."""
+    timer = asyncio.get_running_loop().call_at(deadline, reply.fail, TimeoutError())  # its clock is time.monotonic
     try:
-        said = await reply
-    except TimeoutError:
-        return None
+        return await reply
     finally:
-        if timer is not None:
-            timer.cancel()
-    return short.connection.understand(short.ident, said)
+        timer.cancel()
