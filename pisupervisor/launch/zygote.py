@@ -33,6 +33,8 @@ _REMEDIES = {
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
     "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
     "layer": "this kernel does not take that folder as a layer of an overlay: show it with read_only instead of frozen",
+    "mount table": "an outer container must allow chroot (docker and podman do, with the capability: --cap-add SYS_CHROOT)",
+    "stdio": "if AppArmor confines the application: its profile must say attach_disconnected, as Docker's and Podman's do",
 }
 
 

@@ -16,7 +16,7 @@ import pyseccomp
 from pihost import syscalls
 from pisupervisor.launch.seccomp import PACKAGED, SeccompProfile, compile_profile, packaged_path
 
-CALLS, ROWS = 20_000, 9
+CALLS, ROWS = 6_000, 3
 BARE, FLOOR, LOOKING, OURS, THEIRS = "no filter", "allows all", "allows all, looks", "ours", "libseccomp's"
 LOAD_TARGET, CALL_TARGET = 60.0, 15.0  # us, ns
 Sample = tuple[float, float, float]  # us to load; ns of a call that is always allowed; ns of one decided by an argument

@@ -269,6 +269,11 @@ def test_a_step_that_fails(at_step: Any, step: str) -> None:
     assert refused(step.removeprefix("the zygote's "), **at_step("fail", step)).errno == 5
 
 
+@pytest.mark.parametrize(("step", "way_out"), [("mount table", "SYS_CHROOT"), ("stdio", "attach_disconnected")])
+def test_a_step_that_somebody_else_forbids(at_step: Any, step: str, way_out: str) -> None:
+    assert way_out in str(refused(step, **at_step("fail", step)).remedy)
+
+
 @pytest.mark.parametrize("step", lame.STEPS[1::2])
 def test_a_child_that_ends_at_a_step(at_step: Any, step: str) -> None:
     refused("payload", **at_step("exit", step))
