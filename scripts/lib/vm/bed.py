@@ -44,7 +44,7 @@ LACKS = {
 }
 #: what some or all cells lack beside that: skipping for it is explained
 NOWHERE = {"testsuite", "v1", "loop_bfq", "io_cost", "numpy", "mounts", "systemd", "psi", *LACKS["5.10"]}
-SECONDS = 600.0
+SECONDS, SECONDS_OF_ALL = 600.0, 1500.0  # for one cell; --all runs more tests in each
 HEAD = "| kernel | mode | passed | skipped | result | seconds |\n|---|---|---|---|---|---|\n"
 
 
@@ -105,8 +105,8 @@ def is_explained(reason: str, has: set[str]) -> bool:
 class Bed:
     """Runs cells and tells what happens, line by line."""
 
-    def __init__(self, images: Path, arguments: Sequence[str]) -> None:
-        self.images, self.arguments = images, arguments
+    def __init__(self, images: Path, arguments: Sequence[str], seconds: float = SECONDS) -> None:
+        self.images, self.arguments, self.seconds = images, arguments, seconds
         self._telling = threading.Lock()
 
     def tell(self, text: str) -> None:
@@ -139,7 +139,7 @@ class Bed:
         pytest = machine.quoted("python", "-m", "pytest", *self.arguments)
         command = f"PISUPERVISOR_REQUIRE={has} {pytest} -p no:cacheprovider --junitxml=$VM_OUT/junit.xml"
         say = lambda line: self.tell(f"[{kernel} {mode}] {line}")  # noqa: E731
-        return machine.run(self.images, kernel, mode, TOP, command, output=output, timeout=SECONDS, say=say)
+        return machine.run(self.images, kernel, mode, TOP, command, output=output, timeout=self.seconds, say=say)
 
     def _judged(
         self, kernel: str, mode: str, version: str, outcome: machine.Outcome, output: Path, repeats: int
@@ -210,7 +210,7 @@ def main(arguments: Sequence[str]) -> int:
     if missing := machine.missing_tools():
         print(f"vm-test: not installed: {', '.join(missing)}", file=sys.stderr)
         return 2
-    bed = Bed(args.images, args.pytest)
+    bed = Bed(args.images, args.pytest, SECONDS_OF_ALL if args.all else SECONDS)
     with ThreadPoolExecutor(args.jobs) as pool:
         cells = list(
             pool.map(lambda pair: bed.try_to_run(*pair), [(kernel, mode) for kernel in kernels for mode in modes])
