@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
@@ -162,6 +163,27 @@ def _loop_bfq() -> str:
     return "" if known else "this kernel has no bfq"
 
 
+def arm32_program(folder: Path) -> Path:
+    """A program of 32-bit ARM's: getpid(), then exit(0)."""
+    code = struct.pack("<5I", 0xE3A07014, 0xEF000000, 0xE3A07001, 0xE3A00000, 0xEF000000)
+    ident = b"\x7fELF\1\1\1".ljust(16, b"\0")
+    head = ident + struct.pack("<HHIIIIIHHHHHH", 2, 40, 1, 0x10054, 52, 0, 0x05000000, 52, 32, 1, 0, 0, 0)
+    size = len(head) + 32 + len(code)
+    program = folder / "arm32"
+    program.write_bytes(head + struct.pack("<8I", 1, 0, 0x10000, 0x10000, size, size, 5, 0x1000) + code)
+    program.chmod(0o755)
+    return program
+
+
+def _arm32() -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subprocess.run([arm32_program(Path(folder))], check=True)
+        except OSError as error:
+            return f"this machine runs no 32-bit ARM: {error.strerror}"
+    return ""
+
+
 def _newuidmap() -> str:
     return "" if shutil.which("newuidmap") else "newuidmap is not installed (Debian: uidmap)"
 
@@ -239,6 +261,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "landlock_scopes": _landlock_scopes,
     "overlay": _overlay,
     "user_overlay": _user_overlay,
+    "arm32": _arm32,
     "testsuite": _testsuite,
     "loop_bfq": _loop_bfq,
     "newuidmap": _newuidmap,

@@ -77,6 +77,39 @@ def test_the_table_replaces_the_last_one(bed: ModuleType, tmp_path: Path) -> Non
     assert "old" not in text
 
 
+def test_each_architecture_has_a_table_of_its_own(bed: ModuleType, tmp_path: Path) -> None:
+    page = tmp_path / "platforms.md"
+    page.write_text(
+        "<!-- bed: begin -->\nours\n<!-- bed: end -->\n<!-- bed aarch64: begin -->\nold\n<!-- bed aarch64: end -->\n"
+    )
+    bed.write_table(page, [bed.Cell(kernel="6.1", mode="bare", version="6.1.0-9-arm64")], "2026-01-02", "aarch64")
+    text = page.read_text()
+    assert text.startswith("<!-- bed: begin -->\nours\n<!-- bed: end -->\n")
+    assert "| 6.1.0-9-arm64 | bare |" in text
+    assert "old" not in text
+
+
+def test_an_aarch64_guest_runs_what_only_that_machine_can_try(bed: ModuleType) -> None:
+    args = bed.parse(["images", "--arch", "aarch64"])
+    assert "tests/test_seccomp.py" in args.pytest  # there the kernel runs the filter for aarch64
+    assert "tests/test_seccomp.py" not in bed.parse(["images"]).pytest
+    assert bed.features("6.1", "root", "aarch64") - bed.features("6.1", "root") == {"arm32"}
+    assert not bed.is_explained("arm32: no such mode", bed.features("6.1", "root", "aarch64"))
+
+
+@pytest.mark.parametrize(("arch", "console"), [("x86_64", "ttyS0"), ("aarch64", "ttyAMA0")])
+def test_each_architecture_has_its_emulator_and_console(
+    bed: ModuleType, arch: str, console: str, tmp_path: Path
+) -> None:
+    disks = [(tmp_path / "image", "on"), (tmp_path / "job", "off")]
+    command = bed.machine._qemu_command(arch, tmp_path, disks, tmp_path, ["vmjob.mode=bare"])
+    assert command[0] == f"qemu-system-{arch}" == bed.machine.missing_tools(arch, which=lambda _: None)[0]
+    words = command[command.index("-append") + 1].split()
+    assert f"console={console}" in words
+    assert ("clocksource=hpet" in words) == (arch == "x86_64")
+    assert [word.split(",")[-1] for word in command if word.startswith("file=")] == ["snapshot=on", "snapshot=off"]
+
+
 def test_pytest_arguments_follow_two_dashes(bed: ModuleType) -> None:
     args = bed.parse(["images", "--mode", "user", "--", "-q", "tests/test_run.py"])
     assert (args.mode, args.pytest) == (["user"], ["-q", "tests/test_run.py"])
@@ -86,7 +119,8 @@ def test_pytest_arguments_follow_two_dashes(bed: ModuleType) -> None:
 
 def test_the_page_has_a_place_for_the_table() -> None:
     text = (TOP / "docs/platforms.md").read_text()
-    assert text.count("<!-- bed: begin -->\n") == text.count("<!-- bed: end -->\n") == 1
+    for name in ("bed", "bed aarch64"):
+        assert text.count(f"<!-- {name}: begin -->\n") == text.count(f"<!-- {name}: end -->\n") == 1
 
 
 def test_a_cell_that_cannot_be_run_does_not_end_the_others(

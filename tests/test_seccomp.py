@@ -30,6 +30,7 @@ EPERM, ENOSYS, EAFNOSUPPORT, ENOTSUP = (bpf.errno_action(number) for number in (
 HIGH = 1 << 32  # a bit that the kernel does not read of a 32-bit argument
 O_CREAT, O_TMPFILE, F_SETLK, F_SETLEASE, F_OFD_SETLK = 0o100, 0o20200000, 6, 1024, 37
 
+NATIVE = os.uname().machine
 x86_64 = pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers of x86-64 are compared")
 
 
@@ -813,6 +814,7 @@ def confined(request: pytest.FixtureRequest, tmp_path: Path, programs: dict[str,
 
 
 @pytest.mark.linux
+@pytest.mark.arch
 def test_ordinary_work_runs_under_every_profile(confined: Any) -> None:
     _, run = confined
     done = run(ORDINARY_WORK)
@@ -825,8 +827,9 @@ def test_sqlite_needs_locks_which_strict_refuses(confined: Any) -> None:
     assert run(SQLITE).stdout.strip() == ("refused" if profile == "strict" else "[(1,)]")
 
 
-@x86_64
 @pytest.mark.linux
+@pytest.mark.root
+@pytest.mark.arch
 def test_kernel_and_evaluator_agree(confined: Any, programs: dict[str, bytes]) -> None:
     """Calls with harmless arguments, so that a wrong "allow" does no harm either. As root: only the filter refuses."""
     profile, run = confined
@@ -838,13 +841,13 @@ def test_kernel_and_evaluator_agree(confined: Any, programs: dict[str, bytes]) -
         ("flock", (-1, 2)),
         ("setpriority", (0, 0, -20)), ("openat2", (-1, 0, 0, 0)), ("statmount", (0, 0, 0, 0)),
     ]  # fmt: skip
-    lines = "".join(f"    print(call({number(name)}, *{args}))\n" for name, args in calls)
+    lines = "".join(f"    print(call({number(name, NATIVE)}, *{args}))\n" for name, args in calls)
     done = run("if 1:\n" + lines + "    print(call(999), call(600))\n")
     *got, unknown = done.stdout.splitlines()
     assert unknown == "ENOSYS ENOSYS", done.stderr
     names = {EPERM: "EPERM", ENOSYS: "ENOSYS", EAFNOSUPPORT: "EAFNOSUPPORT"}
     for (name, args), answer in zip(calls, got, strict=True):
-        action = bpf.run(programs[profile], number(name), args)
+        action = bpf.run(programs[profile], number(name, NATIVE), args, arch=MACHINES[NATIVE])
         assert answer == names[action] if action != ALLOW else answer not in ("EPERM", "EAFNOSUPPORT"), (name, args)
 
 

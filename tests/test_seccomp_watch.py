@@ -360,7 +360,7 @@ def test_learn_writes_nothing_of_a_program_that_did_not_run_and_all_of_one_that_
 def test_run_with_trace_shows_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     traced = run("run", "program.py:main", "--trace", cwd=tmp_path)
-    assert (traced.returncode, traced.stdout) == (0, "refused -1\n0\n")
+    assert (traced.returncode, traced.stdout) == (0, "refused -1\n0\n"), traced.stderr
     assert "pisupervisor: ptrace(0xffffffff" in traced.stderr
     assert "refused, Operation not permitted" in traced.stderr
     assert "ptrace" not in run("run", "program.py:main", cwd=tmp_path).stderr

@@ -8,8 +8,27 @@ from contextlib import contextmanager
 from typing import Any
 
 from pisupervisor import IsolationError, Limits, ProcessIsolator
+from pisupervisor.launch.seccomp_compile import import_library, native_arch, number_of
 
-PRELUDE = """
+
+def numbers(*names: str) -> dict[str, int]:
+    """System calls of this machine; -1 is none, which the kernel answers with ENOSYS."""
+    arch, library = native_arch(), import_library()
+    found = {name: number_of(name, arch, library) for name in names}
+    return {name: -1 if number is None else number for name, number in found.items()}
+
+
+SYSTEM_CALLS = (
+    "bpf", "cachestat", "creat", "fanotify_init", "fchmodat2", "fsopen", "io_setup", "io_uring_setup", "kexec_load", "keyctl",
+    "listmount", "lookup_dcookie", "lsm_get_self_attr", "memfd_secret", "migrate_pages", "modify_ldt", "move_mount",
+    "move_pages", "mq_open", "name_to_handle_at", "open_by_handle_at", "open_tree", "open_tree_attr", "openat2",
+    "perf_event_open", "pidfd_getfd", "pivot_root", "process_madvise", "process_vm_readv", "ptrace", "sched_setattr",
+    "seccomp", "setns", "statmount", "unshare", "userfaultfd",
+)  # fmt: skip
+
+PRELUDE = (
+    f"NUMBERS = {numbers(*SYSTEM_CALLS)}\n"
+    + """
 import ctypes, fcntl, os, signal, socket, struct, sys, threading, time
 HEADER = struct.Struct("<HBBQI")
 READY, RESULT, PICKLED, RAISED, REFUSED, PIECE = 64, 65, 66, 67, 68, 69
@@ -30,11 +49,12 @@ def forge(kind, body):
         send(frame(kind if start + (1 << 20) >= len(body) else PIECE, ident(), part))
     time.sleep(1000)
 libc = ctypes.CDLL(None, use_errno=True)
-def system_call(number, *arguments):
+def system_call(name, *arguments):
     ctypes.set_errno(0)
-    result = libc.syscall(ctypes.c_long(number), *[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
+    result = libc.syscall(ctypes.c_long(NUMBERS[name]), *[ctypes.c_long(a) if isinstance(a, int) else a for a in arguments])
     return result if result >= 0 else -ctypes.get_errno()
 """
+)
 
 
 def attack(isolator: ProcessIsolator, code: str, timeout: float = 10.0) -> Any:

@@ -9,6 +9,7 @@ import socket
 from collections.abc import Callable, Iterable
 
 import box
+from hostile import numbers
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -19,12 +20,12 @@ def absent(check: str) -> str:
     return probe() if probe is not None else ""
 
 
-def _system_call(number: int, *arguments: int) -> Callable[[], str]:
+def _system_call(name: str, *arguments: int) -> Callable[[], str]:
     def probe() -> str:
         ctypes.set_errno(0)
-        result = _libc.syscall(ctypes.c_long(number), *map(ctypes.c_long, arguments))
+        result = _libc.syscall(ctypes.c_long(numbers(name)[name]), *map(ctypes.c_long, arguments))
         lacking = result < 0 and ctypes.get_errno() == errno.ENOSYS
-        return f"the kernel has no system call {number}" if lacking else ""
+        return f"the kernel has no system call {name}" if lacking else ""
 
     return probe
 
@@ -119,20 +120,20 @@ _DEV = [
 _PROBES: dict[str, Callable[[], str]] = {
     "O11": _crypto,
     "O12": _handles,
-    "O13": _system_call(458, 0, 0, 0, 0),
-    "O16": _system_call(300, -1, 0),
+    "O13": _system_call("listmount", 0, 0, 0, 0),
+    "O16": _system_call("fanotify_init", -1, 0),
     "O17": _urgent,
     "N08": _one_of([f"/run/{box.PROBE}.sock"]),
     "N10": _queue,
     "N11": _one_of([f"/dev/shm/{box.PROBE}"]),
-    "F07": _system_call(430, 0, 0),
-    "K10": _system_call(438, -1, -1, 0),
-    "K11": _system_call(323, -1),
-    "K12": _system_call(425, 0, 0),
-    "K13": _system_call(250, 0, -4, 0),
+    "F07": _system_call("fsopen", 0, 0),
+    "K10": _system_call("pidfd_getfd", -1, -1, 0),
+    "K11": _system_call("userfaultfd", -1),
+    "K12": _system_call("io_uring_setup", 0, 0),
+    "K13": _system_call("keyctl", 0, -4, 0),
     "K21": _families,
     "K28": _setuid_su,
-    "N15": _system_call(435, 0, 0),
+    "N15": _system_call("clone3", 0, 0),
     "P01": _one_of(["/proc/sys/kernel/core_pattern"]),
     "P02": _one_of(["/proc/sysrq-trigger"]),
     "P03": _one_of(f"/proc/{name}" for name in _PROC),

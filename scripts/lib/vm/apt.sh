@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # Packages of other Debian suites, by the machine's own apt, without touching the machine's own apt state.
 # Repository addresses, proxies and TLS settings all come from the machine's apt configuration.
-# Uses $out and die of build.sh.
+# Uses $out, $deb_arch and die of build.sh.
 # shellcheck disable=SC2154
 
 keyring=/usr/share/keyrings/debian-archive-keyring.gpg     # package debian-archive-keyring
@@ -31,6 +31,8 @@ apt_prepare() {
     : >"$dir/status"                                                # nothing is installed
     echo "deb [$options] $uri $suite main" >"$dir/sources.list"
     cat >"$dir/apt.conf" <<END
+APT::Architecture "$deb_arch";
+APT::Architectures { "$deb_arch"; };
 Dir::State "$dir/state";
 Dir::State::status "$dir/status";
 Dir::Cache "$dir/cache";

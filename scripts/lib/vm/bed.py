@@ -1,4 +1,4 @@
-"""bed.py IMAGES [--all] [--kernel K]... [--mode M]... [-j N] [--table FILE] [-- PYTEST ARGUMENT...]
+"""bed.py IMAGES [--arch A] [--all] [--kernel K]... [--mode M]... [-j N] [--table FILE] [-- PYTEST ARGUMENT...]
 
 Runs the tests marked ``bed`` in VMs, one for each kernel and mode, and says what came of each. A cell is green when
 nothing failed and every skipped test was skipped for a feature that this cell is known to lack.
@@ -43,8 +43,8 @@ LACKS = {
     "6.1": {"landlock_net", "landlock_scopes"},
 }
 #: what some or all cells lack beside that: skipping for it is explained
-NOWHERE = {"testsuite", "v1", "loop_bfq", "io_cost", "numpy", "mounts", "systemd", "psi", *LACKS["5.10"]}
-SECONDS, SECONDS_OF_ALL = 600.0, 1500.0  # for one cell; --all runs more tests in each
+NOWHERE = {"testsuite", "v1", "loop_bfq", "io_cost", "numpy", "mounts", "systemd", "psi", "arm32", *LACKS["5.10"]}
+SECONDS, SECONDS_OF_MANY = 600.0, 1500.0  # for one cell; --all and --arch run more tests in each
 HEAD = "| kernel | mode | passed | skipped | result | seconds |\n|---|---|---|---|---|---|\n"
 
 
@@ -66,8 +66,9 @@ class Cell:
         return f"| {self.version} | {self.mode} | {self.passed} | {self.skipped} | {result} | {self.seconds:.0f} |\n"
 
 
-def features(kernel: str, mode: str) -> set[str]:
+def features(kernel: str, mode: str, arch: str = "x86_64") -> set[str]:
     has = {*HAS[mode].split(","), "landlock_net", "landlock_scopes", "nproc_apart", "overlay", "own_machine"}
+    has |= {"arm32"} if arch == "aarch64" else set()  # QEMU's CPU has that mode
     # a container's root without CAP_SYS_ADMIN mounts nothing
     return has - LACKS.get(kernel, set()) - ({"overlay"} if mode == "container" else set())
 
@@ -105,8 +106,8 @@ def is_explained(reason: str, has: set[str]) -> bool:
 class Bed:
     """Runs cells and tells what happens, line by line."""
 
-    def __init__(self, images: Path, arguments: Sequence[str], seconds: float = SECONDS) -> None:
-        self.images, self.arguments, self.seconds = images, arguments, seconds
+    def __init__(self, images: Path, arguments: Sequence[str], seconds: float = SECONDS, arch: str = "x86_64") -> None:
+        self.images, self.arguments, self.seconds, self.arch = images, arguments, seconds, arch
         self._telling = threading.Lock()
 
     def tell(self, text: str) -> None:
@@ -135,17 +136,19 @@ class Bed:
         return Cell(kernel=kernel, mode=mode, version=version, seconds=outcome.seconds, repeats=2, trouble=stuck)
 
     def _boot(self, kernel: str, mode: str, output: Path) -> machine.Outcome:
-        has = ",".join(sorted(features(kernel, mode)))
+        has = ",".join(sorted(features(kernel, mode, self.arch)))
         pytest = machine.quoted("python", "-m", "pytest", *self.arguments)
         command = f"PISUPERVISOR_REQUIRE={has} {pytest} -p no:cacheprovider --junitxml=$VM_OUT/junit.xml"
         say = lambda line: self.tell(f"[{kernel} {mode}] {line}")  # noqa: E731
-        return machine.run(self.images, kernel, mode, TOP, command, output=output, timeout=self.seconds, say=say)
+        return machine.run(
+            self.images, self.arch, kernel, mode, TOP, command, output=output, timeout=self.seconds, say=say
+        )
 
     def _judged(
         self, kernel: str, mode: str, version: str, outcome: machine.Outcome, output: Path, repeats: int
     ) -> Cell:
         junit = output / "junit.xml"
-        passed, skipped, trouble = judge(junit, features(kernel, mode)) if junit.exists() else (0, 0, [])
+        passed, skipped, trouble = judge(junit, features(kernel, mode, self.arch)) if junit.exists() else (0, 0, [])
         if junit.exists() and (why := skips(junit)):
             self.tell(f"[{kernel} {mode}] skipped for want of: {', '.join(f'{name} ({n})' for name, n in why.items())}")
         if outcome.status and not trouble:
@@ -160,9 +163,10 @@ def table(cells: Iterable[Cell]) -> str:
     return HEAD + "".join(cell.row() for cell in cells)
 
 
-def write_table(path: Path, cells: Iterable[Cell], date: str) -> None:
-    """Put the table where the last one stood in a Markdown file: between two comments."""
-    begin, end = "<!-- bed: begin -->\n", "<!-- bed: end -->\n"
+def write_table(path: Path, cells: Iterable[Cell], date: str, arch: str = "x86_64") -> None:
+    """Put the table where this architecture's last one stood in a Markdown file: between two comments."""
+    name = "bed" if arch == "x86_64" else f"bed {arch}"
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
     head, _, rest = path.read_text().partition(begin)
     _, _, tail = rest.partition(end)
     path.write_text(f"{head}{begin}Run on {date}.\n\n{table(cells)}{end}{tail}")
@@ -175,6 +179,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("images", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--arch", choices=machine.ARCHES, default="x86_64", help="default: x86_64")
     parser.add_argument(
         "--all", action="store_true", help="every kernel in every mode, and the table in docs/platforms.md"
     )
@@ -184,7 +189,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--table", type=Path, help="write the table into this Markdown file")
     split = arguments.index("--") if "--" in arguments else len(arguments)
     args = parser.parse_args(arguments[:split])
-    args.pytest = list(arguments[split + 1 :]) or chosen(("bed", "matrix") if args.all else ("bed",))
+    marks = ("bed", *(["matrix"] if args.all else []), *(["arch"] if args.arch != "x86_64" else []))
+    args.pytest = list(arguments[split + 1 :]) or chosen(marks)
     return args
 
 
@@ -207,17 +213,18 @@ def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
     kernels = KERNELS if args.all else args.kernel or ("6.1",)
     modes = tuple(machine.MODES) if args.all else args.mode or EVERY_RUN
-    if missing := machine.missing_tools():
+    if missing := machine.missing_tools(args.arch):
         print(f"vm-test: not installed: {', '.join(missing)}", file=sys.stderr)
         return 2
-    bed = Bed(args.images, args.pytest, SECONDS_OF_ALL if args.all else SECONDS)
+    many = args.all or args.arch != "x86_64"
+    bed = Bed(args.images, args.pytest, SECONDS_OF_MANY if many else SECONDS, args.arch)
     with ThreadPoolExecutor(args.jobs) as pool:
         cells = list(
             pool.map(lambda pair: bed.try_to_run(*pair), [(kernel, mode) for kernel in kernels for mode in modes])
         )
     print(table(cells))
     if args.table:
-        write_table(args.table, cells, datetime.date.today().isoformat())
+        write_table(args.table, cells, datetime.date.today().isoformat(), args.arch)
     return 1 if any(cell.trouble for cell in cells) else 0
 
 

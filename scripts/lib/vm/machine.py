@@ -3,6 +3,8 @@
 Emulated by QEMU (TCG): neither KVM nor any privilege is needed, and the machine's own kernel and cgroups do not matter.
 A kernel that gets stuck panics, which ends the VM without a report. The guest's clock is the HPET: QEMU hands the
 machine's own time stamp counter through, which jumps where that machine is itself suspended (guests got stuck by it).
+
+As a program, machine.py ARCH KERNEL-DIRECTORY IMAGE: the first boot of an image that was only unpacked so far.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,15 +35,40 @@ TIMEOUT, NO_REPORT = 124, 125
 _WITHOUT_SYSTEMD = ("bare", "container")  # modes that begin so
 _NOT_COPIED = (".git", "__pycache__", ".venv*", ".tox", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis")
 _KERNEL_ARGUMENTS = """
-    console=ttyS0 quiet loglevel=4 panic=-1 softlockup_panic=1 sysctl.kernel.panic_on_rcu_stall=1
-    nokaslr mitigations=off nopti audit=0 selinux=0 apparmor=0 tsc=unstable clocksource=hpet
-    random.trust_cpu=1 cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1 systemd.show_status=0
-    systemd.log_target=null systemd.mask=dev-ttyS0.device
+    quiet loglevel=4 panic=-1 softlockup_panic=1 sysctl.kernel.panic_on_rcu_stall=1
+    nokaslr mitigations=off audit=0 selinux=0 apparmor=0 random.trust_cpu=1
+    cgroup_no_v1=all systemd.unified_cgroup_hierarchy=1 systemd.show_status=0 systemd.log_target=null
 """
 _MIB = 1 << 20
 _REPORT_SIZE = 4096  # the guest's one line of report, at the start of its output disk; a tar follows
 _OUTPUT_SIZE = 64 * _MIB
-_TOOLS = ("qemu-system-x86_64", "mke2fs", "setpriv", "tar")
+_TOOLS = ("mke2fs", "setpriv", "tar")
+_FIRST_BOOT_SECONDS = 1200.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arch:
+    """``console``: where kernel and init write; ``said``: the device whose lines the command's output becomes."""
+
+    machine: str
+    console: str
+    said: tuple[str, ...]
+    kernel_arguments: str = ""
+
+    def arguments(self) -> list[str]:
+        return [f"console={self.console}", f"systemd.mask=dev-{self.console}.device", *self.kernel_arguments.split()]
+
+
+ARCHES = {
+    "x86_64": Arch(
+        machine="q35", console="ttyS0", said=("-serial", "stdio"),
+        kernel_arguments="nopti tsc=unstable clocksource=hpet",
+    ),
+    "aarch64": Arch(
+        machine="virt", console="ttyAMA0",
+        said=("-device", "virtio-serial-pci", "-chardev", "stdio,id=said", "-device", "virtconsole,chardev=said"),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +80,12 @@ class Outcome:
     console: str = ""
 
 
-def missing_tools() -> list[str]:
-    return [tool for tool in _TOOLS if not shutil.which(tool)]
+def missing_tools(arch: str, which: Callable[[str], str | None] = shutil.which) -> list[str]:
+    return [tool for tool in (f"qemu-system-{arch}", *_TOOLS) if not which(tool)]
 
 
-def run(images: Path, kernel: str, mode: str, project: Path, command: str, *, output: Path, timeout: float,
-        say: Callable[[str], None], memory: int = 1024, cpus: int = 2) -> Outcome:  # fmt: skip
+def run(images: Path, arch: str, kernel: str, mode: str, project: Path, command: str, *, output: Path, timeout: float,
+        say: Callable[[str], None]) -> Outcome:  # fmt: skip
     """``command`` goes to a shell in a copy of ``project``; what it leaves in $VM_OUT comes back in ``output``; each line
     that it writes is given to ``say``.
     """
@@ -66,7 +94,10 @@ def run(images: Path, kernel: str, mode: str, project: Path, command: str, *, ou
         _make_job_disk(work / "job.disk", project, command)
         _make_empty_disk(work / "out.disk", _OUTPUT_SIZE)
         begun = time.monotonic()
-        finished = _run_qemu(_qemu_command(images, kernel, mode, work, memory, cpus), work, timeout, say)
+        init = "/usr/local/sbin/bare-init" if mode.startswith(_WITHOUT_SYSTEMD) else "/sbin/init"
+        disks = [(images / "image.ext4", "on"), (work / "job.disk", "off"), (work / "out.disk", "off")]
+        qemu = _qemu_command(arch, images / kernel, disks, work, [f"vmjob.init={init}", f"vmjob.mode={mode}"])
+        finished = _run_qemu(qemu, work, timeout, say)
         seconds = time.monotonic() - begun
         status = _read_status(work / "out.disk") if finished else TIMEOUT
         if status not in (TIMEOUT, NO_REPORT):
@@ -99,10 +130,10 @@ def _make_empty_disk(path: Path, size: int) -> None:
         disk.truncate(size)
 
 
-def _accelerator() -> list[str]:
+def _accelerator(arch: str) -> list[str]:
     """KVM only on real VT-x or SVM: a /dev/kvm without either flag in cpuinfo may not run a stock kernel."""
     flags = Path("/proc/cpuinfo").read_text().split()
-    usable = ("vmx" in flags or "svm" in flags) and os.access("/dev/kvm", os.R_OK | os.W_OK)
+    usable = arch == "x86_64" and ("vmx" in flags or "svm" in flags) and os.access("/dev/kvm", os.R_OK | os.W_OK)
     if usable:
         return ["-accel", "kvm", "-cpu", "host"]
     # One thread for both CPUs: with one each, 6.1 got stuck twice, both spinning, where limits were written
@@ -110,19 +141,20 @@ def _accelerator() -> list[str]:
     return ["-accel", "tcg,thread=single,tb-size=512", "-cpu", "max"]
 
 
-def _qemu_command(images: Path, kernel: str, mode: str, work: Path, memory: int, cpus: int) -> list[str]:
-    init = "/usr/local/sbin/bare-init" if mode.startswith(_WITHOUT_SYSTEMD) else "/sbin/init"
-    append = [*_KERNEL_ARGUMENTS.split(), f"vmjob.init={init}", f"vmjob.mode={mode}"]
+def _qemu_command(
+    arch: str, kernel: Path, disks: list[tuple[Path, str]], work: Path, arguments: list[str]
+) -> list[str]:
+    """``disks`` become vda, vdb, ...: each with whether what the guest writes to it is thrown away ("on" or "off")."""
+    own = ARCHES[arch]
+    append = [*_KERNEL_ARGUMENTS.split(), *own.arguments(), *arguments]
     command = [
-        "qemu-system-x86_64", "-M", "q35", "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-        "-m", str(memory), "-smp", str(cpus), *_accelerator(),
-        "-kernel", str(images / kernel / "vmlinux"), "-initrd", str(images / kernel / "initrd.gz"),
-        "-append", " ".join(append),
-        "-serial", f"file:{work}/console", "-serial", "stdio",  # ttyS0: kernel and init; ttyS1: the command
+        f"qemu-system-{arch}", "-M", own.machine, "-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
+        "-m", "1024", "-smp", "2", *_accelerator(arch),
+        "-kernel", str(kernel / "vmlinux"), "-initrd", str(kernel / "initrd.gz"), "-append", " ".join(append),
+        "-serial", f"file:{work}/console", *own.said,
         "-object", "rng-random,id=rng,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng",
     ]  # fmt: skip
-    disks = [(images / "image.ext4", "on"), (work / "job.disk", "off"), (work / "out.disk", "off")]
-    for number, (path, snapshot) in enumerate(disks):  # vda vdb vdc
+    for number, (path, snapshot) in enumerate(disks):
         command += ["-drive", f"file={path},format=raw,if=none,id=d{number},cache=unsafe,snapshot={snapshot}"]
         command += ["-device", f"virtio-blk-pci,drive=d{number}"]
     return command
@@ -164,3 +196,17 @@ def _unpack_files(disk: Path, target: Path) -> None:
 def quoted(*words: str) -> str:
     """Words as one line of shell."""
     return shlex.join(words)
+
+
+def first_boot(arch: str, kernel: Path, image: Path) -> str:
+    """Boot ``image`` with guest/first-boot, which writes to it. Returns the console's end where that failed, else ""."""
+    with tempfile.TemporaryDirectory(prefix="pisupervisor-vm-") as name:
+        work = Path(name)
+        qemu = _qemu_command(arch, kernel, [(image, "off")], work, ["vmjob.init=/usr/local/sbin/first-boot"])
+        _run_qemu(qemu, work, _FIRST_BOOT_SECONDS, lambda line: print(line, file=sys.stderr))
+        console = _console(work)
+    return "" if "first-boot: done" in console else f"the image's first boot failed:\n{console}"
+
+
+if __name__ == "__main__":
+    sys.exit(first_boot(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])) or 0)
