@@ -266,7 +266,18 @@ def test_the_seccomp_benchmark_loads_what_it_compares() -> None:
     ours, theirs = (next(row for name, row in figures.items() if name.startswith(who)) for who in ("ours", "libs"))
     assert 1 < ours["instructions"] < theirs["instructions"] / 2
     assert {"default", "strict", "permissive"} < figures.keys()
-    assert all(row["load_us"] > 0 for row in figures.values())
+    assert [name for name, row in figures.items() if not row["load_us"]] == ["no filter"]
+    assert all(row["getppid_ns"] > 0 and row["fcntl_ns"] > 0 for row in figures.values())
+
+
+@pytest.mark.linux
+@pytest.mark.root
+def test_the_benchmark_of_walls_calls_both_children() -> None:
+    done = run(sys.executable, "scripts/lib/bench_walls.py", "--json", "--rounds", "1")
+    assert done.returncode == 0, done.stderr
+    for figures in json.loads(done.stdout).values():
+        assert {"add", "compute", "read", "look"} == figures.keys()
+        assert all(row["bare_us"] > 0 and row["ratio"] > 0 for row in figures.values())
 
 
 @pytest.mark.linux
