@@ -91,7 +91,7 @@ def test_the_inner_walls_stand(tmp_path: Path) -> None:
     assert "nesting: clone, unshare, mount" in applied["seccomp"].detail
 
 
-@pytest.mark.bed
+@pytest.mark.matrix
 def test_without_it_the_error_says_what_to_do(tmp_path: Path) -> None:
     told, applied = inside("attempt()", tmp_path)
     assert told["step"] == "namespaces"

@@ -78,7 +78,7 @@ def in_mounts(user: OrdinaryUser, before: str, source: str) -> subprocess.Comple
     )  # fmt: skip
 
 
-@pytest.mark.bed
+@pytest.mark.matrix
 def test_a_masked_proc(ordinary_user: OrdinaryUser) -> None:
     """As container engines do: something is mounted over a part of /proc, and the kernel then refuses a fresh one."""
     if (
