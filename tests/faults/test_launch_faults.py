@@ -78,7 +78,7 @@ def refused(step: str, **changes: Any) -> LaunchError:
     [
         ("uid_map", "nonsense", "id maps", 22),
         ("gid_map", "0 0 0", "id maps", 22),
-        ("namespaces", 1 << 62, "clone", 22),
+        ("namespaces", 0x20200, "clone", 22),
         ("cgroups", 99, "plan", None),
         ("hostname", "x" * 100, "hostname", 22),
         ("mounts", lambda own: [*own, ["bind", "/nowhere", "/tmp/x", 0]], "mounts", 2),
