@@ -170,6 +170,7 @@ def answers(said: bytes, cut: int) -> bytes:
         ours.shutdown(socket.SHUT_WR)
         assert worker.quick.serve(worker.link) == 0
         worker.link.sock.close()
+        worker.library.close()
         told = b""
         while more := ours.recv(1 << 16):
             told += more

@@ -155,8 +155,11 @@ KILLS = SeccompProfile.from_dict({
 def errno_of(name: str) -> int:
     """In the child: what calling it with harmless arguments answers."""
     libc = ctypes.CDLL(None, use_errno=True)
-    arguments = {"ptrace": (-1, 0, 0, 0), "sethostname": (b"x", 1), "chroot": (b"/nowhere",)}[name]
-    result = getattr(libc, name)(*arguments)
+    if name == "ptrace":  # with all six words: what the C library leaves in the others would make it another call
+        number = {"x86_64": 101, "aarch64": 117}[os.uname().machine]
+        result = libc.syscall(*map(ctypes.c_long, (number, -1, 0, 0, 0, 0, 0)))
+    else:
+        result = getattr(libc, name)(*{"sethostname": (b"x", 1), "chroot": (b"/nowhere",)}[name])
     return ctypes.get_errno() if result < 0 else 0
 
 

@@ -89,7 +89,7 @@ class Quick:
             value = function(*args, **kwargs)
             plain = encode.PLAIN.get(type(value))
             written = None if plain is None else plain(value)
-            if written is None or len(written) > worker.limits["result"]:
+            if written is None or len(written) > worker.limits["result"] or len(written) > _SMALL:
                 answer = worker.pack_users(value)
             else:
                 text = written

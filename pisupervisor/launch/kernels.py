@@ -27,9 +27,7 @@ TABLE = (
     ),
     Since("Landlock for files", "5.13", '`degrade=("landlock",)`; namespaces and the private root hold without it'),
     Since("`cgroup.kill`", "5.14", "the group is frozen, and each process is killed, until it is empty"),
-    Since(
-        "`RLIMIT_NPROC` counted per user namespace", "5.14", "nothing stands in for `pids` without groups, but for root"
-    ),
+    Since("`RLIMIT_NPROC` counted per user namespace", "5.14", "without groups `pids` is watched alone, but for root"),
     Since("`memory.peak`", "5.19", "on v2 the group's peak is not told"),
     Since("who is born in a group is bound to its CPUs", "6.4", "the host binds each process before it runs user code"),
     Since("Landlock for TCP", "6.7", "the network namespace holds"),

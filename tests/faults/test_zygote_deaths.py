@@ -88,9 +88,9 @@ def test_the_next_one_gets_its_plan_before_anything_else(monkeypatch: pytest.Mon
     """While one thread starts it, another asks for a module to be kept warm."""
     prepare = Zygote.prepare
 
-    def warmed_first(zygote: Zygote, plan: Any) -> None:
+    def warmed_first(zygote: Zygote, *told: Any) -> None:
         template.zygote.warm(["cloudpickle.cloudpickle"])
-        prepare(zygote, plan)
+        prepare(zygote, *told)
 
     with nothing_left(), ProcessIsolator.create() as one:
         template = one._keeper.template
