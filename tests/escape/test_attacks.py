@@ -3,6 +3,7 @@
 # ruff: noqa: E501  (hostile code is data here; broken over lines it reads worse)
 from __future__ import annotations
 
+import ast
 import os
 import re
 import socket
@@ -242,7 +243,7 @@ ProcessIsolator.create(shared).close()  # what starts other programs, if the fil
 with open("/proc/sys/kernel/ns_last_pid", "w") as last: last.write("1")
 with ProcessIsolator.create(shared) as one, ProcessIsolator.create(shared) as two:
     code = "import ssl, tempfile; [ssl.RAND_bytes(8), next(tempfile._get_candidate_names())]"
-    print(zygote_of(one), one.run_source(code).value, two.run_source(code).value, sep="|")
+    print([zygote_of(one), one.run_source(code).value, two.run_source(code).value])
 """
 
 
@@ -254,11 +255,9 @@ def test_children_share_no_random_state_where_their_pid_is_the_zygotes(shared: P
     inside = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", source]
     done = subprocess.run(inside, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    zygote, *seen = done.stdout.strip().split("|")
-    assert zygote == "2", "the case that is tried"
-    first, second = seen
-    assert first != second
-    assert [one for one, two in zip(eval(first), eval(second), strict=True) if one == two] == []
+    zygote, first, second = ast.literal_eval(done.stdout)
+    assert zygote == 2, "the case that is tried"
+    assert [one for one, two in zip(first, second, strict=True) if one == two] == []
 
 
 def test_tenants_share_no_hash_seed_and_no_address() -> None:
