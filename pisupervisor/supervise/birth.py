@@ -63,7 +63,12 @@ class Birth:
         """Make the group, the output and the sockets, and hand the plan to the zygote."""
         self._when_idle = when_idle
         self._zygote = self.template.usable_zygote()  # before the group, which may live and die with it
-        self._missing = self._make_group(without)
+        try:
+            self._missing = self._make_group(without)
+        except LaunchError as error:
+            if not self.template.features.cgroups.scope or self._zygote.alive():
+                raise
+            raise self._zygote.explain_end() from error  # it came first: the scope in which groups are made went with it
         self._make_output()
         outer = None
         if self.template.ids is not None:
