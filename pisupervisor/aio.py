@@ -274,7 +274,7 @@ class AsyncProcessIsolator:
                     value = session.end_short(short, text)
         except TimeoutError:
             pass  # a thread waits on, or finds that it is too late
-        except asyncio.CancelledError as cancelled:
+        except (asyncio.CancelledError, GeneratorExit) as cancelled:  # or closed in the middle: nothing is awaited here
             self._close_link()
             short.child.kill(ExitReason.KILLED, "the call was cancelled")
             self._rest.add(session.finish, short, cancelled)
@@ -504,7 +504,7 @@ class _Workers:
         self._load[worker] += 1
         try:
             return await _wait(worker, method, *args, **keywords)
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, GeneratorExit):
             if cancel is not None:
                 cancel()
             raise

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import linux, nothing_left, state_of, wait_until, write
+from helpers import linux, nothing_left, open_fds, state_of, wait_until, write
 
 from pisupervisor import (
     AsyncProcessIsolator,
@@ -28,6 +28,7 @@ from pisupervisor import (
     RestartPolicy,
     SerializationError,
 )
+from pisupervisor.supervise.aio_link import LoopLink
 
 pytestmark = linux
 
@@ -448,6 +449,38 @@ def test_cancelling_a_warm_call_kills_its_work(after: float) -> None:
             assert await isolator.invoke(len, "abc") == 3
 
     run(main)
+
+
+@pytest.mark.parametrize("after", [0, 1.6])
+def test_a_warm_call_whose_coroutine_is_closed_gives_its_turn_back(after: float) -> None:
+    """At once, and when a thread has gone on with it."""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            await isolator.invoke(time.sleep, 0)
+            pid = isolator.pid or 0
+            call = isolator.invoke(time.sleep, 1000)
+            waits_for = call.send(None)
+            if after:
+                waits_for.add_done_callback(lambda _reply: call.send(None))
+                await asyncio.sleep(after)
+            call.close()
+            assert await asyncio.wait_for(isolator.invoke(len, "abc"), 5) == 3
+            assert isolator.pid != pid
+
+    run(main)
+
+
+def test_a_loop_that_cannot_read_a_link_costs_no_descriptor() -> None:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    with ProcessIsolator.create() as isolator:
+        connection = isolator._keeper.connection
+        assert connection is not None
+        before = open_fds()
+        with pytest.raises(RuntimeError, match="closed"):
+            LoopLink(connection, loop)
+        assert open_fds() == before
 
 
 def test_many_warm_calls_at_once_come_in_order() -> None:

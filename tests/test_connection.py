@@ -17,7 +17,7 @@ from pihost import wire
 from pisupervisor.errors import ProtocolError
 from pisupervisor.link import connection as module
 from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
-from pisupervisor.link.frames import Pending
+from pisupervisor.link.frames import Frames, Pending
 
 LARGEST = 1 << 20
 
@@ -334,6 +334,15 @@ def test_answers_of_calls_under_way_are_told_apart(pair: tuple[Connection, socke
     peer.sendall(frame(ident=1, body=b"one") + frame(ident=2, body=b"two") + frame(wire.RAISED, 3, b"three"))
     assert [link.wait(pending).body for pending in calls] == [b"one", b"two", b"three"]
     assert link.calls == {}
+
+
+def test_a_plain_answer_counts_besides_what_was_asked_before() -> None:
+    """Else what it asked would be held against the child for ever."""
+    frames, pending = Frames(), Pending(1, 1000, owned=False)
+    pending.size = 100
+    frames.feed(frame(ident=1, body=wire.pack_text(b"7")))
+    assert frames.take_plain({1: pending}) == 9
+    assert pending.size == 100 + 9
 
 
 @pytest.mark.parametrize("step", [1, 7, 1000])

@@ -101,7 +101,8 @@ class Frames:
             if pending is None or pending.owned or pending.is_abandoned or pending.asked or pending._whole:
                 break
             del calls[ident]
-            pending.text, pending.size, at = bytes(data[at + _PLAIN_SIZE : end]), length, end
+            pending.text, at = bytes(data[at + _PLAIN_SIZE : end]), end
+            pending.size += length  # it may have asked something before
             size += length
         self._at = at
         return size

@@ -86,7 +86,11 @@ class LoopLink:
         self.fd = os.dup(connection.link.fileno())
         self._reply: Reply | None = None
         self._rounds = 0
-        loop.add_reader(self.fd, self._readable)
+        try:
+            loop.add_reader(self.fd, self._readable)
+        except BaseException:  # a closed loop, no memory for one more in epoll
+            os.close(self.fd)
+            raise
         self._timer = loop.call_later(_PATIENCE, self._look)
 
     def wait(self) -> Reply:
