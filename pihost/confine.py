@@ -43,6 +43,7 @@ class Fds:
     ) -> None:
         self.link, self.status, self.go = link, status, go
         self.host, self.zygote, self.output, self.cgroups = host, zygote, output, cgroups
+        self.root: list[int] = []  # what PID 1 keeps open: see ``leave_mount_table``
 
     def all(self) -> list[int]:
         return sorted([self.link, self.status, self.go, self.host, self.zygote, *self.output, *self.cgroups])
@@ -111,14 +112,13 @@ def mount_own(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
         entry.execute("", kernel)
 
 
-def leave_mount_table(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
+def leave_mount_table(_plan: ChildPlan, fds: Fds, kernel: Any) -> None:
     """A detached copy of "/" becomes "/": mountinfo lists what can be reached of one's mount namespace, now nothing. No
-    user namespace can be made from there. The copy lives as long as it is a root (kernel: UMOUNT_CONNECTED).
+    user namespace can be made from there. PID 1 keeps it open: Linux 7.3 takes its mounts apart with the last descriptor.
     """
-    tree = kernel.open_tree("/")
-    os.fchdir(tree)
+    fds.root = [kernel.open_tree("/")]
+    os.fchdir(fds.root[0])
     os.chroot(".")
-    os.close(tree)
 
 
 def enter_time_namespace(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
@@ -181,7 +181,7 @@ def keep_link_only(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     # One by one: a profile that refuses close_range would leave them open without a word (CPython 3.11 ignores it),
     # and os.close raises. Nothing else is open: "close fds" saw to that.
     link = os.dup(fds.link)
-    for fd in (fds.link, fds.status, fds.host, fds.zygote, *fds.stderr()):
+    for fd in (fds.link, fds.status, fds.host, fds.zygote, *fds.stderr(), *fds.root):
         os.close(fd)
     if link != LINK:
         os.dup2(link, LINK)
