@@ -63,8 +63,8 @@ def main(control: int, host: int) -> None:
 
 def prepare(plan: TemplatePlan) -> None:
     """Imports once, for all children; then as few reasons as possible for a child to copy a page."""
-    if not plan.own_ids:
-        os.setgroups([])  # a child cannot: its user namespace denies setgroups
+    if len(plan.own_ids) != 2:  # a child cannot: its user namespace denies setgroups, as does that of a single id
+        os.setgroups([])
     syscalls.set_subreaper()
     _signal.signal(_signal.SIGINT, _signal.SIG_DFL)  # else Python's handler would let a payload interrupt PID 1
     sys.path[:] = plan.sys_path

@@ -128,6 +128,10 @@ def test_root_outside(uids: str) -> None:
     refused(readings({"Uid": uids}), "root outside")
 
 
+def test_groups_of_somebody_outside() -> None:
+    refused(readings({"Groups": "65534 4444 "}), "the child has groups: ")
+
+
 def test_uids_that_cannot_be_read() -> None:
     status = {key: value for key, value in STATUS.items() if key != "Uid"}
     refused(readings()._replace(status=status), "root outside")

@@ -46,7 +46,7 @@ SOURCE = f"""
     D = {("memory", "swap", "cpus", "pids", *DEGRADE)!r}
     def outer(pid):
         with open(f"/proc/{{pid}}/status") as file:
-            return {{line.split()[0]: line.split()[1:] for line in file if line[:3] in ("Uid", "Gid")}}
+            return {{line.split()[0]: line.split()[1:] for line in file if line[:3] in ("Uid", "Gid", "Gro")}}
     def attempt(memory=None, **security):
         limits = Limits(memory=memory, swap=None)
         try:
@@ -69,7 +69,7 @@ def tell(user: OrdinaryUser, ranges: str, *security: str) -> list[Any]:
         (user.home / name).write_text(ranges)
     over = " && ".join(f"mount --bind {user.home}/{name} /etc/{name}" for name in ("subuid", "subgid"))
     source = textwrap.dedent(SOURCE) + f"print(json.dumps([{', '.join(f'attempt({one})' for one in security)}]))"
-    words = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", user.python, "-c", source]
+    words = ["setpriv", "--reuid", "1000", "--regid", "1000", "--groups", "1000,4444", user.python, "-c", source]
     done = subprocess.run(
         ["unshare", "--mount", "--propagation", "private", "sh", "-c", f"{over} && exec {shlex.join(words)}"],
         cwd=user.home, env=user.environment, capture_output=True, text=True, timeout=200, check=False,
@@ -88,6 +88,7 @@ def test_children_have_ids_of_their_own(ordinary_user: OrdinaryUser) -> None:
     uids = [{*child["Uid:"], *child["Gid:"]} for child in distinct["outside"]]
     assert all(len(ids) == 1 and 500000 <= int(*ids) < 565536 for ids in uids), uids
     assert uids[0] != uids[1]
+    assert [child["Groups:"] for child in distinct["outside"]] == [[], []], "none of the user's"
     assert distinct["detail"].endswith(f"; outside it is uid {distinct['outside'][1]['Uid:'][0]}")
     assert distinct["zygote"] == "1000"
     assert distinct["closure"] == 7

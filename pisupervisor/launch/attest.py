@@ -19,7 +19,7 @@ _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _LIMITS = frozenset(("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "io_weight", "devices"))
 #: steps whose absence shows under another name
 _STEP_OF = {"capabilities": "bounding set", "seccomp": "no_new_privs", "mount": "mount table"}
-_FIELDS = ("Uid:", "Cap", "NoNewPrivs:", "Seccomp")
+_FIELDS = ("Uid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp")
 _REMEDY = "this is a defect or an attack: report it with the kernel's version"
 
 
@@ -163,3 +163,6 @@ def _check_ids(plan: ChildPlan, readings: Readings, shift: int) -> None:
     outside = readings.status.get("Uid", "0").split()
     if "0" in outside:
         raise LaunchError(f"the child is root outside: {outside}", step="attest", remedy=_REMEDY)
+    groups = readings.status.get("Groups", "").split()
+    if groups and plan.uid_map.split()[1] != "0":  # a child with its user's own id has the user's groups
+        raise LaunchError(f"the child has groups: {groups}", step="attest", remedy=_REMEDY)

@@ -61,9 +61,12 @@ def write_maps(pid: int, uid: int, gid: int, found: Range) -> None:
 
     for tool, own, first in ((_TOOLS[0], uid, found.uid), (_TOOLS[1], gid, found.gid)):
         command = [_path_of(tool), *map(str, (pid, 0, own, 1, 1, first, found.size))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        remedy = f"see that {tool} is setuid root, and not on a mount with nosuid; or leave subordinate_ids out"
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise LaunchError(f"{tool}: {error}", step="namespaces", remedy=remedy) from error
         if done.returncode:
-            remedy = f"see that {tool} is setuid root, and not on a mount with nosuid; or leave subordinate_ids out"
             raise LaunchError(f"{tool}: {done.stderr.strip()}", step="namespaces", remedy=remedy)
 
 

@@ -113,16 +113,22 @@ class Template:
                 raise IsolatorClosed("this isolator is closed")
             if not self.zygote.alive():
                 self.zygote.close()
-                zygote = Zygote(self.python)
-                zygote.prepare(
-                    self.plan, self._write_maps
-                )  # before another thread can see it: its plan is the first that it must be told
-                if self.features.cgroups.scope:  # it has died with the old one
-                    from pisupervisor.launch.features import probe
-
-                    self.features = probe(zygote.pid, self._cgroup)
-                self.zygote, self._warmed = zygote, False
+                self.zygote, self._warmed = self._another_zygote(), False
             return self.zygote
+
+    def _another_zygote(self) -> Zygote:
+        """Told its plan before another thread can see it: that must be the first."""
+        zygote = Zygote(self.python)
+        try:
+            zygote.prepare(self.plan, self._write_maps)
+            if self.features.cgroups.scope:  # it has died with the old one
+                from pisupervisor.launch.features import probe
+
+                self.features = probe(zygote.pid, self._cgroup)
+        except BaseException:
+            zygote.close()
+            raise
+        return zygote
 
     def close(self) -> None:
         with self.lock:

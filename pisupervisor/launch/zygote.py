@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them at
 _CONTROL, _HOST, _LIFELINE = 3, 4, 5
 _GRACE = 2.0  # seconds to hear why it ended
+_UNSHARE_GRACE = 30.0  # seconds for an interpreter to start and make its user namespace, as start_timeout by default
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
 _REMEDIES = {
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
@@ -77,8 +78,7 @@ class Zygote:
         """Tell it what to be. ``write_maps`` is called with its pid as soon as it has its user namespace. Raises LaunchError."""
         try:
             self.control.send(plan.dump())  # once for the stage that builds the root,
-            if write_maps is not None and b"unshared" in self.control.recv(4096, _socket.MSG_PEEK):
-                self.control.recv(4096)  # else it says why not, which the first launch will tell
+            if write_maps is not None and self._has_unshared():
                 write_maps(self.pid)
                 self.control.send(b"1")
             # once for the zygote that wakes up inside it, whose memory children inherit: host paths are none of theirs
@@ -90,8 +90,22 @@ class Zygote:
                 ) from None
             # else it has ended already, and the first launch will say why
 
+    def _has_unshared(self) -> bool:
+        """Whether it waits for its maps. False: it says why not, which the first launch will tell. Raises LaunchError."""
+        self.control.settimeout(_UNSHARE_GRACE)
+        try:
+            if b"unshared" not in self.control.recv(4096, _socket.MSG_PEEK):
+                return False
+            self.control.recv(4096)
+            return True
+        except TimeoutError:
+            why = f"the zygote made no user namespace within {_UNSHARE_GRACE:g} s"
+            raise LaunchError(why, step="namespaces", remedy="is the machine that busy?") from None
+        finally:
+            self.control.settimeout(_GRACE)
+
     def launch(self, plan: ChildPlan, fds: list[int], *, when_idle: bool = False) -> None:
-        """Ask for a child. ``fds``: its end of the link, of the status socket, then its groups' ``tasks`` files.
+        """Ask for a child. ``fds``: its end of the status socket, what it writes to, then its groups' ``tasks`` files.
         ``when_idle``: nobody waits for it, until ``hurry``.
         """
         if os.getpid() != self.owner:

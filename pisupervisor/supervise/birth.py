@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _socket as socket  # socket imports enum for names that nobody needs here: 4 ms of a start
+import errno
 import itertools
 import os
 import select
@@ -15,13 +16,13 @@ from pihost import wire
 from pisupervisor.errors import FeatureUnavailable, LaunchError
 from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
-from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
+from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended, host_failure
 from pisupervisor.limits import cgroups, rlimits
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitReason
 from pisupervisor.supervise import metrics
 from pisupervisor.supervise.output import OutputPipes, StderrTail
-from pisupervisor.supervise.reports import Reports
+from pisupervisor.supervise.reports import Reports, send_kill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,13 +180,23 @@ class Birth:
             self._cleanup.append(partial(os.close, fds[0]))
             self.link = socket.socket(fileno=fds[1])
             self._cleanup.append(self.link.close)
-        elif "listener" in message and fds:
+        elif "listener" in message and len(fds) == 1:
             self._listen(fds[0])
-        elif "failed" in message:
-            raise failure(message)
         else:
-            self._reports.known.update(message)
-            raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
+            self._refuse(message, fds)
+
+    def _refuse(self, message: dict[str, Any], fds: list[int]) -> None:
+        """Raises LaunchError for a report of something else than what was to come."""
+        if fds and "launched" in message:
+            send_kill(fds[0])
+        for fd in fds:
+            os.close(fd)
+        if "failed" in message:
+            raise failure(message)
+        if "launched" in message or "listener" in message:
+            raise host_failure(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a child's descriptors"))
+        self._reports.known.update(message)
+        raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
 
     def _listen(self, fd: int) -> None:
         """At once: the child may wait for its first answer already."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -407,3 +409,14 @@ def test_no_descriptors_to_be_had(free: int) -> None:
             for fd in kept:
                 os.close(fd)
         assert lives_on(other)
+
+
+def test_a_launch_report_without_the_link_is_no_child() -> None:
+    """There was no number left for it. What did come is used for the end of that child, and closed."""
+    with nothing_left():
+        process = subprocess.Popen(["sleep", "100"])
+        birth = Child(IsolationOptions(), None)  # type: ignore[arg-type]
+        with pytest.raises(LaunchError, match="ulimit -n") as caught:
+            birth._refuse({"launched": process.pid}, [os.pidfd_open(process.pid)])
+        assert caught.value.errno == errno.EMFILE
+        assert process.wait(5) == -signal.SIGKILL

@@ -14,7 +14,7 @@ from helpers import descendants, nothing_left, sleeps, start_without, state_of, 
 from zoo import SOON, lives_on, within
 
 from pisupervisor import ChildTerminated, ExitReason, LaunchError, ProcessIsolator, Template
-from pisupervisor.launch.zygote import Zygote
+from pisupervisor.launch.zygote import Zygote, end_process
 
 pytestmark = pytest.mark.linux
 
@@ -98,6 +98,23 @@ def test_the_next_one_gets_its_plan_before_anything_else(monkeypatch: pytest.Mon
         os.kill(zygote_of(one), signal.SIGKILL)
         assert wait_until(lambda: one.state == "backoff", SOON)
         assert lives_on(one)
+
+
+def test_one_that_cannot_be_prepared_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each try would leave one behind."""
+    with nothing_left(), ProcessIsolator.create() as one:
+        template, before = one._keeper.template, set(descendants(os.getpid()))
+        end_process(template.zygote.pidfd, 0.0)
+
+        def refuse(*_told: Any) -> None:
+            raise LaunchError("newuidmap: no", step="namespaces")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Zygote, "prepare", refuse)
+            for _ in range(3):
+                with pytest.raises(LaunchError, match="newuidmap"):
+                    template.usable_zygote()
+        assert set(descendants(os.getpid())) <= before
 
 
 # --- stopped, and continued later --------------------------------------------------------------------------------
