@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import textwrap
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +17,7 @@ from helpers import DEGRADE
 from pisupervisor.limits.census import Census, Held, mapped
 from pisupervisor.limits.cgroups import CgroupHost, Place
 from pisupervisor.limits.delegation import CONTROLLERS
+from pisupervisor.limits.freezer import SignalFreezer
 from pisupervisor.options import IsolationOptions, Limits
 from pisupervisor.results import ExitReason
 from pisupervisor.supervise.stand_in import EVERY, Budget, judge, watched, words
@@ -109,6 +114,35 @@ def test_the_words_say_what_stands_in() -> None:
     assert words(Limits(), (), ()) == {}
 
 
+LEADERLESS_SPIN = """
+import ctypes, os, threading
+def spin():
+    print("spins", flush=True)
+    while True:
+        pass
+threading.Thread(target=spin).start()
+ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
+"""
+
+
+def test_threads_whose_first_has_ended_are_stopped() -> None:
+    with subprocess.Popen([sys.executable, "-c", LEADERLESS_SPIN], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            process.stdout.readline()
+            while states(process.pid) != ["Z", "R"]:
+                time.sleep(0.01)
+            SignalFreezer(lambda: [process.pid]).pause()
+            assert states(process.pid) == ["Z", "T"]
+        finally:
+            process.kill()
+
+
+def states(pid: int) -> list[str]:
+    tasks = sorted(Path(f"/proc/{pid}/task").iterdir(), key=lambda path: int(path.name))
+    return [(task / "stat").read_text().rpartition(") ")[2][0] for task in tasks]
+
+
 # --- for real --------------------------------------------------------------------------------------------------------
 
 PRELUDE = f"""
@@ -181,7 +215,22 @@ HOPPING = """
 """
 
 
-OTHERS = (("memfds", FILES), ("shared", SHARED), ("hopping", HOPPING))
+LEADERLESS = """
+    def eat():
+        import ctypes, os, threading, time
+        def keep():
+            kept = bytearray(b"x") * (20 << 20)
+            time.sleep(60)
+        for _ in range(10):
+            if os.fork() == 0:
+                threading.Thread(target=keep).start()
+                ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
+        time.sleep(6)
+        return "lived"
+"""
+
+
+OTHERS = (("leaderless", LEADERLESS), ("memfds", FILES), ("shared", SHARED), ("hopping", HOPPING))
 
 
 @pytest.mark.rootless

@@ -15,6 +15,7 @@ from pisupervisor.records import NamedTuple
 _MOST = 4 << 20  # bytes of one smaps: some 5000 mappings; who has more is counted by what is resident
 _MEMORY_FILES = ("/memfd:", "/dev/zero", "/SYSV")  # shared memory, by the name of its mapping
 _TICK = os.sysconf("SC_CLK_TCK")
+_ENDED = (b"Z", b"X")
 _HEADING = b"0123456789abcdef"  # what a mapping's first line begins with; those of its figures begin with a capital
 
 
@@ -66,11 +67,13 @@ def take(pids: Iterable[int], scratch: Sequence[str] | None) -> Census:
     processes, unmapped, seen, missed = {}, dict[int, int](), 0, 0
     for pid in pids:
         try:
-            processes[pid] = _held(pid)
+            fields = _stat(f"/proc/{pid}")
+            place = _place(pid, fields)
+            processes[pid] = _held(place, fields)
             if scratch is None:
                 continue
-            unmapped.update(_memory_files(pid))
-            seen = seen or _scratch(pid, scratch)
+            unmapped.update(_memory_files(place))
+            seen = seen or _scratch(place, scratch)
         except (FileNotFoundError, ProcessLookupError):
             missed += 1
         except PermissionError:  # what is dying belongs to root (its fds are looked at by nobody else)
@@ -89,7 +92,7 @@ def exactly(census: Census, scratch: Sequence[str], of_the_host: Iterable[int] =
     counted = excused | census.unmapped.keys()
     for pid, held in census.processes.items():
         try:
-            with open(f"/proc/{pid}/smaps", "rb") as file:
+            with open(f"{_place(pid, _stat(f'/proc/{pid}'))}/smaps", "rb") as file:
                 text = file.read(_MOST)
         except OSError:
             unsure += held.resident
@@ -148,15 +151,32 @@ def host_memory() -> set[int]:
     """Inodes of the memory files that this process has open or mapped: a child may have them too, but they are ours."""
     with open("/proc/self/maps", "rb") as file:
         mapped_here = {int(line.split(None, 5)[4]) for line in file if b" /memfd:" in line}
-    return mapped_here | set(_memory_files("self"))
+    return mapped_here | set(_memory_files("/proc/self"))
 
 
-def _held(pid: int) -> Held:
-    with open(f"/proc/{pid}/status", "rb") as file:
+def _stat(place: str) -> list[bytes]:
+    """The fields from the state on."""
+    with open(f"{place}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()
+
+
+def _place(pid: int, fields: list[bytes]) -> str:
+    """Where /proc shows what it holds: at a living thread, where the first has ended and the process has not."""
+    if fields[0] in _ENDED:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            try:
+                if _stat(f"/proc/{pid}/task/{task}")[0] not in _ENDED:
+                    return f"/proc/{pid}/task/{task}"
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # ended meanwhile
+    return f"/proc/{pid}"
+
+
+def _held(place: str, fields: list[bytes]) -> Held:
+    """``fields`` are those of the whole process."""
+    with open(f"{place}/status", "rb") as file:
         lines = dict(line.split(b":", 1) for line in file if line.startswith((b"VmRSS", b"VmSwap", b"Threads")))
     kib = sum(int(lines[name].split()[0]) for name in (b"VmRSS", b"VmSwap") if name in lines)
-    with open(f"/proc/{pid}/stat", "rb") as file:
-        fields = file.read().rpartition(b")")[2].split()
     return Held(
         kib << 10, int(lines[b"Threads"]), int(fields[19]), sum(map(int, fields[11:15])) / _TICK, int(fields[8])
     )
@@ -165,29 +185,29 @@ def _held(pid: int) -> Held:
 def _lives(pid: int) -> bool:
     """Whether it has memory of its own; what is dying has not."""
     try:
-        with open(f"/proc/{pid}/status", "rb") as file:
+        with open(f"{_place(pid, _stat(f'/proc/{pid}'))}/status", "rb") as file:
             return any(line.startswith(b"VmRSS") for line in file)
     except OSError:
         return False
 
 
-def _memory_files(pid: int | str) -> dict[int, int]:
+def _memory_files(place: str) -> dict[int, int]:
     """Inode -> bytes of each memfd that it has open."""
     found = {}
-    for fd in os.listdir(f"/proc/{pid}/fd"):
+    for fd in os.listdir(f"{place}/fd"):
         try:
-            if os.readlink(f"/proc/{pid}/fd/{fd}").startswith("/memfd:"):
-                status = os.stat(f"/proc/{pid}/fd/{fd}")
+            if os.readlink(f"{place}/fd/{fd}").startswith("/memfd:"):
+                status = os.stat(f"{place}/fd/{fd}")
                 found[status.st_ino] = status.st_blocks * 512
         except (FileNotFoundError, ProcessLookupError):
             continue  # closed meanwhile
     return found
 
 
-def _scratch(pid: int, places: Sequence[str]) -> int:
+def _scratch(process: str, places: Sequence[str]) -> int:
     """Bytes in its tmpfs: mounts that nobody in the child can move."""
     total = 0
     for place in places:
-        status = os.statvfs(f"/proc/{pid}/root{place}")
+        status = os.statvfs(f"{process}/root{place}")
         total += (status.f_blocks - status.f_bfree) * status.f_frsize
     return total

@@ -7,6 +7,7 @@ stopped does too. So the v1 freezer is no choice: a paused child must end with i
 from __future__ import annotations
 
 import _signal as signal  # signal imports enum for names that nobody needs here
+import os
 import time
 from collections.abc import Callable
 
@@ -131,7 +132,9 @@ class V2Freezer(GroupFreezer):
 
 
 class SignalFreezer:
-    """SIGSTOP. Processes may continue each other: done is what a whole look finds done."""
+    """SIGSTOP. Processes may continue each other: done is what a whole look finds done. Code in the child can undo it later,
+    by a timer whose signal is SIGCONT.
+    """
 
     def __init__(self, pids: Callable[[], list[int]]) -> None:
         self._pids = pids
@@ -139,7 +142,7 @@ class SignalFreezer:
     def pause(self) -> None:
         for _ in range(_ROUNDS):
             pids = self._pids()
-            running = [pid for pid in pids if _state(pid) not in ("T", "t", "Z", "X", "")]
+            running = [pid for pid in pids if not _is_still(pid)]
             if not running:
                 if pids == self._pids():
                     return
@@ -159,8 +162,20 @@ class SignalFreezer:
         pass  # nothing was made
 
 
-def _state(pid: int) -> str:
+def _is_still(pid: int) -> bool:
+    """Stopped or ended: all of it, for where the first thread has ended others may run."""
+    state = _state(f"/proc/{pid}")
+    if state not in ("Z", "X"):
+        return state in ("T", "t", "")
     try:
-        return directories.read(f"/proc/{pid}/stat").rpartition(b") ")[2][:1].decode()
+        tasks = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return True  # ended meanwhile
+    return all(_state(f"/proc/{pid}/task/{task}") in ("T", "t", "Z", "X", "") for task in tasks)
+
+
+def _state(place: str) -> str:
+    try:
+        return directories.read(f"{place}/stat").rpartition(b") ")[2][:1].decode()
     except OSError:
         return ""
