@@ -272,15 +272,16 @@ class AsyncProcessIsolator:
                 )
                 if text is not None:
                     value = session.end_short(short, text)
-        except TimeoutError:
-            pass  # a thread waits on, or finds that it is too late
         except (asyncio.CancelledError, GeneratorExit) as cancelled:  # or closed in the middle: nothing is awaited here
             self._close_link()
             short.child.kill(ExitReason.KILLED, "the call was cancelled")
             self._rest.add(session.finish, short, cancelled)
             raise
         except Exception as raised:
-            error = raised
+            if not session.keeper.turn.has(short.caller):
+                raise  # by a signal's handler, when the call had ended
+            if text is not None or not isinstance(raised, TimeoutError):
+                error = raised  # else a thread waits on, or finds that it is too late
         if text is not None and error is None:
             return value if short.call.returns is None else build(value, short.call.returns)
         self._close_link()  # from here on a thread reads

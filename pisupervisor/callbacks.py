@@ -60,10 +60,12 @@ class Callbacks:
 
     def answer(self, kind: int, body: bytes, arenas: Callable[[], Arenas] | None = None) -> bytes:
         """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
-        if not self._calls.may_pass():  # before anything is decoded: that is what costs
-            return _FAILED + f"more than {self._rate:g} calls of the host in a second".encode()
-        if not self._bytes.may_pass(_size(kind, body)):
-            return _FAILED + f"more than {self._size} bytes for the host in a second".encode()
+        refusal = self._refusal(kind, body)  # before anything is decoded: that is what costs
+        if refusal is not None:
+            if kind == wire.CALLBACK_MAPPED and arenas is not None:
+                with arenas().reading(body):
+                    pass  # not looked at, but the arena is the child's again
+            return _FAILED + refusal.encode()
         try:
             if kind == wire.CALLBACK_MAPPED and arenas is not None:
                 with arenas().reading(body) as (text, buffers):
@@ -87,6 +89,14 @@ class Callbacks:
         except Exception as error:
             self._log(f"the callback {name!r}", error)
             return _FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
+
+    def _refusal(self, kind: int, body: bytes) -> str | None:
+        """Why a request is not even read. Raises ProtocolError."""
+        if not self._calls.may_pass():
+            return f"more than {self._rate:g} calls of the host in a second"
+        if not self._bytes.may_pass(_size(kind, body)):
+            return f"more than {self._size} bytes for the host in a second"
+        return None
 
     def _source(self, args: list[Any]) -> bytes:
         """Of a module that the child wants to import."""
@@ -112,7 +122,9 @@ class Callbacks:
 
 
 class _Bucket:
-    """So many a second, and a second's worth at once (or ``most``, if that is more); None: any number."""
+    """So many a second, and a second's worth at once (or ``most``, if that is more); None: any number. What is more than
+    that passes when nothing was used for long enough, and is paid for afterwards.
+    """
 
     def __init__(self, rate: float | None, most: float = 1.0) -> None:
         self._rate, self._most = rate, max(most, rate or 0.0)
@@ -126,7 +138,7 @@ class _Bucket:
             now = time.monotonic()
             self._tokens = min(self._most, self._tokens + (now - self._filled) * self._rate)
             self._filled = now
-            if self._tokens < count:
+            if self._tokens < min(count, self._most):
                 return False
             self._tokens -= count
             return True

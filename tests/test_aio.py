@@ -29,6 +29,7 @@ from pisupervisor import (
     SerializationError,
 )
 from pisupervisor.supervise.aio_link import LoopLink
+from pisupervisor.supervise.keeper import Keeper
 
 pytestmark = linux
 
@@ -467,6 +468,28 @@ def test_a_warm_call_whose_coroutine_is_closed_gives_its_turn_back(after: float)
             call.close()
             assert await asyncio.wait_for(isolator.invoke(len, "abc"), 5) == 3
             assert isolator.pid != pid
+
+    run(main)
+
+
+@pytest.mark.parametrize("error", [KeyError, TimeoutError])
+def test_interrupted_when_a_warm_call_had_just_ended(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    """As by a signal's handler: nothing is ended twice, and the child lives on."""
+    honest = Keeper.end_at_once
+
+    def end(*args: Any) -> None:
+        honest(*args)
+        raise error("by a handler")
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            await isolator.invoke(len, "abc")
+            pid = isolator.pid
+            with monkeypatch.context() as patch:
+                patch.setattr(Keeper, "end_at_once", end)
+                with pytest.raises(error, match="by a handler"):
+                    await isolator.invoke(len, "abc")
+            assert (await isolator.invoke(len, "abcd"), isolator.pid) == (4, pid)
 
     run(main)
 

@@ -257,6 +257,68 @@ def test_one_large_request_passes_however_small_the_budget(isolator: ProcessIsol
         )
 
 
+def test_what_is_refused_or_too_large_keeps_no_room(isolator: ProcessIsolator) -> None:
+    """An honest child may catch what it is told, and go on."""
+
+    def send(count: int, size: int) -> list[str]:
+        import pihost
+
+        said = []
+        for _ in range(count):
+            try:
+                said.append(str(pihost.call_host("size", b"x" * size)))
+            except Exception as error:
+                said.append(type(error).__name__)
+        return said
+
+    with ProcessIsolator.create() as usual:
+        usual.register_callback("size", len)
+        size = 40 << 20
+        assert set(usual.invoke(send, 8, size)) == {str(size), "HostError"}
+        assert usual.invoke(lambda: b"x" * (1 << 20)) == b"x" * (1 << 20)
+    with ProcessIsolator.create(limits=Limits(memory="192M")) as small:
+        small.register_callback("size", len)
+        assert small.invoke(send, 3, 50 << 20) == ["ValueError"] * 3  # more room than there is
+        assert small.invoke(send, 1, 5 << 20) == [str(5 << 20)]
+
+
+def test_another_thread_and_too_long_a_text_take_no_arena() -> None:
+    def waste() -> list[str]:
+        import threading
+
+        import pihost
+
+        said = []
+
+        def call(*args: object) -> None:
+            try:
+                said.append(str(pihost.call_host("count", *args)))
+            except Exception as error:
+                said.append(type(error).__name__)
+
+        call(b"x" * 1_000_000)
+        thread = threading.Thread(target=call, args=(b"x" * 1_000_000,))
+        thread.start()
+        thread.join()
+        call(b"x" * 1_000_000, "x" * 5_000_000)
+        call(b"x" * 1_000_000)
+        return said
+
+    with ProcessIsolator.create() as isolator:
+        isolator.register_callback("count", lambda *args: len(args))
+        assert isolator.invoke(waste) == ["1", "RuntimeError", "ValueError", "1"]
+        assert len(isolator._keeper.connection.arenas()._out) == 1  # type: ignore[union-attr]
+
+
+def test_more_than_the_budget_passes_once() -> None:
+    callbacks = Callbacks(lambda value: b"%d" % value, None, size=1)
+    callbacks.register("size", lambda part: len(part), False)
+    body = packed(b'["size",[{"$bytes":0}],{}]', b"")
+    assert callbacks._bytes.may_pass(wire.MAX_FRAME + 1)
+    assert not callbacks._bytes.may_pass(1)
+    assert b"more than 1 bytes" in callbacks.answer(wire.CALLBACK, body)
+
+
 def test_who_says_goodbye_while_many_are_let_go(isolator: ProcessIsolator) -> None:
     """What is released calls the host as it goes, with more than a socket holds, while the host sends the next call: each
     would wait for the other, if the objects were let go before that call is read whole.

@@ -586,6 +586,26 @@ def test_an_account_that_was_interrupted_closes_nothing_twice(monkeypatch: pytes
         isolator.close()
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TimeoutError])
+def test_interrupted_when_the_call_had_just_ended(monkeypatch: pytest.MonkeyPatch, error: type[BaseException]) -> None:
+    """As by a signal's handler: nothing is ended twice, and the child lives on."""
+    honest = Keeper.end_at_once
+
+    def end(keeper: Keeper, caller: int, child: Child) -> None:
+        honest(keeper, caller, child)
+        raise error
+
+    with ProcessIsolator.create() as isolator:
+        isolator.invoke(len, "abc")
+        pid = isolator.pid
+        with monkeypatch.context() as patch:
+            patch.setattr(Keeper, "end_at_once", end)
+            with pytest.raises(error):
+                isolator.invoke(len, "abc")
+        assert isolator.invoke(len, "abcd") == 4
+        assert isolator.pid == pid
+
+
 def _interrupt(*_arguments: object, **_keywords: object) -> None:
     raise KeyboardInterrupt
 

@@ -46,13 +46,17 @@ class Host:
         self._inbox = inbox or link  # whoever reads the link hands over what is for this thread
         self._owner = (os.getpid(), _thread.get_ident())
         self.waiting: dict[int, Any] = {}  # by the call that waits: where its answer is to be left
+        self._roomed = -1  # the call that was given room, until its next question is answered: it gets no more
         self.call_id = 0  # of the call that is worked on: an answer is to that, and none between two calls
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._check_owner()
         try:
             text, buffers = encode.encode([name, list(args), kwargs], self._limit)
         except encode.NotData as error:
             raise TypeError(f"arguments of call_host({name!r}): {error}") from None
+        if buffers:  # an arena takes them, but not this; and one that was marked as lent must be sent
+            _check_size(len(text) + 8 * len(buffers) + 16)
         from pihost.inside import arenas  # which speaks with the host through this module
 
         kind, parts = arenas.ship(text, buffers)
@@ -64,15 +68,20 @@ class Host:
 
     def ask_for_room(self, size: int) -> tuple[bytes, list[int]]:
         """What the host says, and the descriptors that ride on it."""
-        return self._ask(wire.ROOM, [size.to_bytes(8, "little")]), self._inbox.take_fds()
+        if self._roomed == self.call_id:
+            return b"", []  # there was room that could not be mapped; asking again would be a flood
+        said = self._ask(wire.ROOM, [size.to_bytes(8, "little")])
+        if len(said) > 1:
+            self._roomed = self.call_id
+        return said, self._inbox.take_fds()
 
-    def _ask(self, kind: int, parts: list[Any]) -> Any:
+    def _check_owner(self) -> None:
         if self._owner != (os.getpid(), _thread.get_ident()):
             raise RuntimeError(_NOT_THIS_THREAD)
-        if sum(memoryview(part).nbytes for part in parts) > wire.MAX_FRAME:
-            raise ValueError(
-                f"arguments for the host of more than {wire.MAX_FRAME} bytes; return them, or send them in parts"
-            )
+
+    def _ask(self, kind: int, parts: list[Any]) -> Any:
+        self._check_owner()
+        _check_size(sum(memoryview(part).nbytes for part in parts))
         own = self.call_id
         self.waiting[own] = self._inbox
         self._link.send_whole(kind, own, parts)
@@ -82,12 +91,20 @@ class Host:
                 os._exit(0)  # the host is gone, and so are we in a moment
             if frame[0] == wire.ANSWER and frame[1] == own:
                 self.waiting.pop(own, None)
+                self._roomed = -1
                 return frame[2] if kind == wire.ROOM else _understand(frame[2])
             if frame[0] == wire.CALL or frame[0] == wire.EXIT:
                 self._link.postpone(frame)
                 continue
             self._serve_one(frame)
             self.call_id = own
+
+
+def _check_size(size: int) -> None:
+    if size > wire.MAX_FRAME:
+        raise ValueError(
+            f"arguments for the host of more than {wire.MAX_FRAME} bytes; return them, or send them in parts"
+        )
 
 
 def _understand(body: bytes) -> Any:

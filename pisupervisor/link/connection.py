@@ -467,10 +467,12 @@ class Connection:
         if len(body) != 8:
             raise ProtocolError("room asked for without a size")
         answer, arena = self.arenas().room(int.from_bytes(body, "little"))
-        self._tell(pending, answer, () if arena is None else (arena.fd,), deadline)
+        self._tell(pending, answer, () if arena is None else (arena.fd,), deadline, room=len(answer) > 1)
 
-    def _tell(self, pending: Pending, answer: bytes, fds: tuple[int, ...], deadline: float | None) -> None:
-        pending.has_its_answer()
+    def _tell(
+        self, pending: Pending, answer: bytes, fds: tuple[int, ...], deadline: float | None, *, room: bool = False
+    ) -> None:  # fmt: skip
+        pending.has_its_answer(room=room)
         try:
             self.send(wire.ANSWER, answer, fds, deadline, pending.ident)
         except NeverSent as error:

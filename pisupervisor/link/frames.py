@@ -146,9 +146,9 @@ class Pending:
     def is_answered(self) -> bool:
         return self.answer is not None or self.text is not None
 
-    def has_its_answer(self) -> None:
-        """What it asked is answered; before its next question, or its end, it may ask for room anew."""
-        if self.asked is not None and self.asked[0] != wire.ROOM:
+    def has_its_answer(self, *, room: bool = False) -> None:
+        """What it asked is answered. Once it was given ``room``, it may ask for that anew after its next question only."""
+        if not room:
             self._roomed = False
         self.asked = None
 

@@ -156,13 +156,13 @@ class Session:
             deadline = None if timeout is None else time.monotonic() + check_timeout(timeout)
             if on_loop:
                 caller = next(_loop_callers)
+            body, ident, text, error, is_next = head + arguments, connection.new_ident(), None, None, False
             child = keeper.begin_at_once(caller, connection)
         if child is None or connection is None or type(arguments) is not bytes:
             return self.call(
                 *call, code=code, timeout=timeout, idempotent=idempotent, only_on=only_on, returns=returns, check=check,
                 streams=streams,
             )  # fmt: skip
-        body, ident, text, error, is_next = head + arguments, connection.new_ident(), None, None, False
         try:
             if self._unwanted and caller in self._unwanted:  # since we looked, and before the turn was ours
                 raise IsolatorClosed(_NOT_WANTED)
@@ -177,6 +177,8 @@ class Session:
             error = raised
         if text is not None and error is None:
             return value if returns is None else build(value, returns)
+        if error is not None and not keeper.turn.has(caller):
+            raise error  # a signal's handler raised when the call had ended
         rest = Call(body, code, timeout, deadline, False, returns, only_on, check, streams, idempotent)
         short = Short(rest, caller, ident, child, connection)
         return Sent(short, is_next, error) if on_loop else self.finish(short, error)
