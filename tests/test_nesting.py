@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import OrdinaryUser
 
 from pisupervisor import IsolationOptions, Limits, OptionsError, ProcessIsolator, Security
 from pisupervisor.launch.seccomp import NESTING, SeccompProfile, for_nesting, load_profile
@@ -51,7 +52,7 @@ def inside(source: str, tmp_path: Path, **security: Any) -> tuple[Any, Mapping[s
     secret.chmod(0o644)
     more = tuple(name for name in ("landlock", "time") if name in _lacking())
     options = IsolationOptions(
-        limits=Limits(memory="1G", pids=128), security=Security(**security), import_paths=[str(TOP), SITE],
+        limits=Limits(memory=None, swap=None, pids=128), security=Security(**security), import_paths=[str(TOP), SITE],
         filesystem=_shown(secret), degrade=(*more, "memory", "swap", "cpus", "pids"),
     )  # fmt: skip
     text = f"MORE, WORK = {more!r}, {WORK!r}\n" + textwrap.dedent(INNER) + source
@@ -134,6 +135,30 @@ def test_the_filter_of_a_profile_lets_nesting_through_and_nothing_else() -> None
 def rules(profile: SeccompProfile) -> list[tuple[str, str, str]]:
     listed = json.loads(profile.source)["syscalls"]
     return [(rule["action"], name, json.dumps(rule.get("args"))) for rule in listed for name in rule["names"]]
+
+
+@pytest.mark.rootless
+def test_a_watched_memory_limit_is_refused(ordinary_user: OrdinaryUser) -> None:
+    """The control has no memory limit, or no nesting."""
+    source = f"""
+        import json
+        from pisupervisor import *
+        DEGRADED = {("memory", "swap", "cpus", "pids", *_lacking())!r}
+        def attempt(memory, nesting):
+            limits, security = Limits(memory=memory, swap=None), Security(nesting=nesting)
+            try:
+                with ProcessIsolator.create(degrade=DEGRADED, limits=limits, security=security) as isolator:
+                    return isolator.invoke(lambda: 42)
+            except FeatureUnavailable as error:
+                return [error.feature, error.remedy]
+        print(json.dumps([attempt("64M", True), attempt(None, True), attempt("64M", False)]))
+    """
+    done = ordinary_user.run_python(textwrap.dedent(source))
+    assert done.returncode == 0, done.stderr
+    refused, unlimited, plain = json.loads(done.stdout)
+    assert refused[0] == "memory"
+    assert "Limits(memory=None)" in refused[1]
+    assert (unlimited, plain) == (42, 42)
 
 
 def test_it_is_a_switch() -> None:

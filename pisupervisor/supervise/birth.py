@@ -104,6 +104,12 @@ class Birth:
                 " open, this user may not see", feature="user",
                 remedy="leave subordinate_ids out, or give the application a group of its own (pisupervisor doctor)",
             )  # fmt: skip
+        if self.options.security.nesting and "memory" in lacking and self.options.limits.memory is not None:
+            raise FeatureUnavailable(
+                "nesting, and a memory limit that is only watched: what lies in file systems that the child mounts, nobody"
+                " counts", feature="memory",
+                remedy="set Limits(memory=None), or give the application a group of its own (pisupervisor doctor)",
+            )  # fmt: skip
         if "limits" not in without and host.directories():
             self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), next_name())
         return lacking
