@@ -12,6 +12,7 @@ from pathlib import Path
 
 import features
 import pytest
+from helpers import DEGRADE
 
 from pisupervisor import FeatureUnavailable, IsolationOptions, Limits, ProcessIsolator
 from pisupervisor.limits import io_weight
@@ -153,7 +154,7 @@ def test_on_v2_the_remedy_helps(need: object) -> None:
     features.need("own_machine", "limits")
     if not COST.exists():
         pytest.skip("io_cost: the top of the tree does not show it here")
-    options = IsolationOptions(limits=Limits(io_weight=300))
+    options = IsolationOptions(limits=Limits(io_weight=300), degrade=DEGRADE)
     with pytest.raises(FeatureUnavailable) as caught:
         ProcessIsolator.create(options)
     assert "MAJOR:MINOR enable=1" in str(caught.value.remedy)
