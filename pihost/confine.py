@@ -184,7 +184,7 @@ def keep_link_only(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     for fd in (fds.link, fds.status, fds.host, fds.zygote, *fds.stderr(), *fds.root):
         os.close(fd)
     if link != LINK:
-        os.dup2(link, LINK)
+        os.dup2(link, LINK, False)  # what the payload starts shall not have it
         os.close(link)
 
 

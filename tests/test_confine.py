@@ -116,7 +116,7 @@ def test_the_payload_keeps_one_fd(kernel: Recorder) -> None:
     acts(PAYLOAD, kernel)
     assert kernel.calls == [
         ("setsid",), ("set_dumpable", True), ("dup", 5), ("close", 5), ("close", 7), ("close", 11), ("close", 12),
-        ("close", 13), ("close", 14), ("close", 40), ("dup2", NEW_FD, confine.LINK), ("close", NEW_FD),
+        ("close", 13), ("close", 14), ("close", 40), ("dup2", NEW_FD, confine.LINK, False), ("close", NEW_FD),
     ]  # fmt: skip
 
 
