@@ -80,9 +80,7 @@ def clone(flags: int, group: int = 0) -> tuple[int, int]:
     75 copied pages (0.2 ms). The thread id that glibc caches is stale until then; only our launch code runs before.
     """
     pidfd = ctypes.c_int(-1)
-    if (
-        not flags & CLONE_INTO_CGROUP
-    ):  # by clone, where that can do it: filters refuse clone3, whose flags they cannot see
+    if not flags & CLONE_INTO_CGROUP:  # filters refuse clone3, whose flags they cannot see
         word = ctypes.c_ulong(flags | CLONE_PIDFD | 17)
         pid = _libc.syscall(ctypes.c_long(_SYS_CLONE), word, None, ctypes.byref(pidfd), None, None)
         return _check(pid, "clone"), pidfd.value

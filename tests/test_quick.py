@@ -40,6 +40,13 @@ PLUGIN = """
             os.waitpid(pid, 0)
         return pid > 0
 
+    def forked_in_c():  # which runs none of Python's hooks
+        import ctypes
+        pid = ctypes.PyDLL(None).fork()
+        if pid:
+            os.waitpid(pid, 0)
+        return pid > 0
+
     async def later(x): return x
     def items(n): yield from range(n)
 """
@@ -87,12 +94,14 @@ def test_what_is_raised(isolator: ProcessIsolator, plugin: Path, name: str) -> N
 def test_other_ends(isolator: ProcessIsolator, plugin: Path) -> None:
     later, items, opaque = (isolator.get_method(plugin, name) for name in ("later", "items", "opaque"))
     size, forked = isolator.get_method(plugin, "Table.size"), isolator.get_method(plugin, "forked")
+    forked_in_c = isolator.get_method(plugin, "forked_in_c")
     isolator.register_callback("again", lambda n: isolator.invoke_method(plugin, "again", n))
     for _ in range(3):
         assert later(5) == 5
         assert list(items(3)) == [0, 1, 2]
         assert size(4) == 4
         assert forked() is True
+        assert forked_in_c() is True
         assert isolator.invoke_method(plugin, "again", 5) == 5
         with pytest.raises(SerializationError):
             opaque()

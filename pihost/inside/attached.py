@@ -123,9 +123,7 @@ def descriptor(index: int) -> int:
 
 def file(index: int, mode: str, buffering: int, text: tuple[str, str] | None) -> Any:
     """An open file or a pipe, as it was in the host. ``text``: encoding and errors."""
-    if (
-        text is not None
-    ):  # what open() makes of a bad name is a closed descriptor, which might be somebody else's by now
+    if text is not None:  # open() would close the descriptor for a bad name, and it might be somebody else's by now
         import codecs
 
         codecs.lookup(text[0])

@@ -5,7 +5,6 @@ JSON has. Everything else goes the long way, which is ``Worker.serve_one``.
 from __future__ import annotations
 
 import _pickle
-import os
 import struct
 
 from pihost import wire
@@ -33,7 +32,6 @@ class Quick:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._known: dict[bytes, Callable[..., Any]] = {}
-        self._is_copy = False
 
     def learn(self, head: bytes, call: tuple[Any, ...], answer: tuple[int, list[bytes]]) -> None:
         """That call has come to a value: the next one of the same head need not look for what is called."""
@@ -74,10 +72,6 @@ class Quick:
                 return 0
             worker.serve_one(frame)
 
-    def note_copy(self) -> None:
-        """User code forked: if it lets the copy return, only the original may answer."""
-        self._is_copy = True
-
     def answer(self, link: Link, ident: int, function: Callable[..., Any], arguments: bytes | bytearray) -> None:
         """Run it and reply."""
         worker, text, answer = self._worker, b"", None
@@ -98,7 +92,6 @@ class Quick:
         if answer is not None:
             worker.reply(ident, answer)
             return
-        if self._is_copy:
-            os._exit(0)
+        worker.end_copy()
         size = len(text)
         link.sock.sendall(_RESULT.pack(_RESULT_WORD, ident, size + 8, size, 0) + text)

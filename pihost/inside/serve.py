@@ -41,7 +41,6 @@ def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> in
 
         return Threads(worker, limits["concurrency"]).serve()
     worker.host = callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
-    os.register_at_fork(after_in_child=worker.quick.note_copy)  # os.getpid() would be a system call for each answer
     return worker.quick.serve(link)
 
 
@@ -77,9 +76,8 @@ class Worker:
         self.loop = awaiting.Loop()
         self.loops = [self.loop]
         self.released: list[int] = []
-        self.output: list[
-            int
-        ] = []  # pipes for what the next call writes, if that is captured: the first that ride on it
+        # Pipes for what the next call writes, if that is captured: the first that ride on it.
+        self.output: list[int] = []
         self.library = resolve.Library()
         self.namespace = run.source_namespace()
         self.quick = Quick(self)
@@ -136,9 +134,13 @@ class Worker:
         self.reply(ident, answer)
 
     def reply(self, ident: int, answer: tuple[int, list[bytes]]) -> None:
-        if os.getpid() != self.own_pid:
-            os._exit(0)  # user code forked and let the copy return: only the original may answer
+        self.end_copy()
         self.link.send(answer[0], ident, answer[1])
+
+    def end_copy(self) -> None:
+        """User code may have forked, in whatever way, and let the copy return: only the original may answer."""
+        if os.getpid() != self.own_pid:
+            os._exit(0)
 
     def close_loops(self) -> None:
         for loop in self.loops:

@@ -16,9 +16,8 @@ from pisupervisor.limits import directories, signals
 from pisupervisor.limits.detect import CgroupHost
 from pisupervisor.records import Protocol
 
-_PATIENCE = 2.0  # seconds for the kernel to stop everything; measured: under 1 ms
+_PATIENCE = 2.0  # seconds for everything to stop, also what forks meanwhile; measured: under 1 ms
 _POLL = 0.0005
-_ROUNDS = 64  # a chain of forks may outrun a list of pids; each round takes those that the last one has seen
 
 
 class Freezer(Protocol):
@@ -109,7 +108,8 @@ class V2Freezer(GroupFreezer):
             stopped.resume()
 
     def _gather(self) -> None:
-        for _ in range(_ROUNDS):
+        until = time.monotonic() + _PATIENCE
+        while time.monotonic() < until:
             inside = {int(pid) for pid in directories.read(f"{self._path}/cgroup.procs").split()}
             outside = [pid for pid in self._pids() if pid not in inside]
             if not outside:
@@ -140,7 +140,8 @@ class SignalFreezer:
         self._pids = pids
 
     def pause(self) -> None:
-        for _ in range(_ROUNDS):
+        until = time.monotonic() + _PATIENCE
+        while time.monotonic() < until:
             pids = self._pids()
             running = [pid for pid in pids if not _is_still(pid)]
             if not running:
