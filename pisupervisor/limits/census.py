@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 
+from pisupervisor.limits.directories import stat_fields
 from pisupervisor.records import NamedTuple
 
 _MOST = 4 << 20  # bytes of one smaps: some 5000 mappings; who has more is counted by what is resident
@@ -67,7 +68,7 @@ def take(pids: Iterable[int], scratch: Sequence[str] | None) -> Census:
     processes, unmapped, seen, missed = {}, dict[int, int](), 0, 0
     for pid in pids:
         try:
-            fields = _stat(f"/proc/{pid}")
+            fields = stat_fields(f"/proc/{pid}")
             place = _place(pid, fields)
             processes[pid] = _held(place, fields)
             if scratch is None:
@@ -92,7 +93,7 @@ def exactly(census: Census, scratch: Sequence[str], of_the_host: Iterable[int] =
     counted = excused | census.unmapped.keys()
     for pid, held in census.processes.items():
         try:
-            with open(f"{_place(pid, _stat(f'/proc/{pid}'))}/smaps", "rb") as file:
+            with open(f"{_place(pid, stat_fields(f'/proc/{pid}'))}/smaps", "rb") as file:
                 text = file.read(_MOST)
         except OSError:
             unsure += held.resident
@@ -113,7 +114,7 @@ def mapped(smaps: bytes, counted: Iterable[int], scratch: tuple[str, ...]) -> in
     return total
 
 
-_ALL, _OWN, _NOTHING = (b"Pss:", b"SwapPss:"), (b"Anonymous:", b"SwapPss:"), (b"-",)
+_ALL, _OWN = (b"Pss:", b"SwapPss:"), (b"Anonymous:", b"SwapPss:")
 
 
 def _what_counts(words: list[bytes], known: set[int], scratch: tuple[str, ...]) -> tuple[bytes, ...]:
@@ -154,18 +155,12 @@ def host_memory() -> set[int]:
     return mapped_here | set(_memory_files("/proc/self"))
 
 
-def _stat(place: str) -> list[bytes]:
-    """The fields from the state on."""
-    with open(f"{place}/stat", "rb") as file:
-        return file.read().rpartition(b")")[2].split()
-
-
 def _place(pid: int, fields: list[bytes]) -> str:
     """Where /proc shows what it holds: at a living thread, where the first has ended and the process has not."""
     if fields[0] in _ENDED:
         for task in os.listdir(f"/proc/{pid}/task"):
             try:
-                if _stat(f"/proc/{pid}/task/{task}")[0] not in _ENDED:
+                if stat_fields(f"/proc/{pid}/task/{task}")[0] not in _ENDED:
                     return f"/proc/{pid}/task/{task}"
             except (FileNotFoundError, ProcessLookupError):
                 continue  # ended meanwhile
@@ -185,7 +180,7 @@ def _held(place: str, fields: list[bytes]) -> Held:
 def _lives(pid: int) -> bool:
     """Whether it has memory of its own; what is dying has not."""
     try:
-        with open(f"{_place(pid, _stat(f'/proc/{pid}'))}/status", "rb") as file:
+        with open(f"{_place(pid, stat_fields(f'/proc/{pid}'))}/status", "rb") as file:
             return any(line.startswith(b"VmRSS") for line in file)
     except OSError:
         return False

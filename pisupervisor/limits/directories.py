@@ -39,10 +39,14 @@ def pid_namespace() -> int:
 def start_time(pid: int) -> int | None:
     """Start of the process in clock ticks since boot; None when there is no such process."""
     try:
-        stat = read(f"/proc/{pid}/stat")
+        return int(stat_fields(f"/proc/{pid}")[19])
     except (FileNotFoundError, ProcessLookupError):
         return None
-    return int(stat.rpartition(b")")[2].split()[19])  # the name in parentheses may contain anything
+
+
+def stat_fields(place: str) -> list[bytes]:
+    """Those of ``stat`` of a process or thread, from its state on: the name before may contain anything. Raises OSError."""
+    return read(f"{place}/stat").rpartition(b")")[2].split()
 
 
 def read(path: str) -> bytes:

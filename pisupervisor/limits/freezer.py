@@ -177,6 +177,6 @@ def _is_still(pid: int) -> bool:
 
 def _state(place: str) -> str:
     try:
-        return directories.read(f"{place}/stat").rpartition(b") ")[2][:1].decode()
+        return directories.stat_fields(place)[0].decode()
     except OSError:
         return ""
