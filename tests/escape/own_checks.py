@@ -115,4 +115,26 @@ OWN: dict[str, dict[str, object]] = {
         "        try: bad+=[] if f==10 else [(f,socket.socket(f,t).family)]\n"
         "        except OSError as e: bad+=[] if e.errno==97 else [(f,e.errno)]\nwant(not bad,bad)",
     },
+    "O19": {
+        "title": "all inotify instances of whoever runs the host", "mechanism": "seccomp: no inotify", "needs": ["seccomp"],
+        "source": "user_namespaces(7), fs.inotify.max_user_instances (128): what a user namespace uses counts to its maker, root",
+        "code": "for call in ((294,0),(253,),(254,-1,b'/',1)): deny(lambda:sc(*call),'EPERM','ENOSYS')",
+    },
+    "O20": {
+        "title": "the machine's memory for filters in machine code", "mechanism": "seccomp: no filters on sockets",
+        "needs": ["seccomp"],
+        "source": "net.core.bpf_jit_limit: one for all; what 2000 sockets took (50 MB) counts to no group",
+        "code": "s=socket.socket(2,2); p=ctypes.create_string_buffer(struct.pack('HBBI',6,0,0,1))\n"
+        "for o in (26,51): deny(lambda:s.setsockopt(1,o,struct.pack('HxxxxxxQ',1,ctypes.addressof(p))),'EPERM')",
+    },
+    "O21": {
+        "title": "have the host write back all that it has changed", "mechanism": "seccomp: no sync, no syncfs",
+        "needs": ["seccomp"], "source": "sync(2), syncfs(2): without privilege, on whatever file system a file is shown of",
+        "code": "fd=os.open('/usr',0)\nfor call in ((162,),(306,fd)): deny(lambda:sc(*call),'EPERM')",
+    },
+    "O22": {
+        "title": "have the other threads of its core stand idle", "mechanism": "seccomp: no PR_SCHED_CORE",
+        "needs": ["seccomp"], "source": "core-scheduling.rst (5.14): a cookie of one's own, without privilege",
+        "code": "deny(lambda:sc(157,62,1,0,0,0),'EINVAL')",
+    },
 }  # fmt: skip

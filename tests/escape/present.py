@@ -78,6 +78,12 @@ def _urgent() -> str:
     return ""
 
 
+def _core_scheduling() -> str:
+    cookie = ctypes.c_uint64()
+    here = _libc.prctl(62, 0, ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.byref(cookie)) == 0
+    return "" if here else "the kernel has no core scheduling, or the machine one thread a core"
+
+
 def _setuid_su() -> str:
     try:
         return "" if os.stat("/usr/bin/su").st_mode & 0o4000 else "/usr/bin/su is not setuid"
@@ -123,6 +129,7 @@ _PROBES: dict[str, Callable[[], str]] = {
     "O13": _system_call("listmount", 0, 0, 0, 0),
     "O16": _system_call("fanotify_init", -1, 0),
     "O17": _urgent,
+    "O22": _core_scheduling,
     "N08": _one_of([f"/run/{box.PROBE}.sock"]),
     "N10": _queue,
     "N11": _one_of([f"/dev/shm/{box.PROBE}"]),

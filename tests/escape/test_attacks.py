@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import os
 import re
 import socket
@@ -533,6 +534,22 @@ for _ in range(40):
     before = int(Path("/proc/sys/fs/aio-nr").read_text())
     attack(isolator, code)
     assert int(Path("/proc/sys/fs/aio-nr").read_text()) - before < 1000
+
+
+@pytest.mark.parametrize(("profile", "left"), [("default", True), ("permissive", False)])
+def test_one_child_cannot_take_what_the_hosts_root_may_watch(profile: str, left: bool) -> None:
+    """What is used in a user namespace counts to whoever made it, too: with inotify let through, all services of root are
+    without it, and so are all other children.
+    """
+    libc, code = ctypes.CDLL(None, use_errno=True), "while (fd := libc.inotify_init()) >= 0: pass\nfd"
+    most = int(Path("/proc/sys/fs/inotify/max_user_instances").read_text())
+    given = IsolationOptions(limits=limits(open_files=most + 50), security=Security(seccomp=profile))
+    with ProcessIsolator.create(given) as isolator:
+        attack(isolator, code)
+        fd = libc.inotify_init()
+    if fd >= 0:
+        os.close(fd)
+    assert (fd >= 0) == left
 
 
 def test_used_up_descriptors_spoil_no_reply(isolator: ProcessIsolator) -> None:
