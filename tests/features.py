@@ -78,13 +78,24 @@ def _cgroups() -> str:
     return "; ".join(trouble)
 
 
-def _v2() -> str:
+def _v2(*controllers: str) -> str:
+    """What every delegation gives, or others."""
     from pisupervisor.limits.detect import detect
 
     host = detect()
     if host.mode != "v2":
         return f"cgroups are {host.mode} here"
-    return "; ".join(f"{name}: {place.why}" for name, place in host.places.items() if place.why)
+    return "; ".join(
+        f"{name}: {host.places[name].why}" for name in controllers or ("memory", "cpu", "pids") if host.places[name].why
+    )
+
+
+def _v2_io() -> str:
+    return _v2("io")
+
+
+def _v2_cpuset() -> str:
+    return _v2("cpuset")
 
 
 def _own_machine() -> str:
@@ -252,6 +263,8 @@ PROBES: dict[str, Callable[[], str]] = {
     "nproc_apart": _nproc_apart,
     "v1": _v1,
     "v2": _v2,
+    "v2_io": _v2_io,
+    "v2_cpuset": _v2_cpuset,
     "limits": _limits,
     "undelegated": _undelegated,
     "scope": _scope,

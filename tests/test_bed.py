@@ -31,14 +31,25 @@ JUNIT = """<testsuites><testsuite>
 def test_a_failure_and_an_unexplained_skip_are_trouble(bed: ModuleType, tmp_path: Path) -> None:
     junit = tmp_path / "junit.xml"
     junit.write_text(JUNIT)
-    passed, skipped, trouble = bed.judge(junit, {"v2"})
+    passed, skipped, trouble = bed.judge(junit, {"rootless"})
     assert (passed, skipped) == (1, 2)
     assert trouble == ["failed: tests.a::bad", "skipped: tests.a::lazy: no time today"]
 
 
 def test_a_skip_for_what_the_cell_has_is_unexplained(bed: ModuleType) -> None:
-    assert bed.is_explained("Skipped: v2: cgroups are hybrid here", {"root"})
-    assert not bed.is_explained("Skipped: v2: cgroups are hybrid here", {"root", "v2"})
+    assert bed.word("Skipped: v2: cgroups are hybrid here") == "v2"
+    assert "v2" in bed.lacks("6.1", "container")
+    assert "v2" not in bed.lacks("6.1", "root")
+
+
+def test_what_explains_a_skip_is_a_closed_list_for_each_cell(bed: ModuleType) -> None:
+    assert bed.lacks("7", "root") == {"undelegated", "scope", "v1", "arm32", "no_mounts"}
+    assert bed.lacks("6.1", "user-stock") - bed.lacks("6.12", "user-stock") == {"landlock_net", "landlock_scopes"}
+    assert {"v2_io", "v2_cpuset"} <= bed.lacks("7", "user-stock")
+    for kernel in bed.KERNELS:
+        for mode in bed.machine.MODES:
+            assert not bed.lacks(kernel, mode) & bed.features(kernel, mode)
+            assert not bed.lacks(kernel, mode) & {"numpy", "psi", "testsuite", "seccomp", "userns", "own_machine"}
 
 
 def test_every_mode_says_what_it_has_in_words_that_the_suite_knows(bed: ModuleType) -> None:
@@ -46,11 +57,15 @@ def test_every_mode_says_what_it_has_in_words_that_the_suite_knows(bed: ModuleTy
     known = set(features.PROBES)
     assert {name for names in bed.HAS.values() for name in names.split(",")} <= known
     assert {name for names in bed.LACKS.values() for name in names} <= known
+    assert known >= bed.EVERYWHERE
+    assert not bed.WORDS.keys() & known
     assert set(bed.EVERY_RUN) <= set(bed.machine.MODES)
 
 
 def test_old_kernels_lack_what_came_later(bed: ModuleType) -> None:
     assert "landlock" not in bed.features("5.10", "root")
+    assert "overlay" in bed.features("5.10", "root")  # a user may mount them since 5.11
+    assert "overlay" not in bed.features("5.10", "user")
     assert "landlock_scopes" not in bed.features("6.1", "root")
     assert "landlock_scopes" in bed.features("6.12", "root")
 
@@ -94,7 +109,7 @@ def test_an_aarch64_guest_runs_what_only_that_machine_can_try(bed: ModuleType) -
     assert "tests/test_seccomp.py" in args.pytest  # there the kernel runs the filter for aarch64
     assert "tests/test_seccomp.py" not in bed.parse(["images"]).pytest
     assert bed.features("6.1", "root", "aarch64") - bed.features("6.1", "root") == {"arm32"}
-    assert not bed.is_explained("arm32: no such mode", bed.features("6.1", "root", "aarch64"))
+    assert "arm32" not in bed.lacks("6.1", "root", "aarch64")
 
 
 @pytest.mark.parametrize(("arch", "console"), [("x86_64", "ttyS0"), ("aarch64", "ttyAMA0")])
@@ -144,3 +159,15 @@ def test_what_was_skipped_is_told_by_its_reason(bed: ModuleType, tmp_path: Path)
     rows = "".join(skip.format(number, why) for number, why in enumerate(("v1: no", "v1: no", "testsuite: none")))
     (tmp_path / "junit.xml").write_text(f"<testsuites><testsuite>{rows}</testsuite></testsuites>")
     assert bed.skips(tmp_path / "junit.xml") == {"v1": 2, "testsuite": 1}
+
+
+def test_what_was_measured_of_each_limit_has_a_table_of_its_own(bed: ModuleType, tmp_path: Path) -> None:
+    rows = '<property name="of the limit: memory" value="0.9971" /><property name="other" value="x" />'
+    (tmp_path / "junit.xml").write_text(
+        f"<testsuites><testsuite><properties>{rows}</properties></testsuite></testsuites>"
+    )
+    shares = bed.shares(tmp_path / "junit.xml")
+    assert shares == {"memory": 0.9971}
+    cells = [bed.Cell(kernel="6.1", mode="user", version="6.1.0-9", shares=shares, skipped=2, why={"v1": 2})]
+    assert "| 6.1.0-9 | user | 0 | 2: v1 2 | green | 0 |" in bed.table(cells)
+    assert "\n| 6.1.0-9 | user | 99.7% |  |  |  |\n" in bed.table(cells)

@@ -56,7 +56,7 @@ def test_every_file_that_there_is_gets_its_number(tmp_path: Path) -> None:
 @pytest.mark.linux
 def test_where_no_disk_knows_weights_it_is_an_error_with_the_way_out_or_degraded() -> None:
     if io_weight.weighing_disks(detect().mode):
-        pytest.skip("mounts: a disk of this machine schedules by weight")
+        pytest.skip("no_weights: a disk of this machine schedules by weight")
     with pytest.raises(FeatureUnavailable) as caught:
         ProcessIsolator.create(limits=Limits(io_weight=200))
     assert caught.value.feature == "io_weight"
@@ -151,7 +151,7 @@ def test_a_child_gets_its_weight_and_applied_says_on_which_disk(disk: str, need:
 @pytest.mark.v2
 def test_on_v2_the_remedy_helps(need: object) -> None:
     """io.cost is switched on for a disk, as the error says, and off again."""
-    features.need("own_machine", "limits")
+    features.need("own_machine", "limits", "v2_io")
     if not COST.exists():
         pytest.skip("io_cost: the top of the tree does not show it here")
     options = IsolationOptions(limits=Limits(io_weight=300), degrade=DEGRADE)

@@ -64,7 +64,7 @@ def test_the_walls_stand_without_limits_and_applied_says_what_does_not_hold() ->
         assert "group" in lacking[name].detail
 
 
-@pytest.mark.skipif(may_mount(), reason="mounts: they are possible here")
+@pytest.mark.skipif(may_mount(), reason="no_mounts: they are possible here")
 def test_a_root_without_rights_is_told_so() -> None:
     with pytest.raises(LaunchError) as caught:
         ProcessIsolator.create(IsolationOptions(degrade=WITHOUT))

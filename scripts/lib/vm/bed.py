@@ -1,7 +1,7 @@
 """bed.py IMAGES [--arch A] [--all] [--kernel K]... [--mode M]... [-j N] [--table FILE] [-- PYTEST ARGUMENT...]
 
 Runs the tests marked ``bed`` in VMs, one for each kernel and mode, and says what came of each. A cell is green when
-nothing failed and every skipped test was skipped for a feature that this cell is known to lack.
+nothing failed and every skipped test was skipped for a word on the closed list of what this cell lacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import machine
@@ -25,32 +25,45 @@ TOP = Path(__file__).resolve().parents[3]
 _LINES = Path(__file__).with_name("kernels.txt").read_text().splitlines()
 KERNELS = tuple(line.split()[0] for line in _LINES if not line.startswith("#"))
 EVERY_RUN = ("root", "user-plain", "container", "user")  # the longest first; what any of them is not, --all runs
-#: what a cell has (features of tests/features.py): a test that is skipped for want of one of these fails
+#: what a mode has (features of tests/features.py): a test that is skipped for want of one of these fails
 HAS = {
-    "root": "root,rootless,userns,cgroups,v2,limits,seccomp,landlock",
-    "user": "userns,cgroups,v2,limits,seccomp,landlock",
-    "user-scope": "userns,cgroups,v2,limits,seccomp,landlock",
-    "user-stock": "userns,cgroups,limits,seccomp,landlock",
-    "user-plain": "userns,limits,scope,seccomp,landlock",
-    "bare": "root,rootless,userns,cgroups,v2,limits,seccomp,landlock",
-    "bare-user": "userns,undelegated,seccomp,landlock",
-    "container": "root,rootless,userns,undelegated,seccomp,landlock",
-    "container-priv": "root,rootless,userns,cgroups,v2,limits,seccomp,landlock",
+    "root": "root,rootless,cgroups,v2,v2_io,v2_cpuset,limits",
+    "user": "cgroups,v2,v2_io,v2_cpuset,limits",
+    "user-scope": "cgroups,v2,v2_io,v2_cpuset,limits",
+    "user-stock": "cgroups,v2,limits",
+    "user-plain": "limits,scope",
+    "bare": "root,rootless,cgroups,v2,v2_io,v2_cpuset,limits",
+    "bare-user": "undelegated",
+    "container": "root,rootless,undelegated",
+    "container-priv": "root,rootless,cgroups,v2,v2_io,v2_cpuset,limits",
+}
+EVERYWHERE = {
+    "userns", "seccomp", "landlock", "landlock_net", "landlock_scopes", "nproc_apart", "overlay", "own_machine",
 }  # fmt: skip
-#: what of these a kernel lacks: Landlock came with 5.13, its rules for TCP with 6.7, its scopes with 6.12
+#: what a kernel lacks: Landlock came with 5.13, its rules for TCP with 6.7, its scopes with 6.12
 LACKS = {
-    "5.10": {"landlock", "landlock_net", "landlock_scopes", "nproc_apart", "overlay"},
+    "5.10": {"landlock", "landlock_net", "landlock_scopes", "nproc_apart"},
     "6.1": {"landlock_net", "landlock_scopes"},
 }
-#: what some or all cells lack beside that: skipping for it is explained
-NOWHERE = {"testsuite", "v1", "loop_bfq", "io_cost", "numpy", "mounts", "systemd", "psi", "arm32", *LACKS["5.10"]}
+#: words that tests skip with and no probe answers to -> the modes that lack it. No word beside these explains a skip.
+WORDS = {
+    "systemd": {"bare", "bare-user", "container", "container-priv"},
+    "mounts": {"container"},  # its root has no CAP_SYS_ADMIN
+    "no_mounts": set(machine.MODES) - {"container"},
+    "io_cost": {"container-priv"},  # only the top of the tree has its switch, and a container does not see that
+}
 SECONDS, SECONDS_OF_MANY = 600.0, 1500.0  # for one cell; --all and --arch run more tests in each
+MEASURED = "of the limit: "
 HEAD = "| kernel | mode | passed | skipped | result | seconds |\n|---|---|---|---|---|---|\n"
+LIMITS = ("memory", "quota", "weight", "pids")
+LIMITS_HEAD = f"| kernel | mode | {' | '.join(LIMITS)} |\n|---|---|{'---|' * len(LIMITS)}\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What came of one kernel in one mode. ``trouble`` is empty where it is green; ``repeats``: VMs that got stuck."""
+    """What came of one kernel in one mode. ``trouble`` is empty where it is green; ``repeats``: VMs that got stuck;
+    ``why``: how many tests were skipped for want of what; ``shares``: of each limit, what was had.
+    """
 
     kernel: str
     mode: str
@@ -60,26 +73,49 @@ class Cell:
     seconds: float = 0.0
     repeats: int = 0
     trouble: tuple[str, ...] = ()
+    why: dict[str, int] = field(default_factory=dict)
+    shares: dict[str, float] = field(default_factory=dict)
 
     def row(self) -> str:
         result = "; ".join(self.trouble) or "green" + (f" (VM stuck {self.repeats} time)" if self.repeats else "")
-        return f"| {self.version} | {self.mode} | {self.passed} | {self.skipped} | {result} | {self.seconds:.0f} |\n"
+        skipped = str(self.skipped) + (
+            f": {', '.join(f'{name} {n}' for name, n in self.why.items())}" if self.why else ""
+        )
+        return f"| {self.version} | {self.mode} | {self.passed} | {skipped} | {result} | {self.seconds:.0f} |\n"
+
+    def limits_row(self) -> str:
+        told = (f"{self.shares[name]:.1%}" if name in self.shares else "" for name in LIMITS)
+        return f"| {self.version} | {self.mode} | {' | '.join(told)} |\n"
 
 
 def features(kernel: str, mode: str, arch: str = "x86_64") -> set[str]:
-    has = {*HAS[mode].split(","), "landlock_net", "landlock_scopes", "nproc_apart", "overlay", "own_machine"}
+    """What the cell has: a machine that lacks one of these, or a test that is skipped for it, is a failure."""
+    has = EVERYWHERE | set(HAS[mode].split(","))
     has |= {"arm32"} if arch == "aarch64" else set()  # QEMU's CPU has that mode
-    # a container's root without CAP_SYS_ADMIN mounts nothing
-    return has - LACKS.get(kernel, set()) - ({"overlay"} if mode == "container" else set())
+    # a container's root without CAP_SYS_ADMIN mounts nothing, and users may mount overlays since 5.11
+    without_overlay = mode == "container" or (kernel == "5.10" and "root" not in HAS[mode].split(","))
+    return has - LACKS.get(kernel, set()) - ({"overlay"} if without_overlay else set())
+
+
+def lacks(kernel: str, mode: str, arch: str = "x86_64") -> set[str]:
+    """The only words that explain a skip in that cell."""
+    known = {name for names in HAS.values() for name in names.split(",")} | EVERYWHERE | {"v1", "arm32"}
+    return known - features(kernel, mode, arch) | {word for word, modes in WORDS.items() if mode in modes}
 
 
 def skips(junit: Path) -> dict[str, int]:
     """Why tests were skipped, and how many for each reason's first word: the feature that the cell lacks."""
-    messages = [str(skip.get("message")).removeprefix("Skipped: ") for skip in ElementTree.parse(junit).iter("skipped")]
-    return dict(Counter(message.split(":")[0] for message in messages).most_common())
+    words = (word(str(skip.get("message"))) for skip in ElementTree.parse(junit).iter("skipped"))
+    return dict(Counter(words).most_common())
 
 
-def judge(junit: Path, has: set[str]) -> tuple[int, int, list[str]]:
+def shares(junit: Path) -> dict[str, float]:
+    """What tests/test_exact_limits.py measured: the limit -> what was had, as a share of it."""
+    found = {str(one.get("name")): str(one.get("value")) for one in ElementTree.parse(junit).iter("property")}
+    return {name.removeprefix(MEASURED): float(value) for name, value in found.items() if name.startswith(MEASURED)}
+
+
+def judge(junit: Path, lacking: set[str]) -> tuple[int, int, list[str]]:
     """(passed, skipped, trouble) of a pytest run, from its report."""
     cases = list(ElementTree.parse(junit).iter("testcase"))
     trouble = []
@@ -91,16 +127,14 @@ def judge(junit: Path, has: set[str]) -> tuple[int, int, list[str]]:
         elif (skip := case.find("skipped")) is not None:
             skipped += 1
             reason = str(skip.get("message"))
-            if not is_explained(reason, has):
+            if word(reason) not in lacking:
                 trouble.append(f"skipped: {name}: {reason}")
     return len(cases) - skipped - sum(text.startswith("failed") for text in trouble), skipped, trouble
 
 
-def is_explained(reason: str, has: set[str]) -> bool:
-    """Whether a skip is for a feature that the cell is known to lack: reasons begin with the feature's name."""
-    feature = reason.removeprefix("Skipped: ").split(":")[0].strip()
-    known = {name for names in HAS.values() for name in names.split(",")} | NOWHERE
-    return feature in known and feature not in has
+def word(reason: str) -> str:
+    """What a skip is for: reasons begin with the feature's name."""
+    return reason.removeprefix("Skipped: ").split(":")[0].strip()
 
 
 class Bed:
@@ -148,19 +182,23 @@ class Bed:
         self, kernel: str, mode: str, version: str, outcome: machine.Outcome, output: Path, repeats: int
     ) -> Cell:
         junit = output / "junit.xml"
-        passed, skipped, trouble = judge(junit, features(kernel, mode, self.arch)) if junit.exists() else (0, 0, [])
-        if junit.exists() and (why := skips(junit)):
-            self.tell(f"[{kernel} {mode}] skipped for want of: {', '.join(f'{name} ({n})' for name, n in why.items())}")
+        there = junit.exists()
+        passed, skipped, trouble = judge(junit, lacks(kernel, mode, self.arch)) if there else (0, 0, [])
         if outcome.status and not trouble:
             trouble = [f"pytest ended with {outcome.status}"]
-        return Cell(
+        cell = Cell(
             kernel=kernel, mode=mode, version=version, passed=passed, skipped=skipped, seconds=outcome.seconds,
-            repeats=repeats, trouble=tuple(trouble),
+            repeats=repeats, trouble=tuple(trouble), why=skips(junit) if there else {}, shares=shares(junit) if there else {},
         )  # fmt: skip
+        self.tell(f"[{kernel} {mode}] {cell.row().strip()}")
+        return cell
 
 
 def table(cells: Iterable[Cell]) -> str:
-    return HEAD + "".join(cell.row() for cell in cells)
+    """All cells, and of those that measured limits, what they measured."""
+    cells = list(cells)
+    measured = "".join(cell.limits_row() for cell in cells if cell.shares)
+    return HEAD + "".join(cell.row() for cell in cells) + (f"\n{LIMITS_HEAD}{measured}" if measured else "")
 
 
 def write_table(path: Path, cells: Iterable[Cell], date: str, arch: str = "x86_64") -> None:
