@@ -35,6 +35,7 @@ def enter(control: int, host: int) -> None:
     data = await_plan(control, host)
     if not data:
         return  # the host is gone, or thought better of it
+    os.umask(0o022)  # the application's could deny us what we make
     step = "plan"
     try:
         plan = TemplatePlan.load(data)

@@ -33,6 +33,7 @@ _MOUNT_ATTR = {MS_RDONLY: 1, MS_NOSUID: 2, MS_NODEV: 4, MS_NOEXEC: 8}
 _SYS_PIVOT_ROOT = 155 if _X86 else 41
 _SYS_CLONE = 56 if _X86 else 220
 _SYS_SECCOMP = 317 if _X86 else 277
+_SYS_IOPRIO_SET = 251 if _X86 else 30
 _SYS_CLONE3, _SYS_CLOSE_RANGE = 435, 436
 _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
@@ -41,10 +42,8 @@ _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _MOVE_BOTH_BY_FD = 1, 0x44
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 1, 4, 24, 28
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
-_LAST_POSSIBLE_CAPABILITY = 63
 LAST_FD = (1 << 32) - 1
-# noroot, no_setuid_fixup, keep_caps off, no_ambient_raise: each set and locked.
-_SECUREBITS_LOCKED = 0b1110_1111
+_SECUREBITS_LOCKED = 0b1110_1111  # noroot, no_setuid_fixup, keep_caps off, no_ambient_raise: each set and locked
 
 
 def _check(result: int, name: str) -> int:
@@ -152,6 +151,11 @@ def set_dumpable(dumpable: bool) -> None:
     _prctl("prctl PR_SET_DUMPABLE", _PR_SET_DUMPABLE, int(dumpable))
 
 
+def leave_realtime_io(pid: int) -> None:
+    if _syscall("ioprio_get", _SYS_IOPRIO_SET + 1, 1, pid) >> 13 == 1:
+        _syscall("ioprio_set", _SYS_IOPRIO_SET, 1, pid, 0)  # no class: as its nice value says
+
+
 def set_subreaper() -> None:
     _prctl("prctl PR_SET_CHILD_SUBREAPER", _PR_SET_CHILD_SUBREAPER, 1)
 
@@ -162,12 +166,11 @@ def set_no_new_privs() -> None:
 
 def drop_bounding_set() -> None:
     """Take every capability out of the bounding set. Needs CAP_SETPCAP: before the ids change hands for good."""
-    for capability in range(_LAST_POSSIBLE_CAPABILITY + 1):
+    for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            number = ctypes.get_errno()
-            if number == 22 and capability > 0:  # EINVAL: past the kernel's last capability
+            if capability and ctypes.get_errno() == 22:  # EINVAL: past the kernel's last
                 return
-            raise OSError(number, os.strerror(number), "prctl PR_CAPBSET_DROP")
+            _check(-1, "prctl PR_CAPBSET_DROP")
 
 
 def lock_securebits() -> None:

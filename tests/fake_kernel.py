@@ -79,6 +79,9 @@ class Recorder:
     def set_dumpable(self, dumpable: bool) -> None:
         self.note("set_dumpable", dumpable)
 
+    def leave_realtime_io(self, pid: int) -> None:
+        self.note("leave_realtime_io", pid)
+
     def set_subreaper(self) -> None:
         self.note("set_subreaper")
 

@@ -18,6 +18,7 @@ import time
 import pihost
 from pihost.plan import ChildPlan, TemplatePlan
 from pisupervisor.errors import IsolatorClosed, LaunchError, OptionsError
+from pisupervisor.launch import priority
 
 PACKAGE = os.path.dirname(os.path.abspath(pihost.__file__))
 TYPE_CHECKING = False
@@ -29,6 +30,7 @@ _SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them a
 _CONTROL, _HOST, _LIFELINE = 3, 4, 5
 _GRACE = 2.0  # seconds to hear why it ended
 _UNSHARE_GRACE = 30.0  # seconds for an interpreter to start and make its user namespace, as start_timeout by default
+_SEND = _socket.MSG_NOSIGNAL  # see link.connection
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
 _REMEDIES = {
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
@@ -76,13 +78,14 @@ class Zygote:
 
     def prepare(self, plan: TemplatePlan, write_maps: Callable[[int], None] | None = None) -> None:
         """Tell it what to be. ``write_maps`` is called with its pid as soon as it has its user namespace. Raises LaunchError."""
+        priority.shed(self.pid)
         try:
-            self.control.send(plan.dump())  # once for the stage that builds the root,
+            self.control.send(plan.dump(), _SEND)  # once for the stage that builds the root,
             if write_maps is not None and self._has_unshared():
                 write_maps(self.pid)
-                self.control.send(b"1")
+                self.control.send(b"1", _SEND)
             # once for the zygote that wakes up inside it, whose memory children inherit: host paths are none of theirs
-            self.control.send(plan.replaced(root=[]).dump())
+            self.control.send(plan.replaced(root=[]).dump(), _SEND)
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
                 raise OptionsError(
@@ -112,7 +115,7 @@ class Zygote:
             raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
         try:
             rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
-            self.control.sendmsg([b"when idle ", plan.dump()] if when_idle else [plan.dump()], [rights])
+            self.control.sendmsg([b"when idle ", plan.dump()] if when_idle else [plan.dump()], [rights], _SEND)
         except TimeoutError:
             raise LaunchError("the zygote takes no requests", step="start_timeout", remedy="is it stopped?") from None
         except OSError as error:
@@ -121,14 +124,14 @@ class Zygote:
     def hurry(self) -> None:
         """Somebody waits for the child that was to be launched when there is time. Best effort: it is launched anyway."""
         try:
-            self.control.send(b"hurry")
+            self.control.send(b"hurry", _SEND)
         except OSError:
             pass
 
     def warm(self, modules: list[str]) -> None:
         """Have ``modules`` imported for the children to come. Best effort."""
         try:
-            self.control.send(b"import " + " ".join(modules).encode())
+            self.control.send(b"import " + " ".join(modules).encode(), _SEND)
         except OSError:
             pass
 
@@ -267,7 +270,13 @@ def _spawn_with(python: str, spares: list[int]) -> int:
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     arguments = [python, "-I", "-S", f"{PACKAGE}/__main__.py", "root", str(_CONTROL), str(_HOST)]
     return os.posix_spawn(
-        python, arguments, environment, file_actions=actions, setsid=True, setsigmask=(), setsigdef=range(1, 32)
+        python,
+        arguments,
+        environment,
+        file_actions=actions,
+        setsid=True,
+        setsigmask=(),
+        setsigdef=signal.valid_signals(),
     )
 
 

@@ -26,6 +26,7 @@ _CALL = struct.Struct("<IQI")  # a header, whose first fields are one number her
 _CALL_WORD = wire.MAGIC | wire.VERSION << 16 | wire.CALL << 24
 _IDENTS = struct.Struct("<32Q")
 _AT_ONCE = _socket.MSG_DONTWAIT
+_SEND = _AT_ONCE | _socket.MSG_NOSIGNAL  # an application may have SIGPIPE as it was born: a dead child is not its end
 _HELD = 4  #: times the largest answer
 
 __all__ = ["Answer", "Broken", "Connection", "DeadlinePassed", "LinkClosed", "NeverSent"]
@@ -164,7 +165,7 @@ class Connection:
             return False
         data = _CALL.pack(_CALL_WORD, ident, len(body)) + body
         try:
-            sent = self.link.send(data, _AT_ONCE)
+            sent = self.link.send(data, _SEND)
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -306,7 +307,7 @@ class Connection:
         rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))] if fds else []
         while True:
             try:
-                sent = self.link.sendmsg([header, body], rights, _AT_ONCE)
+                sent = self.link.sendmsg([header, body], rights, _SEND)
                 break
             except BlockingIOError:
                 self._make_room(deadline)
@@ -317,7 +318,7 @@ class Connection:
 
     def _send_some(self, data: bytes | memoryview, gone: type[LinkClosed] = LinkClosed) -> int:
         try:
-            return self.link.send(data, _AT_ONCE)
+            return self.link.send(data, _SEND)
         except BlockingIOError:
             return 0
         except OSError as error:
