@@ -103,7 +103,7 @@ def test_a_child_goes_before_nobody(before: str, expected: str):
         [sys.executable, "-c", f"import os\n{before}"], capture_output=True, text=True, check=False
     )
     if allowed.returncode:
-        pytest.skip(f"this user may not: {allowed.stderr.splitlines()[-1]}")
+        pytest.skip(f"ahead: this user may not: {allowed.stderr.splitlines()[-1]}")
     assert run(before, FACTS) == f"{expected}\n"
 
 

@@ -50,6 +50,7 @@ WORDS = {
     "systemd": {"bare", "bare-user", "container", "container-priv"},
     "mounts": {"container"},  # its root has no CAP_SYS_ADMIN
     "no_mounts": set(machine.MODES) - {"container"},
+    "ahead": {"container", "container-priv"},  # where root may not go before others
     "io_cost": {"container-priv"},  # only the top of the tree has its switch, and a container does not see that
 }
 SECONDS, SECONDS_OF_MANY = 600.0, 1500.0  # for one cell; --all and --arch run more tests in each
