@@ -316,6 +316,26 @@ class TestOthers:
         told = run(ordinary_user, source)
         assert told["tight"] < 0.5 * told["roomy"], told
 
+    def test_who_continues_itself_is_ended(self, ordinary_user: OrdinaryUser) -> None:
+        source = """
+            def spin():
+                import ctypes, signal, struct, time
+                libc, timer = ctypes.CDLL(None), ctypes.c_void_p()
+                event = struct.pack("=Qii", 0, signal.SIGCONT, 0) + bytes(48)  # SIGEV_SIGNAL
+                for tick in range(1, 51):  # one each: a SIGCONT that waits for delivery is lost by a SIGSTOP
+                    assert libc.timer_create(time.CLOCK_MONOTONIC, event, ctypes.byref(timer)) == 0
+                    due = struct.pack("=4q", 0, 0, tick // 10, tick % 10 * 100000000)
+                    assert libc.timer_settime(timer, 0, due, None) == 0
+                begun = time.monotonic()
+                while time.monotonic() - begun < 5:
+                    pass
+                return time.process_time()
+            tell(got=outcome(spin, cpus=0.05))
+        """
+        told = run(ordinary_user, source)
+        assert told["got"][:2] == ["CpuLimitExceeded", "cpu_time"], told
+        assert "continued itself" in told["got"][2]
+
     def test_what_the_application_has_paused_stays_so(self, ordinary_user: OrdinaryUser) -> None:
         source = """
             def spin():

@@ -21,8 +21,8 @@ _POLL = 0.0005
 
 
 class Freezer(Protocol):
-    def pause(self) -> None:
-        """Stop every process. Raises IsolationError."""
+    def pause(self) -> bool:
+        """Stop every process; whether any had to be stopped. Raises IsolationError."""
 
     def resume(self) -> None:
         """Let them run on."""
@@ -50,7 +50,7 @@ class GroupFreezer:
     def __init__(self, path: str) -> None:
         self._path = path
 
-    def pause(self) -> None:
+    def pause(self) -> bool:
         try:
             # first, so that what is moved cannot run on and fork
             directories.write(f"{self._path}/cgroup.freeze", b"1")
@@ -59,6 +59,7 @@ class GroupFreezer:
         except OSError as error:
             self.resume()
             raise IsolationError(f"cannot pause: {error.filename or self._path}: {error.strerror}") from error
+        return False  # who is frozen stays so, whatever signals come
 
     def _gather(self) -> None:
         pass  # they are there
@@ -94,12 +95,12 @@ class V2Freezer(GroupFreezer):
         self._pids = pids
         self._stopped: SignalFreezer | None = None
 
-    def pause(self) -> None:
+    def pause(self) -> bool:
         try:
-            super().pause()
+            return super().pause()
         except IsolationError:
             self._stopped = SignalFreezer(self._pids)
-            self._stopped.pause()
+            return self._stopped.pause()
 
     def resume(self) -> None:
         super().resume()
@@ -133,21 +134,22 @@ class V2Freezer(GroupFreezer):
 
 class SignalFreezer:
     """SIGSTOP. Processes may continue each other: done is what a whole look finds done. Code in the child can undo it later,
-    by a timer whose signal is SIGCONT.
+    by a timer whose signal is SIGCONT: the next ``pause`` tells.
     """
 
     def __init__(self, pids: Callable[[], list[int]]) -> None:
         self._pids = pids
 
-    def pause(self) -> None:
-        until = time.monotonic() + _PATIENCE
+    def pause(self) -> bool:
+        until, ran = time.monotonic() + _PATIENCE, False
         while time.monotonic() < until:
             pids = self._pids()
             running = [pid for pid in pids if not _is_still(pid)]
             if not running:
                 if pids == self._pids():
-                    return
+                    return ran
                 continue
+            ran = True
             signals.send(running, self._pids, signal.SIGSTOP)
             time.sleep(_POLL)
         self.resume()

@@ -46,6 +46,7 @@ class Child(Birth):
         self._freezer: Freezer | None = None
         self._pausing = threading.Lock()  # taken before _lock, never after
         self._is_paused = False  # by the application; see ``hold_back``
+        self._is_held = False
         self._farewell = ""
 
     # --- launch -----------------------------------------------------------------------------------------------
@@ -239,28 +240,31 @@ class Child(Birth):
             self._stop()
             self._is_paused = True
 
-    def _stop(self) -> None:
+    def _stop(self) -> bool:
         if self._freezer is None:
             own = self._group.freezer() if self._group is not None else None
             self._freezer = own or make_freezer(self.template.features.cgroups, next_name(), self.meter.frozen_pids)
-        self._freezer.pause()
+        return self._freezer.pause()
 
     def resume(self) -> None:
         with self._pausing:
-            self._is_paused = False
+            self._is_paused = self._is_held = False
             if self._freezer is not None:
                 self._freezer.resume()
 
-    def hold_back(self) -> None:
-        """Stop everything for a moment, on the supervisor's own behalf. Raises IsolationError. What the application has
-        paused stays so, whoever lets go.
+    def hold_back(self) -> bool:
+        """Stop everything for a moment, on the supervisor's own behalf; whether something ran that was held back already.
+        Raises IsolationError. What the application has paused stays so, whoever lets go.
         """
         with self._pausing:
-            if not self._is_paused and not self.ended:
-                self._stop()
+            if self._is_paused or self.ended:
+                return False
+            was_held, self._is_held = self._is_held, True
+            return self._stop() and was_held
 
     def let_go(self) -> None:
         with self._pausing:
+            self._is_held = False
             if not self._is_paused and self._freezer is not None:
                 self._freezer.resume()
 

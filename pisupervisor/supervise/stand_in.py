@@ -29,6 +29,7 @@ _AT_MOST = 0.05  # share of a CPU that looking may cost: a child of many process
 _SELDOM = 0.5
 _LONGEST_STOP = 10.0
 _RESTLESS = 3  # looks, after which a child that never stands still is stopped to be counted
+_UNDONE = 2  # looks, after which a child that continues itself is ended
 _WATCHED = ("memory", "cpus", "pids")
 
 
@@ -105,14 +106,15 @@ class StandIn:
         self._then = child.started
         self._restless = 0  # looks, one after the other, in which processes ended before they were counted
         self._until = 0.0  # when what is stopped may run on; 0.0: nothing is
+        self._undone = 0  # looks that found what is stopped running
 
     def look(self, keeper: Keeper) -> float:
         """Do what is due. Seconds until the next look."""
         begun = time.monotonic()
         if self._until > begun:
-            return self._until - begun
+            return self._hold(keeper, begun)
         if self._until:
-            self._until = 0.0
+            self._until, self._undone = 0.0, 0
             self._child.let_go()
         try:
             found = census.take(self._child.meter.pids(), self._scratch if "memory" in self._names else None)
@@ -177,6 +179,19 @@ class StandIn:
         except IsolationError as error:
             text = f"it used more than {self._limits.cpus:g} cores, and could not be held back: {error}"
             self._end(keeper, Verdict("cpus", ExitReason.CPU_TIME, text))
+
+    def _hold(self, keeper: Keeper, now: float) -> float:
+        """Nobody in there can continue it but by what was set before, such as a timer whose signal is SIGCONT: stopped once
+        more, for who is just being killed runs too; then ended.
+        """
+        try:
+            self._undone += self._child.hold_back()
+        except IsolationError:
+            self._undone = _UNDONE
+        if self._undone >= _UNDONE:
+            text = f"it used more than {self._limits.cpus:g} cores, and continued itself whenever it was stopped"
+            self._end(keeper, Verdict("cpus", ExitReason.CPU_TIME, text))
+        return min(EVERY, self._until - now)
 
     def _end(self, keeper: Keeper, verdict: Verdict) -> None:
         keeper.teller.tell("LimitReached", self._child.pid, limit=verdict.limit, count=1, detail=verdict.detail)
