@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import DEGRADE
+
+from pisupervisor.launch.seccomp import NESTING, load_profile
 
 TOP = Path(__file__).parent.parent
 DEPLOY = TOP / "examples/deploy"
@@ -118,6 +121,44 @@ def test_the_dockerfile_names_what_there_is() -> None:
         listed = subprocess.run(["apt-cache", "pkgnames"], capture_output=True, text=True, check=True).stdout.split()
         assert not listed or set(packages) <= set(listed)
     name = tomllib.loads((TOP / "pyproject.toml").read_text())["project"]["name"]
-    assert f"pip install --no-cache-dir {name}\n" in text
+    assert f" --no-index --find-links /wheels {name}\n" in text, "from no index, where anybody may have taken the name"
     assert "python3-venv" in packages
     assert "libseccomp2" in packages
+    for copied in re.findall(r"^COPY (\S+)", text, flags=re.MULTILINE):
+        assert copied == "wheels" or (DEPLOY / copied).exists()
+    assert os.access(DEPLOY / "entrypoint", os.X_OK)
+
+
+def names(*profiles: Path, action: str = "SCMP_ACT_ALLOW") -> set[str]:
+    rules = [rule for profile in profiles for rule in json.loads(profile.read_text())["syscalls"]]
+    return {name for rule in rules if rule["action"] == action for name in rule["names"]}
+
+
+def test_the_engines_profile_has_all_that_a_child_takes_and_no_more() -> None:
+    """A filter inside a filter can only take away: what children are allowed, and what makes them, must be in it."""
+    engine, ours = names(DEPLOY / "seccomp.json"), TOP / "seccomp_profiles"
+    assert names(ours / "default.json", ours / "strict.json") | {*NESTING, "clone3"} <= engine
+    more = engine - names(ours / "default.json") - {*NESTING, "clone3"}
+    assert more == {"inotify_add_watch", "inotify_init", "inotify_init1", "inotify_rm_watch", "sync", "syncfs"}
+    refused = names(ours / "permissive.json", action="SCMP_ACT_ERRNO")
+    assert {"bpf", "ptrace", "process_vm_readv", "keyctl", "open_by_handle_at", "userfaultfd"} <= refused - engine
+    load_profile(DEPLOY / "seccomp.json").compile()
+
+
+@pytest.mark.linux
+def test_the_example_application_says_what_held(need: Callable[..., None]) -> None:
+    need("userns")
+    words = [sys.executable, str(DEPLOY / "app"), "memory", "swap", "cpus", "pids", *DEGRADE]
+    done = subprocess.run(
+        words, cwd=TOP, env={**os.environ, "PYTHONPATH": str(TOP)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("answer: 42\n")
+    assert "\npid: holds, namespace\n" in done.stdout
+
+
+@pytest.mark.linux
+def test_the_entrypoint_leaves_an_ordinary_user_alone(need: Callable[..., None]) -> None:
+    """What it does as root, scripts/container-test shows: this machine's own groups are not its business."""
+    need("root")
+    words = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", str(DEPLOY / "entrypoint"), "id", "-u"]
+    assert subprocess.run(words, capture_output=True, text=True, check=True).stdout == "1000\n"

@@ -275,7 +275,7 @@ def test_there_is_a_probe_for_every_protection() -> None:
 def test_the_report_fits_whatever_it_says() -> None:
     long = "a cause of many words " * 20 + "\x1b[31m"
     findings = tuple(
-        Finding(name=name, verdict="missing", cause=long, remedy=long + "\n" + long) for name in PROTECTIONS
+        Finding(name=name, verdict="missing", cause=long + name, remedy=long + "\n" + long) for name in PROTECTIONS
     )
     report = Report(
         host={"kernel": long}, findings=findings, works=False, obstacle=long, witness={"a": []}, seconds=1.0
@@ -284,3 +284,15 @@ def test_the_report_fits_whatever_it_says() -> None:
     assert "\x1b" not in text
     assert max(map(len, text.splitlines())) <= 103  # an escape may come on top
     assert text.count("remedy: ") == len(PROTECTIONS)
+
+
+def test_what_has_one_cause_is_told_once() -> None:
+    findings = tuple(Finding(name=name, verdict="missing", cause="no child", remedy="do this") for name in PROTECTIONS)
+    other = Finding(name="io", verdict="missing", cause="no disk", remedy="buy one")
+    report = Report(
+        host={}, findings=(*findings[:3], other, *findings[4:]), works=False, obstacle="", witness=None, seconds=1.0
+    )
+    text = doctor_report.as_text(report)
+    assert text.count("do this") == text.count("buy one") == 1
+    assert f"\n{findings[0].name}, {findings[1].name}, {findings[2].name}, {findings[4].name}" in text
+    assert "\nio: missing\n" in text

@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import DEGRADE
 
 from pisupervisor.errors import LaunchError
 from pisupervisor.launch import ids
 from pisupervisor.launch.ids import BLOCK, FIRST, IdBlock
+
+TOP = Path(__file__).parent.parent
 
 
 def test_blocks_do_not_meet(tmp_path: Path) -> None:
@@ -27,6 +30,60 @@ def test_blocks_do_not_meet(tmp_path: Path) -> None:
 def test_the_range_is_above_all_subordinate_ones_and_below_the_sign() -> None:
     assert FIRST > 0x6FFF_FFFF
     assert FIRST + BLOCK * ids.BLOCKS <= 1 << 31
+
+
+WHOLE = "         0          0 4294967295\n"
+ROOTLESS = "0 1001 1\n1 100000 65536\n"
+
+
+@pytest.mark.parametrize(
+    ("uid_map", "gid_map", "expected"),
+    [
+        (WHOLE, WHOLE, (FIRST, BLOCK, ids.BLOCKS)),
+        (ROOTLESS, ROOTLESS, (0x7F80, 1020, 32)),  # a rootless container's: the last 256 are left alone
+        ("0 700000 1024\n", "0 700000 1024\n", (512, 16, 32)),  # podman run --userns=auto
+        (WHOLE, ROOTLESS, (0x7F80, 1020, 32)),
+        ("0 5 20\n", WHOLE, (10, 1, 10)),
+        ("0 0 1000000\n", WHOLE, (500000, 15625, 32)),
+        ("5 5 1\n0 9 5\n6 20 10\n", WHOLE, (8, 1, 8)),  # in any order, and what touches is one
+    ],
+)
+def test_a_container_has_other_ids(uid_map: str, gid_map: str, expected: tuple[int, int, int]) -> None:
+    first, size, count = ids.blocks_here(uid_map, gid_map)
+    assert (first, size, count) == expected
+    assert first > 0
+
+
+@pytest.mark.parametrize("uid_map", ["0 1000 1\n", "1000 1000 1\n", "", "0 1000 4\n10 20 900\n"])
+def test_a_root_with_next_to_no_ids_is_told_so(uid_map: str) -> None:
+    with pytest.raises(LaunchError, match="needs one of its own") as caught:
+        ids.blocks_here(uid_map, WHOLE)
+    assert caught.value.step == "ids"
+    assert "--user 1000" in str(caught.value.remedy)
+
+
+@pytest.mark.root
+@pytest.mark.linux
+def test_root_of_a_user_namespace_starts_children(tmp_path: Path) -> None:
+    """As in a rootless container: 65536 ids, none of which is in the machine's range."""
+    source = """
+import ctypes, os, sys
+from pisupervisor import *
+reader, writer = os.pipe()
+if os.fork() == 0:
+    os.read(reader, 1)
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/{os.getppid()}/{name}", "w") as file: file.write("0 0 65536")
+    os._exit(0)
+assert ctypes.CDLL(None).unshare(0x10000000) == 0
+os.write(writer, b"1")
+os.wait()
+with ProcessIsolator.create(degrade=PROTECTIONS) as isolator:
+    print(isolator.run_source("6 * 7").value, isolator.applied["user"].holds, isolator.applied["user"].detail)
+"""
+    source = source.replace("PROTECTIONS", repr(("memory", "swap", "cpus", "pids", *DEGRADE)))
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=False, cwd=TOP)
+    assert done.stdout.startswith("42 True"), done.stderr
 
 
 def test_no_id_is_given_twice_until_it_is_given_back(tmp_path: Path) -> None:

@@ -167,4 +167,4 @@ def test_it_is_a_switch() -> None:
 
 
 def test_whose_child_asked_is_the_first_thing_said() -> None:
-    assert "nesting=True" in remedy(Situation(1000, False, True, {"user.max_user_namespaces": "0"}, nested=True))
+    assert "nesting=True" in remedy(Situation(1000, (), True, {"user.max_user_namespaces": "0"}, nested=True))

@@ -129,4 +129,4 @@ def test_root_in_a_container_without_rights(ordinary_user: OrdinaryUser) -> None
     refused = tried(*least)
     assert (refused["kind"], refused["step"]) == ("LaunchError", "namespaces")
     assert "--cap-add SYS_ADMIN" in refused["remedy"]
-    assert tried(*least, "+sys_admin", "+net_admin") == {"value": 42}
+    assert tried(*least, "+sys_admin", "+net_admin", "+sys_ptrace") == {"value": 42}

@@ -27,7 +27,9 @@ SHELL = [
     ".ci/run",
     *sorted(str(path.relative_to(TOP)) for path in (TOP / "scripts/lib").rglob("*.sh")),
 ]  # fmt: skip
-EXAMPLES = sorted(str(file.relative_to(TOP)) for file in (TOP / "examples").rglob("*.py"))
+EXAMPLES = sorted(
+    str(file.relative_to(TOP)) for file in (TOP / "examples").rglob("*.py") if "deploy" not in file.parts
+)  # deploy holds an application, which knows us
 
 
 def load(path: str) -> ModuleType:

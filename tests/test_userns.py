@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import OrdinaryUser
 
-from pisupervisor.launch.userns import Situation, remedy, situation
+from pisupervisor.launch.userns import Situation, remedy, remedy_for, situation
 
 CLONE = Path("/proc/sys/kernel/unprivileged_userns_clone")
 OPEN = {"user.max_user_namespaces": "1000"}
@@ -20,21 +21,53 @@ OPEN = {"user.max_user_namespaces": "1000"}
 @pytest.mark.parametrize(
     ("found", "words"),
     [
-        (Situation(1000, False, False, {"user.max_user_namespaces": "0"}), "sysctl -w user.max_user_namespaces="),
-        (Situation(0, True, False, {"user.max_user_namespaces": "0"}), "sysctl -w user.max_user_namespaces="),
-        (Situation(1000, False, False, {**OPEN, "kernel.unprivileged_userns_clone": "0"}), "userns_clone=1"),
+        (Situation(1000, (), False, {"user.max_user_namespaces": "0"}), "sysctl -w user.max_user_namespaces="),
+        (Situation(0, (), False, {"user.max_user_namespaces": "0"}), "sysctl -w user.max_user_namespaces="),
+        (Situation(1000, (), False, {**OPEN, "kernel.unprivileged_userns_clone": "0"}), "userns_clone=1"),
         (
-            Situation(1000, False, False, {**OPEN, "kernel.apparmor_restrict_unprivileged_userns": "1"}),
+            Situation(1000, (), False, {**OPEN, "kernel.apparmor_restrict_unprivileged_userns": "1"}),
             "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0",
         ),
-        (Situation(0, False, True, OPEN), "--cap-add SYS_ADMIN"),
-        (Situation(1000, False, True, OPEN), "seccomp=unconfined"),
-        (Situation(1000, False, False, OPEN), "user.max_*_namespaces"),
-        (Situation(0, True, False, {**OPEN, "kernel.unprivileged_userns_clone": "0"}), "user.max_*_namespaces"),
+        (Situation(0, ("SYS_ADMIN", "SETUID"), False, OPEN), "--cap-add SYS_ADMIN --cap-add SETUID"),
+        (Situation(0, ("SYS_ADMIN",), True, OPEN), "--security-opt seccomp=unconfined"),
+        (Situation(1000, (), True, OPEN), "seccomp=unconfined"),
+        (Situation(1000, (), False, OPEN), "user.max_*_namespaces"),
+        (Situation(0, (), False, {**OPEN, "kernel.unprivileged_userns_clone": "0"}), "user.max_*_namespaces"),
     ],
 )
 def test_each_cause_has_its_remedy(found: Situation, words: str) -> None:
     assert words in remedy(found)
+
+
+PLAIN = Situation(1000, (), False, OPEN)
+FILTERED = PLAIN._replace(filtered=True)
+CONFINED = PLAIN._replace(profile="docker-default (enforce)")
+MASKED = FILTERED._replace(masks=("/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/sys"))
+
+
+@pytest.mark.parametrize(
+    ("step", "number", "found", "words"),
+    [
+        ("namespaces", errno.EPERM, FILTERED, "seccomp=unconfined"),
+        ("hostname", errno.EPERM, FILTERED, "seccomp=unconfined"),  # Podman's profile, without CAP_SYS_ADMIN
+        ("mount table", errno.EPERM, FILTERED, "seccomp=unconfined"),  # Podman's, without CAP_SYS_CHROOT
+        ("bind /usr at /usr", errno.ENOSYS, FILTERED, "seccomp=unconfined"),  # what a profile does not know
+        ("bind /usr at /usr", errno.ENOSYS, PLAIN, ""),
+        ("hostname", errno.EPERM, PLAIN, ""),
+        ("fork", errno.EPERM, FILTERED, ""),
+        ("id maps", errno.EPERM, PLAIN._replace(uid=0, lacks=("SETUID",)), "--cap-add SETUID"),
+        ("private mounts", errno.EACCES, CONFINED, "apparmor=unconfined"),
+        ("private mounts", errno.EACCES, FILTERED, ""),
+        ("mounts", errno.EPERM, MASKED, "'unmask=/proc/*'"),
+        ("mounts", errno.EPERM, MASKED, "systempaths=unconfined"),
+        ("mounts", errno.EPERM, MASKED, "(/proc/acpi, /proc/kcore, /proc/keys and more)"),
+        ("mounts", errno.EPERM, FILTERED, "procMount: Unmasked"),
+    ],
+)
+def test_each_step_has_its_remedy(step: str, number: int, found: Situation, words: str) -> None:
+    told = remedy_for(step, number, "mount /proc: Operation not permitted", found)
+    assert words in told
+    assert bool(told) == bool(words)
 
 
 def test_the_situation_is_read_from_the_kernel() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from pisupervisor.cli_output import escaped
@@ -27,8 +28,8 @@ def as_text(report: Report) -> str:
         lines += _entry(f"  {finding.name:13}{finding.verdict:10}", _evidence(finding))
     lines += textwrap.wrap(_LEGEND, WIDTH, initial_indent="  ", subsequent_indent="  ")
     lines += _witness(report)
-    for finding in report.findings:
-        lines += _trouble(finding)
+    for names, finding in _by_trouble(report.findings).items():
+        lines += _trouble(names, finding)
     verdict = f"would not work here: {report.obstacle}" if report.obstacle else "work here."
     lines += ["", *textwrap.wrap(f"The default options {verdict}", WIDTH)]
     return escaped("\n".join(lines) + "\n")
@@ -51,10 +52,20 @@ def _witness(report: Report) -> list[str]:
     return ["", *_entry("Witness: ", f"python-prctl, run in a child, reads {said}")]
 
 
-def _trouble(finding: Finding) -> list[str]:
-    if not finding.cause:
-        return []
-    lines = ["", f"{finding.name}: {finding.verdict}", *_entry("  cause:  ", finding.cause)]
+def _by_trouble(findings: Iterable[Finding]) -> dict[str, Finding]:
+    """One finding for all that have the same cause and remedy, by their names: where no child starts, that is most."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    first: dict[tuple[str, ...], Finding] = {}
+    for finding in findings:
+        if finding.cause:
+            key = (finding.verdict, finding.cause, finding.remedy)
+            names.setdefault(key, []).append(finding.name)
+            first.setdefault(key, finding)
+    return {", ".join(names[key]): finding for key, finding in first.items()}
+
+
+def _trouble(names: str, finding: Finding) -> list[str]:
+    lines = ["", *_entry("", f"{names}: {finding.verdict}"), *_entry("  cause:  ", finding.cause)]
     for number, remedy in enumerate(finding.remedy.split("\n")) if finding.remedy else ():
         lines += _entry("          " if number else "  remedy: ", remedy.strip())
     return lines

@@ -13,11 +13,54 @@ FIRST = 0x7000_0000  # above what systemd hands to containers (up to 0x6FFF_FFFF
 BLOCK = 1 << 16
 BLOCKS = 4096
 LOCK_FILE = "/run/pisupervisor.ids"
+_LEAST = 16  # ids that a user namespace must have for its root to give some of them away
+_MOST_OF_MANY = 0xFF00  # of 65536: the last ones have meanings (65534 is nobody)
 _OFD_SETLK = 37  # F_OFD_SETLK: released by the kernel when the process dies, however it dies
 
 
+def blocks_here(uid_map: str, gid_map: str) -> tuple[int, int, int]:
+    """The first id, and size and number of the blocks, by the two maps of the user namespace that this root is root of. Pure.
+
+    A container's may have few: then the upper half of what it has. Raises LaunchError where that is next to nothing.
+    """
+    ranges = [_merged(uid_map), _merged(gid_map)]
+    if all(any(low <= FIRST and high >= FIRST + BLOCK * BLOCKS for low, high in own) for own in ranges):
+        return FIRST, BLOCK, BLOCKS
+    end = min(next((high for low, high in own if low == 0), 0) for own in ranges)
+    if end < _LEAST:
+        raise LaunchError(
+            f"this root is that of a user namespace with {end} ids, and every child needs one of its own", step="ids",
+            remedy="run the application as an ordinary user (docker or podman run --user 1000), or give the namespace more ids",
+        )  # fmt: skip
+    end = min(end, _MOST_OF_MANY) if end <= 1 << 17 else end
+    room = end - end // 2
+    size = max(1, min(BLOCK, room // 32))
+    return end // 2, size, min(BLOCKS, room // size)
+
+
+def claim() -> IdBlock:
+    """A block for the children of this process, which is root. Raises LaunchError."""
+    maps = []
+    for name in ("uid_map", "gid_map"):
+        with open(f"/proc/self/{name}") as file:
+            maps.append(file.read())
+    first, size, count = blocks_here(*maps)
+    return IdBlock(first=first, size=size, count=count)
+
+
+def _merged(text: str) -> list[tuple[int, int]]:
+    """``"0 1000 1\\n1 100000 65536"`` -> [(0, 65537)]: inside, from and up to."""
+    found: list[tuple[int, int]] = []
+    for first, count in sorted((int(line.split()[0]), int(line.split()[2])) for line in text.splitlines()):
+        if found and found[-1][1] == first:
+            found[-1] = found[-1][0], first + count
+        else:
+            found.append((first, first + count))
+    return found
+
+
 class IdBlock:
-    """A block of ids (65536, of root's) that belongs to this process for as long as the object is open."""
+    """A block of ids (65536, of the machine's root) that belongs to this process for as long as the object is open."""
 
     def __init__(
         self, lock_file: str = LOCK_FILE, *, first: int = FIRST, size: int = BLOCK, count: int | None = None

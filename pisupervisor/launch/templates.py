@@ -65,10 +65,9 @@ class Template:
 
     def _prepare(self, options: IsolationOptions, program: bytes) -> None:
         # Imported while the interpreter wakes up: 8 ms.
-        from pisupervisor.launch import planning
+        from pisupervisor.launch import ids, planning
         from pisupervisor.launch.attest import read_links
         from pisupervisor.launch.features import probe
-        from pisupervisor.launch.ids import IdBlock
         from pisupervisor.limits import cgroups
 
         self.features: Features = probe(self.zygote.pid, options.cgroup)
@@ -88,7 +87,7 @@ class Template:
         cgroups.sweep(self.features.cgroups)
         self.host_links = read_links("self")
         if self.features.root:
-            self.ids = IdBlock()
+            self.ids = ids.claim()
 
     def _use_subordinate_ids(self) -> None:
         from functools import partial

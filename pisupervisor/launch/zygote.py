@@ -36,13 +36,8 @@ _REMEDIES = {
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
     "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
     "layer": "this kernel does not take that folder as a layer of an overlay: show it with read_only instead of frozen",
-    "mount table": "an outer container must allow chroot (docker and podman do, with the capability: --cap-add SYS_CHROOT)",
     "stdio": "if AppArmor confines the application: its profile must say attach_disconnected, as Docker's and Podman's do",
 }
-
-
-#: steps that fail with EPERM where an outer filter lets namespaces be made, and refuses what they are for
-_FILTERED = ("clone", "private mounts", "root", "pivot", "bind", "tmpfs", "mounts", "layer", "hostname")
 
 
 class Zygote:
@@ -148,7 +143,11 @@ class Zygote:
                     return failure(message)
         except (OSError, ValueError):
             pass
+        from pisupervisor.launch import userns
+
         remedy = f"see what the interpreter says on stderr: {sys.executable} -I -S {PACKAGE}/__main__.py"
+        found = userns.situation()
+        remedy = userns.remedy(found) if found.lacks else remedy
         return LaunchError("the zygote ended before the child was there", step="zygote", errno=number, remedy=remedy)
 
     def alive(self) -> bool:
@@ -169,19 +168,16 @@ class Zygote:
 def failure(message: dict[str, Any]) -> LaunchError:
     """A reported step as an error. The sender is trusted code, but beside user code: only text and a number are taken."""
     step, number = str(message.get("failed"))[:200], message.get("errno")
+    detail = str(message.get("detail"))[:2000]
     remedy = next((text for name, text in _REMEDIES.items() if step.startswith(name)), None)
-    if step == "namespaces" or number == errno.EPERM:
+    if step == "namespaces" or number in (errno.EPERM, errno.EACCES, errno.ENOSYS):
         from pisupervisor.launch import userns  # only to explain a failure
 
-        found = userns.situation()
-        if step == "namespaces" or (found.filtered and step.startswith(_FILTERED)):
-            remedy = userns.remedy(found)
-    if step == "mounts" and "/proc" in str(message.get("detail")):
-        remedy = "an outer container must not mask /proc (docker: --security-opt systempaths=unconfined)"
+        remedy = userns.remedy_for(step, number, detail, userns.situation()) or remedy
     if step.startswith("preload"):
         remedy = "a preloaded module must be importable in the child: name its folder in import_paths"
     return LaunchError(
-        str(message.get("detail"))[:2000],
+        detail,
         step=step,
         errno=number if isinstance(number, int) and number else None,
         remedy=remedy,

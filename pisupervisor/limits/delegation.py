@@ -174,7 +174,8 @@ def refusal_remedy(error: OSError) -> str:
     if error.errno == EROFS:
         return (
             "give the container a writable cgroup tree of its own: podman run --security-opt unmask=/sys/fs/cgroup,"
-            " docker run --privileged --cgroupns=private; or, with CAP_SYS_ADMIN in it: mount -o remount,rw /sys/fs/cgroup"
+            " docker run --security-opt writable-cgroups=true (28 and newer; older: --privileged --cgroupns=private); or, as"
+            " root with CAP_SYS_ADMIN in it: mount -o remount,bind,rw /sys/fs/cgroup"
         )
     if error.errno == EBUSY:
         return "start the application in a group of its own: processes that it cannot see or move live in this one"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 from pihost import wire
-from pisupervisor.errors import FeatureUnavailable, LaunchError
+from pisupervisor.errors import LaunchError
 from pisupervisor.launch import attest, planning
 from pisupervisor.launch.templates import Template
 from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended, host_failure
@@ -98,18 +98,10 @@ class Birth:
         """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
         host = self.template.features.cgroups
         lacking = planning.lacking_limits(self.options, host)
-        if self.template.outside and "memory" in lacking and self.options.limits.memory is not None:
-            raise FeatureUnavailable(
-                "subordinate ids, and a memory limit that is only watched: what memory files a process with another id has"
-                " open, this user may not see", feature="user",
-                remedy="leave subordinate_ids out, or give the application a group of its own (pisupervisor doctor)",
-            )  # fmt: skip
-        if self.options.security.nesting and "memory" in lacking and self.options.limits.memory is not None:
-            raise FeatureUnavailable(
-                "nesting, and a memory limit that is only watched: what lies in file systems that the child mounts, nobody"
-                " counts", feature="memory",
-                remedy="set Limits(memory=None), or give the application a group of its own (pisupervisor doctor)",
-            )  # fmt: skip
+        if "memory" in lacking and self.options.limits.memory is not None:
+            from pisupervisor.supervise import stand_in
+
+            stand_in.check_sight(self.options, self.template.features.root, bool(self.template.outside))
         if "limits" not in without and host.directories():
             self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), next_name())
         return lacking

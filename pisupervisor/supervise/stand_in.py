@@ -11,8 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
-from pisupervisor.errors import IsolationError
-from pisupervisor.launch import planning
+from pisupervisor.errors import FeatureUnavailable, IsolationError
+from pisupervisor.launch import planning, userns
 from pisupervisor.limits import census
 from pisupervisor.options import IsolationOptions, Limits
 from pisupervisor.records import NamedTuple
@@ -47,6 +47,25 @@ def watched(options: IsolationOptions, host: CgroupHost) -> tuple[str, ...]:
         return ()
     lacking = planning.lacking_limits(options, host)
     return tuple(name for name in _WATCHED if name in lacking and getattr(options.limits, name) is not None)
+
+
+def check_sight(options: IsolationOptions, root: bool, subordinate: bool) -> None:
+    """Raises FeatureUnavailable where a watch could not see all memory of a child: nobody shall rely on it then."""
+    blind = "a memory limit that is only watched, and "
+    a_group = "give the application a group of its own (pisupervisor doctor)"
+    if subordinate:
+        why = "subordinate ids: what memory files a process with another id has open, this user may not see"
+        raise FeatureUnavailable(blind + why, feature="user", remedy=f"leave subordinate_ids out, or {a_group}")
+    if root and not userns.has_capability(userns.SYS_PTRACE):
+        raise FeatureUnavailable(
+            f"{blind}a root without CAP_SYS_PTRACE: what memory files a process with another id has open, it may not see",
+            feature="memory",
+            remedy="in a container: docker or podman run --cap-add SYS_PTRACE, or run the application as an ordinary user in"
+            f" it; or set Limits(memory=None), or {a_group}",
+        )
+    if options.security.nesting:
+        why = "nesting: what lies in file systems that the child mounts, nobody counts"
+        raise FeatureUnavailable(blind + why, feature="memory", remedy=f"set Limits(memory=None), or {a_group}")
 
 
 def words(limits: Limits, missing: Collection[str], kernel_counts: Collection[str]) -> dict[str, str]:
