@@ -34,6 +34,8 @@ def shed(pid: int) -> None:
 
 def _be_killable(path: str) -> None:
     """At -1000 (systemd: OOMScoreAdjust=) a child over its memory limit is not killed: it hangs."""
-    with open(path, "r+b", buffering=0) as file:
-        if int(file.read()) < 0:
+    with open(path, "rb", buffering=0) as file:
+        spared = int(file.read()) < 0
+    if spared:  # else nothing is written: in a child of another isolator Landlock refuses even to open it so
+        with open(path, "wb", buffering=0) as file:
             file.write(b"0")
