@@ -176,7 +176,7 @@ def test_only_what_was_asked_for_is_missing() -> None:
 
 def test_the_remedy_names_the_cause() -> None:
     read_only = OSError(errno.EROFS, "Read-only file system")
-    assert "mount -o remount,bind,rw" in remedies(fake_host(error=read_only), GroupLimits(pids=8))["pids"]
+    assert "--privileged" in remedies(fake_host(error=read_only), GroupLimits(pids=8))["pids"]
     assert "mount -t cgroup -o blkio" in remedies(fake_host(lacking="blkio"), EVERYTHING)["io"]
     assert set(remedies(fake_host(mode="none"), EVERYTHING)) >= {"memory", "cpus", "pids"}
 
