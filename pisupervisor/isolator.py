@@ -64,6 +64,8 @@ class ProcessIsolator:
 
         self.options = options
         self.id = next(_ids)
+        self._worker: Worker | None = None
+        self._worker_lock = threading.Lock()
         try:
             self._keeper = Keeper(options, template, self.id, without)
         except BaseException:
@@ -83,8 +85,6 @@ class ProcessIsolator:
                 template.reader = CodeReader()
         self._reader: CodeReader = template.reader
         self._data: dict[str, Any] = {}
-        self._worker: Worker | None = None
-        self._worker_lock = threading.Lock()
 
     @classmethod
     def create(cls, options: IsolationOptions | None = None, **changes: Any) -> ProcessIsolator:

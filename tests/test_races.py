@@ -662,3 +662,16 @@ def test_why_it_died_in_on_start() -> None:
     with pytest.raises(LaunchError, match="died in on_start: exited with code 9") as caught:
         ProcessIsolator.create(on_start=lambda: os._exit(9))
     assert caught.value.step == "on_start"
+
+
+def test_an_interrupt_just_after_a_launch(monkeypatch: pytest.MonkeyPatch):
+    """Nothing of it has failed, so what is raised is the interrupt, and no word about a state that cannot be."""
+    wake = Keeper.wake_watch
+
+    def interrupted(keeper: Keeper) -> None:
+        wake(keeper)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Keeper, "wake_watch", interrupted)
+    with nothing_left(), pytest.raises(KeyboardInterrupt):
+        ProcessIsolator.create()

@@ -75,12 +75,17 @@ def write(path: str, *values: bytes) -> None:
         os.close(fd)
 
 
+def place(base: str, name: str) -> str:
+    """Where the group ``name`` below ``base`` is."""
+    return f"{base}/{PARENT}/{name}"
+
+
 def make(base: str, name: str, inherited: tuple[str, ...] = ()) -> str:
     """Make the group ``name`` below ``base`` and return its path. Raises OSError.
 
     ``inherited`` names files (of cpuset) that start empty, and without which a group takes no process.
     """
-    path = f"{base}/{PARENT}/{name}"
+    path = place(base, name)
     _mkdir_below_parent(base, path)
     try:
         for target in (f"{base}/{PARENT}", path):  # only now is the parent sure to stay
@@ -159,7 +164,7 @@ def sweep(base: str) -> set[str]:
             return set()  # a /proc of others, which does not show who lives here
     except OSError:
         return set()  # no groups; or a masked /proc
-    return {name for name in names if _is_orphan(base, name) and remove(f"{base}/{PARENT}/{name}")}
+    return {name for name in names if _is_orphan(base, name) and remove(place(base, name))}
 
 
 def _is_orphan(base: str, name: str) -> bool:
@@ -170,6 +175,6 @@ def _is_orphan(base: str, name: str) -> bool:
     if namespace == pid_namespace():
         return start_time(pid) != started  # a reused pid has another start time
     try:
-        return time.time() - os.stat(f"{base}/{PARENT}/{name}").st_ctime > _OLD
+        return time.time() - os.stat(place(base, name)).st_ctime > _OLD
     except OSError:
         return False  # gone meanwhile

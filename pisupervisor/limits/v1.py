@@ -97,12 +97,13 @@ class V1Group:
     # making
 
     def make(self, name: str) -> None:
-        """Make the directories. What was made is in ``paths`` even if an OSError ends it."""
-        made: dict[str, str] = {}
+        """Make the directories. What was made is in ``paths``, whatever ends it: each is written down before."""
+        made = set()
         for controller, base in _joined(self._host, self._limits).items():
+            self.paths[controller] = directories.place(base, name)
             if base not in made:
-                made[base] = directories.make(base, name, self._inherited(base))
-            self.paths[controller] = made[base]
+                directories.make(base, name, self._inherited(base))
+                made.add(base)
 
     def _inherited(self, base: str) -> tuple[str, ...]:
         return cgroups.inherited_files("cpuset") if base == self._host.places["cpuset"].directory else ()

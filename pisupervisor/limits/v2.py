@@ -74,7 +74,8 @@ class V2Group:
 
     def make(self, base: str, name: str) -> None:
         """Make the directory. Raises OSError."""
-        self.path = delegation.make_group(base, name)
+        self.path = directories.place(base, name)  # before: an exception of a signal's handler leaves nothing
+        delegation.make_group(base, name)
 
     def write(self, writes: list[FileWrite]) -> None:
         """Write the limits whose controller is there. Raises OSError."""

@@ -87,6 +87,8 @@ def _launch(keeper: Keeper, deadline: float | None) -> Child:
 def _start_failed(keeper: Keeper, child: Child | None, error: BaseException, stops: int) -> None:
     """Nothing is left of the launch. Raises IsolatorClosed where it was stopped: that came first."""
     if child is not None:
+        if keeper.child is child:
+            return  # it was all there when a signal's handler raised: nothing of the launch has failed
         child.discard("its launch failed")
     with keeper.lock:
         keeper.launching = None
