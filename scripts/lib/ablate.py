@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,10 +49,15 @@ LAYERS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
 }
 #: nothing starts without these (Landlock wants no_new_privs): what they hold gets out of an ordinary process, and of no child
 FIXED = "user, mount and pid namespace, private root, no_new_privs"
+#: what a child has not because its zygote is exec'd and has let go of it; and because no id and no right of the host's is
+#: left to it. Shown by what gets out of a process that has just that.
+INHERITED = "a zygote of its own, without the host's groups, folders and terminal"
+NOBODY = "user namespace: nothing of root's rights"
+ALWAYS = (FIXED, INHERITED, NOBODY)
 #: the verdict is not in the child's word (tests/escape/test_box.py judges it from outside), or it is a bomb that nothing
 #: would bound any more
 NOT_LET_LOOSE = {"R03", "R12", "R16", "R17", "R19", "K25", "K27", "F24"}
-BOMBS = {"R01", "R02", "R14"}
+BOMBS = {"R01": ("5000", "300"), "R02": ("3000", "300"), "R14": ("5000", "300")}  # which 300 show as well as thousands
 
 
 def verdict(lines: list[str]) -> str:
@@ -68,7 +75,7 @@ def try_one(check: str, layers: tuple[str, ...], around: box.Outside) -> str:
         changes |= LAYERS[layer][1]
     try:
         with without(box.options(check, **changes), steps) as isolator:
-            return verdict(box.run(isolator, check, around))
+            return verdict(box.run(isolator, check, around, BOMBS.get(check, ("", ""))))
     except IsolationError:
         return ODD  # the child died of it, or does not start like that
 
@@ -79,20 +86,51 @@ def without(options: IsolationOptions, steps: tuple[str, ...]) -> Iterator[Proce
         yield made
 
 
-def try_bare(check: str, around: box.Outside) -> str:
-    """The same in an ordinary process of another user, with a fresh Python and nothing of ours."""
+#: a copy of the machine's files for who has nothing of ours around it: what it writes and mounts goes to a tmpfs of its own
+_COPY = """
+mount -t tmpfs none /mnt && mkdir /mnt/upper /mnt/work /mnt/root && mknod /mnt/upper/tmp c 0 0 &&
+mount -t overlay none -o lowerdir=/,upperdir=/mnt/upper,workdir=/mnt/work /mnt/root &&
+mkdir -m 1777 /mnt/root/tmp &&
+for folder in proc dev sys run; do mount --rbind /$folder /mnt/root/$folder || exit 3; done && chroot /mnt/root "$@"; exit
+"""
+_ORDINARY = ("setpriv", "--reuid=65534", "--regid=65534")
+#: whoever runs a check with nothing of ours around it, by what it shows when that gets out
+CONTROLS = {FIXED: (*_ORDINARY, "--clear-groups"), INHERITED: (*_ORDINARY, "--groups", "4"), NOBODY: ()}
+#: PID 1, or the machine, is what they are after: theirs is one of their own
+OWN_PIDS = {"K08", "K10", "N16", "O15", "P08"}
+
+
+def outside_of_all(check: str, around: box.Outside) -> str:
+    """What always holds, by the first control that gets out; empty where none does."""
+    if check in BOMBS:
+        return ""
+    return next((name for name in ALWAYS if try_bare(check, CONTROLS[name], name == INHERITED, around) == OUT), "")
+
+
+def try_bare(check: str, who: tuple[str, ...], inherits: bool, around: box.Outside) -> str:
+    """What comes of it in a process of its own, with a fresh Python; ``inherits``: with an open folder and a terminal."""
+    pids = ("--pid", "--fork", "--mount-proc") if check in OWN_PIDS else ()
+    copy = _COPY.replace(" chroot", " mount --bind /mnt/root/usr /mnt/root/usr && chroot") if check == "F05" else _COPY
+    private = ("unshare", "--mount", "--propagation", "private", *pids, "sh", "-c", copy, "sh")
     code = box.PRELUDE + around.fill_in(box.CHECKS[check]["code"])
-    command = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/usr/bin/python3", "-c", code]
+    held, terminal = os.open("/", os.O_RDONLY), os.openpty()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd="/")
+        done = subprocess.run(
+            [*private, *who, "/usr/bin/python3", "-c", code], capture_output=True, text=True, timeout=20, cwd="/",
+            start_new_session=True, pass_fds=[held, terminal[1]] if inherits else [],
+            preexec_fn=(lambda: fcntl.ioctl(terminal[1], termios.TIOCSCTTY, 0)) if inherits else None,
+        )  # fmt: skip
     except subprocess.TimeoutExpired:
         return ODD
+    finally:
+        for fd in (held, *terminal):
+            os.close(fd)
     return verdict(done.stdout.splitlines())
 
 
 def smallest(check: str, around: box.Outside) -> tuple[str, ...]:
     """Layers that hold it together: it gets out without them, and no more when one of them is there. Empty: none do."""
-    off = tuple(layer for layer in LAYERS if not (check in BOMBS and "limits" in layer))
+    off = tuple(LAYERS)
     if (
         try_one(check, off, around) != OUT
     ):  # a layer that is off may also hold: ids that nothing maps make no user namespace
@@ -100,7 +138,7 @@ def smallest(check: str, around: box.Outside) -> tuple[str, ...]:
         return next((pair for pair in pairs if try_one(check, pair, around) == OUT), ())
     for layer in LAYERS:
         fewer = tuple(name for name in off if name != layer)
-        if layer in off and try_one(check, fewer, around) == OUT:
+        if try_one(check, fewer, around) == OUT:
             off = fewer
     return off
 
@@ -124,14 +162,12 @@ class Row:
         if (got := try_one(self.check, (), around)) != HELD:
             self.note = f"NOT HELD ({got})"
             return
-        loose = [layer for layer in LAYERS if not (self.check in BOMBS and "limits" in layer)]
-        self.alone = [layer for layer in loose if try_one(self.check, (layer,), around) == OUT]
+        self.alone = [layer for layer in LAYERS if try_one(self.check, (layer,), around) == OUT]
         if self.alone:
             return
         self.together = smallest(self.check, around)
         if not self.together:
-            bare = self.check not in BOMBS and try_bare(self.check, around) == OUT
-            self.note = FIXED if bare else "an ordinary process cannot do it either"
+            self.note = outside_of_all(self.check, around) or "root cannot do it either"
 
     def cells(self) -> str:
         held = self.note or ", ".join(self.alone) or " + ".join(self.together)
@@ -143,7 +179,8 @@ def layer_lines(rows: list[Row]) -> Iterator[str]:
         alone = [row.check for row in rows if layer in row.alone]
         shared = [row.check for row in rows if layer in row.together]
         yield f"| {layer} | {' '.join(alone) or '-'} | {' '.join(shared) or '-'} |"
-    yield f"| {FIXED} | {' '.join(row.check for row in rows if row.note == FIXED) or '-'} | - |"
+    for name in ALWAYS:
+        yield f"| {name} | {' '.join(row.check for row in rows if row.note == name) or '-'} | - |"
 
 
 COSTLY = {"all of them": WALLS, "cgroup limits": ("limits",), "landlock": ("landlock",), "seccomp": ("seccomp",)}
@@ -166,7 +203,9 @@ def document(rows: list[Row], seconds: float) -> str:
 Made by `scripts/ablate` on Linux {platform.release()} ({time.strftime("%Y-%m-%d")}, {seconds:.0f} s): every check of
 `tests/escape` in a fresh child with one layer off at a time. A check that gets out without one layer proves that layer.
 Where none alone lets it out, layers are switched on again one by one as long as it still gets out: those that remain hold
-it together, and any one of them is enough. {len(rows)} checks, {skipped} skipped.
+it together, and any one of them is enough. What gets out of no child is tried without one: by an ordinary process, by one
+with groups, an open folder and a terminal, and by root, which writes and mounts in a copy of the machine's files.
+{len(rows)} checks, {skipped} skipped.
 
 ## Layers
 

@@ -96,6 +96,7 @@ import os, sys
 _p = os.fork()
 if _p == 0:
     try:
+        sys.stdout.reconfigure(line_buffering=True)
         exec(compile({code!r}, "<check>", "exec"), {{"__name__": "__main__"}})
     except BaseException as error:
         print("?", type(error).__name__, error)
@@ -106,9 +107,9 @@ os.waitpid(_p, 0)[1]
 """
 
 
-def run(isolator: ProcessIsolator, check: str, around: Outside) -> list[str]:
-    """The lines that the check printed in the child."""
-    code = PRELUDE + around.fill_in(CHECKS[check]["code"])
+def run(isolator: ProcessIsolator, check: str, around: Outside, instead: tuple[str, str] = ("", "")) -> list[str]:
+    """The lines that the check printed in the child; ``instead``: a word of it to change, and to what."""
+    code = PRELUDE + around.fill_in(CHECKS[check]["code"].replace(*instead) if instead[0] else CHECKS[check]["code"])
     if check == "R02":
         code = _IN_COPY.format(code=code)
     return isolator.run_source(code).stdout.splitlines()

@@ -78,6 +78,15 @@ def _urgent() -> str:
     return ""
 
 
+def _x32() -> str:
+    ctypes.set_errno(0)
+    return (
+        "the kernel has no x32 calls (tests/escape/test_box.py tries whose answer it is)"
+        if _libc.syscall(ctypes.c_long(0x40000027)) < 0
+        else ""
+    )
+
+
 def _core_scheduling() -> str:
     cookie = ctypes.c_uint64()
     here = _libc.prctl(62, 0, ctypes.c_ulong(0), ctypes.c_ulong(0), ctypes.byref(cookie)) == 0
@@ -139,6 +148,7 @@ _PROBES: dict[str, Callable[[], str]] = {
     "K12": _system_call("io_uring_setup", 0, 0),
     "K13": _system_call("keyctl", 0, -4, 0),
     "K21": _families,
+    "K15": _x32,
     "K28": _setuid_su,
     "N15": _system_call("clone3", 0, 0),
     "P01": _one_of(["/proc/sys/kernel/core_pattern"]),
