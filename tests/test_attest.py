@@ -32,7 +32,7 @@ def groups(options: IsolationOptions) -> dict[str, Applied]:
 def readings(status: dict[str, str] | None = None, **changes: Any) -> Readings:
     values = {
         "status": {**STATUS, **(status or {})}, "links": LINKS, "host_links": HOST_LINKS,
-        "uid_map": f"      1000 {OUTER}          1\n", "mounts": "",
+        "uid_map": f"      1000 {OUTER}          1\n", "mounts": "", "own_proc": True, "cgroup": "",
     }  # fmt: skip
     return Readings(**{**values, **changes})
 
@@ -101,6 +101,27 @@ def test_a_root_whose_mounts_can_be_listed() -> None:
     line = "300 200 254:0 /srv/app /data ro,nosuid - ext4 /dev/vda rw\n"
     refused(readings(mounts=line), "mount was planned but does not hold .*/srv/app")
     assert not verify(readings(mounts=line), without=("mount table",))["mount"].holds
+
+
+def test_a_proc_that_is_the_hosts() -> None:
+    refused(readings(own_proc=False), "mount was planned but does not hold .its /proc is the host's")
+
+
+V1 = "4:memory:/outer/group-1\n3:cpu,cpuacct:/../group-1\n1:name=systemd:/init\n0::/group-1\n"
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "places"),
+    [
+        (V1, {"memory": "/sys/fs/cgroup/memory/group-1", "cpu": "/sys/fs/cgroup/cpu/group-1", "": "/unified/group-1"}),
+        ("0::/group-1\n", {"": "/sys/fs/cgroup/mine/group-1"}),
+    ],
+)
+def test_a_child_in_its_group_and_one_beside_it(cgroup: str, places: dict[str, str]) -> None:
+    assert verify(readings(cgroup=cgroup), places=places)["memory"].holds
+    for controller in places:
+        refused(readings(cgroup=cgroup), "not in its group", places={**places, controller: "/sys/fs/cgroup/group-2"})
+    refused(readings(cgroup=""), "not in its group", places=places)
 
 
 @pytest.mark.parametrize("name", NAMESPACE_LINKS)

@@ -13,19 +13,23 @@ from pisupervisor.results import Applied
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from typing import Any
 
 _CAPABILITY_SETS = ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
 _LIMITS = frozenset(("memory", "swap", "cpus", "cpu_weight", "cpuset", "pids", "io", "io_weight", "devices"))
 #: steps whose absence shows under another name
-_STEP_OF = {"capabilities": "bounding set", "seccomp": "no_new_privs", "mount": "mount table"}
+_STEPS_OF = {
+    "capabilities": ("bounding set",), "seccomp": ("no_new_privs",), "mount": ("mount table", "mounts"),
+}  # fmt: skip
 _FIELDS = ("Uid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp")
 _REMEDY = "this is a defect or an attack: report it with the kernel's version"
 
 
 class Readings(NamedTuple):
-    """What /proc says of the payload: ``status`` by field, namespace links of the child and of this process, and the
-    mounts of its namespace that it can reach: none, once its root is a detached tree.
+    """What /proc says of the payload: ``status`` by field, namespace links of the child and of this process, the mounts of
+    its namespace that it can reach (none, once its root is a detached tree), whether its /proc is another than ours, and
+    the groups that it is in.
     """
 
     status: dict[str, str]
@@ -33,15 +37,18 @@ class Readings(NamedTuple):
     host_links: dict[str, str]
     uid_map: str
     mounts: str
+    own_proc: bool
+    cgroup: str
 
 
 def read(pid: int, host_links: dict[str, str]) -> Readings:
     """Raises LaunchError (step "attest") when the child is gone or hides."""
     try:
         lines = _text(f"/proc/{pid}/status").split("\n")
-        texts = [_text(f"/proc/{pid}/{name}") for name in ("uid_map", "mountinfo")]
+        uid_map, mounts, cgroup = [_text(f"/proc/{pid}/{name}") for name in ("uid_map", "mountinfo", "cgroup")]
+        own_proc = os.stat(f"/proc/{pid}/root/proc").st_dev != os.stat("/proc").st_dev
         fields = dict(line.split(":\t", 1) for line in lines if line.startswith(_FIELDS))
-        return Readings(fields, read_links(pid), host_links, *texts)
+        return Readings(fields, read_links(pid), host_links, uid_map, mounts, own_proc, cgroup)
     except OSError as error:
         raise LaunchError(
             f"cannot read the child back: {error}", step="attest", errno=error.errno, remedy=_REMEDY
@@ -68,11 +75,13 @@ def read_links(pid: int | str) -> dict[str, str]:
 
 
 def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, filtered: bool, groups: dict[str, Applied],
-           missing: dict[str, str], instead: dict[str, str] | None = None, shift: int = 0) -> dict[str, Applied]:  # fmt: skip
+           missing: dict[str, str], instead: dict[str, str] | None = None, shift: int = 0,
+           places: Mapping[str, str] | None = None) -> dict[str, Applied]:  # fmt: skip
     """``applied``: each protection as it was read back. Raises LaunchError where a planned one does not hold. Pure.
 
     ``filtered``: a seccomp program was given; ``groups``: what the cgroup files say; ``missing``: why a limit has none,
-    ``instead``: what stands in for it; ``shift``: from a child's outer id as its zygote has it to the same as we have it.
+    ``instead``: what stands in for it; ``shift``: from a child's outer id as its zygote has it to the same as we have it;
+    ``places``: where its group lies, by controller, "" on v2.
     """
     applied = {name: _namespace(name, options, readings) for name in NAMESPACE_LINKS}
     applied.update(_limits(options, groups, missing, instead or {}))
@@ -80,6 +89,7 @@ def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, fi
     applied["seccomp"] = _seccomp(options, readings.status, filtered)
     applied["capabilities"] = _capabilities(readings.status)
     _check_ids(plan, readings, shift)
+    _check_group(readings.cgroup, places or {})
     for name, entry in applied.items():
         lacking = not entry.holds and entry.asked is not None and entry.asked is not False  # swap=0 is asked for
         if lacking and name not in options.degrade and not _left_out(name, plan):
@@ -89,7 +99,7 @@ def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, fi
 
 def _left_out(name: str, plan: ChildPlan) -> bool:
     """Whether an ablation test asked for exactly this layer to be missing."""
-    steps = {name, f"{name} namespace", _STEP_OF.get(name, "limits" if name in _LIMITS else name)}
+    steps = {name, f"{name} namespace", *_STEPS_OF.get(name, ("limits",) if name in _LIMITS else ())}
     return bool(steps & set(plan.without))
 
 
@@ -102,6 +112,8 @@ def _namespace(name: str, options: IsolationOptions, readings: Readings) -> Appl
         )
     if name == "mount" and readings.mounts:
         return Applied(asked=True, holds=False, how="", detail=f"its mounts can be listed: {readings.mounts[:80]}")
+    if name == "mount" and not readings.own_proc:
+        return Applied(asked=True, holds=False, how="", detail="its /proc is the host's: nothing of its own is mounted")
     asked: Any = options.network if name == "network" else True
     if name == "network" and options.network == "host":
         return Applied(asked=False, holds=own, how="the host's network, as asked", detail=link)
@@ -152,6 +164,18 @@ def _capabilities(status: dict[str, str]) -> Applied:
     sets = {name: status.get(name, "?").strip() for name in _CAPABILITY_SETS}
     holds = all(value.strip("0") == "" and value != "?" for value in sets.values())
     return Applied(asked=True, holds=holds, how="all five sets empty" if holds else "", detail=str(sets))
+
+
+def _check_group(cgroup: str, places: Mapping[str, str]) -> None:
+    """Limits in a group's files hold nobody who is not in it. Its name is its own, wherever we see it from."""
+    groups: dict[str, str] = {}
+    for line in cgroup.splitlines():
+        _number, controllers, path = line.split(":", 2)
+        groups.update(dict.fromkeys(controllers.split(","), path))
+    for controller, place in places.items():
+        if os.path.basename(groups.get(controller, "")) != os.path.basename(place):
+            found = groups.get(controller, "none")
+            raise LaunchError(f"the child is not in its group {place}, but in {found}", step="attest", remedy=_REMEDY)
 
 
 def _check_ids(plan: ChildPlan, readings: Readings, shift: int) -> None:

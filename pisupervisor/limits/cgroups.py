@@ -96,6 +96,9 @@ class ChildGroup(Protocol):
     def clone_flags(self) -> int:
         """CLONE_INTO_CGROUP where the first attach fd is the directory of a v2 group; else 0."""
 
+    def places(self) -> dict[str, str]:
+        """Its directories by controller, as /proc/PID/cgroup names them: "" on v2."""
+
     def close_attach_fds(self) -> None:
         """Close them in this process; again is harmless."""
 

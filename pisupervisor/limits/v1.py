@@ -133,6 +133,9 @@ class V1Group:
         # A process that writes itself into cgroup.procs waits 5 to 19 ms for an RCU grace period; a task into tasks does not.
         return syscalls.CLONE_INTO_CGROUP if _UNIFIED in self.paths else 0
 
+    def places(self) -> dict[str, str]:
+        return {"" if controller == _UNIFIED else controller: path for controller, path in self.paths.items()}
+
     def close_attach_fds(self) -> None:
         fds, self.attach_fds = self.attach_fds, ()
         for fd in fds:

@@ -87,6 +87,9 @@ class V2Group:
         """Open what clone3 takes. Raises OSError."""
         self.attach_fds = (os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),)
 
+    def places(self) -> dict[str, str]:
+        return {"": self.path}
+
     def close_attach_fds(self) -> None:
         fds, self.attach_fds = self.attach_fds, ()
         for fd in fds:

@@ -248,6 +248,7 @@ class Birth:
             missing=self._missing,
             instead=self._instead,
             shift=self.template.outside,
+            places=self._group.places() if self._group is not None else {},
         )
 
 

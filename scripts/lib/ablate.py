@@ -241,7 +241,7 @@ def main() -> int:
     started, rows = time.monotonic(), []
     keep = IsolationOptions(limits=Limits(memory="128M", cpus=0.5, pids=64))
     with (
-        tempfile.TemporaryDirectory(prefix="pisupervisor-ablate-") as folder,
+        tempfile.TemporaryDirectory(prefix="pisupervisor-ablate-", dir="/var/tmp") as folder,
         box.outside(Path(folder)) as around,
         ProcessIsolator.create(keep),  # keeps the zygote warm
     ):
