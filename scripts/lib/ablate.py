@@ -96,6 +96,16 @@ for folder in proc dev sys run; do mount --rbind /$folder /mnt/root/$folder || e
 _ORDINARY = ("setpriv", "--reuid=65534", "--regid=65534")
 #: whoever runs a check with nothing of ours around it, by what it shows when that gets out
 CONTROLS = {FIXED: (*_ORDINARY, "--clear-groups"), INHERITED: (*_ORDINARY, "--groups", "4"), NOBODY: ()}
+#: what no layer of ours is shown by, and why
+NOT_SHOWN = {
+    "F11": "true of every process that begins in its root",
+    "F13": "nobody writes to a program that runs; and it is mounted read-only",
+    "K17": "no attack: libraries fall back on this answer",
+    "K23": "takes CAP_SYS_RESOURCE",
+    "P07": "takes CAP_SYS_RESOURCE",
+    "R22": "the host has fewer instances than it tries; a child has none: O19",
+    "X01": "no attack: the profile is not too tight",
+}
 #: PID 1, or the machine, is what they are after: theirs is one of their own
 OWN_PIDS = {"K08", "K10", "N16", "O15", "P08"}
 
@@ -167,7 +177,10 @@ class Row:
             return
         self.together = smallest(self.check, around)
         if not self.together:
-            self.note = outside_of_all(self.check, around) or "root cannot do it either"
+            why = NOT_SHOWN.get(self.check)
+            self.note = outside_of_all(self.check, around) or "root cannot do it here either" + (
+                f": {why}" if why else ""
+            )
 
     def cells(self) -> str:
         held = self.note or ", ".join(self.alone) or " + ".join(self.together)
