@@ -434,9 +434,10 @@ class ProcessIsolator:
 
     def _close_worker(self) -> None:
         with self._worker_lock:
-            worker, self._worker = self._worker, None
+            worker = self._worker
         if worker is not None and os.getpid() == self._keeper.owner:
             worker.close()
+        self._worker = None  # not before: what a signal's handler interrupts is done by the next close
 
     def __enter__(self) -> ProcessIsolator:
         return self

@@ -49,7 +49,8 @@ def nothing_left() -> Iterator[None]:
     before = leftovers()
     yield
     wait_until(lambda: not new_since(before), 1.0)
-    assert new_since(before) == {}
+    left = new_since(before)
+    assert not left, f"left behind: {left}"
 
 
 def new_since(before: Leftovers) -> dict[str, set[object]]:

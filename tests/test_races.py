@@ -49,6 +49,7 @@ from pisupervisor.supervise import child as child_module
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.keeper import Keeper
 from pisupervisor.supervise.starting import FirstCall
+from pisupervisor.worker import Worker
 
 pytestmark = linux
 
@@ -675,3 +676,35 @@ def test_an_interrupt_just_after_a_launch(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Keeper, "wake_watch", interrupted)
     with nothing_left(), pytest.raises(KeyboardInterrupt):
         ProcessIsolator.create()
+
+
+def test_an_interrupted_close_is_completed_by_the_next(monkeypatch: pytest.MonkeyPatch):
+    """The thread that ``submit`` uses was forgotten by the first, and lived on."""
+    with nothing_left():
+        isolator = ProcessIsolator.create()
+        assert isolator.submit(int, "7").result() == 7
+        with monkeypatch.context() as patch:
+            patch.setattr(Worker, "end", _interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                isolator.close()
+        isolator.close()
+
+
+def _interrupted(_self: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_what_a_handler_raises_while_an_answer_is_decoded_is_no_lie_of_the_childs(monkeypatch: pytest.MonkeyPatch):
+    import msgspec.json
+
+    class OutOfTime(Exception):
+        pass
+
+    def decode(_text: bytes) -> None:
+        raise OutOfTime
+
+    with ProcessIsolator.create() as isolator:
+        assert isolator.invoke_method("json", "loads", "[1.5]") == [1.5]
+        monkeypatch.setattr(msgspec.json, "decode", decode)
+        with pytest.raises(OutOfTime):
+            isolator.invoke_method("json", "loads", "[1.5]")

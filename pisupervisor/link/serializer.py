@@ -54,7 +54,12 @@ def decode_plain(text: bytes, reader: Reader) -> Any:
         return decode(text, (), reader=reader)
     try:
         return json.decode(text)
-    except Exception as error:
+    except (
+        ValueError,
+        RecursionError,
+        MemoryError,
+        sys.modules["msgspec"].MsgspecError,
+    ) as error:  # no signal's handler's
         raise ProtocolError(f"a result that cannot be decoded: {type(error).__name__}: {str(error)[:200]}") from error
 
 
