@@ -191,7 +191,8 @@ class Bed:
             kernel=kernel, mode=mode, version=version, passed=passed, skipped=skipped, seconds=outcome.seconds,
             repeats=repeats, trouble=tuple(trouble), why=skips(junit) if there else {}, shares=shares(junit) if there else {},
         )  # fmt: skip
-        self.tell(f"[{kernel} {mode}] {cell.row().strip()}")
+        measured = ", ".join(f"{name} {share:.1%}" for name, share in cell.shares.items())
+        self.tell(f"[{kernel} {mode}] {cell.row().strip()} {measured}")
         return cell
 
 
