@@ -48,6 +48,18 @@ def spin(isolator: ProcessIsolator, source: str) -> None:
     assert wait_until(lambda: cpu_time(isolator) > before + 0.3, 60)
 
 
+def rates(isolators: list[ProcessIsolator], seconds: float) -> list[float]:
+    """CPUs that each uses, by the time of its own two looks: a look takes an emulated machine up to 50 ms."""
+
+    def look(isolator: ProcessIsolator) -> tuple[float, float]:
+        return time.monotonic(), cpu_time(isolator)
+
+    before = [look(isolator) for isolator in isolators]
+    time.sleep(seconds)
+    after = [look(isolator) for isolator in isolators]
+    return [(used - had) / (ended - begun) for (begun, had), (ended, used) in zip(before, after, strict=True)]
+
+
 def test_memory(tell: Tell) -> None:
     """The child takes one MiB after the other: how much it has had when there is no more."""
     limit, most = 128 * MIB, 0
@@ -68,10 +80,7 @@ def test_quota(tell: Tell) -> None:
         spin(isolator, "import os\nos.fork()\nwhile True: pass")
         shares: list[float] = []
         while len(shares) < 3 and max(shares, default=0.0) < 0.95:  # a busy machine may not have that much to give
-            begun, used = time.monotonic(), cpu_time(isolator)
-            time.sleep(5)
-            ended, later = time.monotonic(), cpu_time(isolator)
-            shares.append((later - used) / (ended - begun) / 0.25)
+            shares += [rate / 0.25 for rate in rates([isolator], 5)]
     tell("quota", max(shares))
     assert 0.95 <= max(shares) <= 1.05
 
@@ -89,9 +98,7 @@ def test_weights(tell: Tell) -> None:
         ]
         for isolator in pair:
             spin(isolator, f"import os\nos.sched_setaffinity(0, {{{min(os.sched_getaffinity(0))}}})\nwhile True: pass")
-        before = [cpu_time(isolator) for isolator in pair]
-        time.sleep(6)
-        light, heavy = (cpu_time(isolator) - then for isolator, then in zip(pair, before, strict=True))
+        light, heavy = rates(pair, 6)
     share = light / (light + heavy) / (weights[0] / sum(weights))
     tell("weight", share)
     assert 0.95 <= share <= 1.05
