@@ -15,6 +15,10 @@ from typing import TypeVar
 import features
 import pytest
 
+# Some tests import numpy here, and others make a bare clone of this process that forks: OpenBLAS would then wait for its
+# threads, which the clone has not got.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 

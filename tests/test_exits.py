@@ -67,6 +67,13 @@ def test_how_it_ended_is_told_beside_why() -> None:
     assert (info.exit_code, info.signal) == (None, signal.SIGKILL)
 
 
+def test_our_own_kill_needs_no_word_of_the_zygote() -> None:
+    info = explain({}, QUIET, ExitReason.KILLED, killed=True)
+    assert (info.signal, info.reason) == (signal.SIGKILL, ExitReason.KILLED)
+    assert explain(exited(3, None), QUIET, ExitReason.KILLED, killed=True).exit_code == 3, "it came before"
+    assert explain({}, QUIET, ExitReason.KILLED).signal is None
+
+
 def test_the_groups_account_is_worth_more_than_the_payloads() -> None:
     info = explain(exited(0, None), QUIET, cpu_time=2.0, peak_memory=4096)
     assert (info.cpu_time, info.peak_memory) == (2.0, 4096)

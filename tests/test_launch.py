@@ -232,7 +232,9 @@ def test_the_user_inside(user: int) -> None:
     options = IsolationOptions(security=Security(user=user, hostname="elsewhere"))
     with ProcessIsolator.create(options) as isolator:
         facts = isolator.invoke_method(INSIDE, "facts")
-        assert facts["ids"] == ((user,) * 3, (user,) * 3, [])
+        # an ordinary user cannot leave groups, and maps none but the own one
+        groups = [] if os.geteuid() == 0 else [user if own == os.getegid() else 65534 for own in os.getgroups()]
+        assert facts["ids"] == ((user,) * 3, (user,) * 3, groups)
         assert facts["hostname"] == "elsewhere"
         assert f"user:x:{user}:" in isolator.invoke_method(INSIDE, "text", "/etc/passwd")
         assert isolator.invoke_method(INSIDE, "can_write", "/tmp/mine") == "done"

@@ -223,6 +223,7 @@ class Child(Birth):
             self._reports.known if self._asked else {}, events.since(self.meter.before), ordered,
             duration=time.monotonic() - self.started, cpu_time=used.cpu_time, peak_memory=used.peak_memory,
             message=message, cpu_limit=self.options.limits.cpu_time, in_call=in_call, truncated=truncated, stderr_tail=tail,
+            killed=self.is_killed and self._asked,
         )  # fmt: skip
         if info.reason is ExitReason.SECCOMP and self.listener is not None:
             info = replace(info, syscall=self.listener.killed_for)

@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 def explain_exit(
     status: dict[str, Any], events: GroupEvents, ordered: ExitReason | None, *, duration: float,
     cpu_time: float | None = None, peak_memory: int | None = None, message: str = "", cpu_limit: float | None = None,
-    in_call: bool = False, truncated: bool = False, stderr_tail: str = "",
+    in_call: bool = False, truncated: bool = False, stderr_tail: str = "", killed: bool = False,
 ) -> ExitInfo:  # fmt: skip
     """``status`` is what the zygote and PID 1 reported: ``exited`` [code, signal] and ``gone`` [si_code, si_status];
     ``ordered`` is why the supervisor killed it, None when it did not. The first cause wins.
 
     ``in_call``: a call failed by this end, and a limit that kills nobody (``pids``, output: ``truncated``) explains it.
+    ``killed``: the supervisor sent SIGKILL to one that lived; on a busy machine a zygote says so too late, or nothing.
     """
     code, number = status.get("exited") or (None, None)
     if code is None and number is None:
-        number = int(signal.SIGKILL) if status.get("gone") else None
+        number = int(signal.SIGKILL) if killed or status.get("gone") else None
     used_cpu = cpu_time if cpu_time is not None else status.get("cpu")
     own = ordered or _own_reason(number, zygote_spoke=bool(status), cpu_spent=_spent(used_cpu, cpu_limit))
     limit = _reached_limit(ordered, number, events, in_call=in_call and bool(status), truncated=truncated)
