@@ -277,3 +277,15 @@ def test_plain_data_never_asks_what_is_importable() -> None:
         raise AssertionError("asked")
 
     assert not dump_call(([1, {"a": (2.5, None, b"x", True)}], "s"), {"k": {1}}, importable=never)[1]
+
+
+def test_code_with_constants_of_any_kind_travels(in_child: Any) -> None:
+    """marshal takes no such code; cloudpickle does."""
+
+    def give() -> Any:
+        return "a constant"
+
+    marker = pathlib.PurePosixPath("/put/in/there")
+    constants = tuple(marker if const == "a constant" else const for const in give.__code__.co_consts)
+    give.__code__ = give.__code__.replace(co_consts=constants)
+    assert in_child(dump_function(give, (), {}, STDLIB_ONLY)) == repr(marker)

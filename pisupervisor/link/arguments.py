@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from threading import RLock
-from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 
 from pisupervisor.errors import ObjectReleased, SerializationError
 
@@ -199,6 +199,8 @@ def _value_pickler() -> Any:
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, _CODE):
                 self.claim(_module_of(obj))
+            elif isinstance(obj, CodeType):
+                return _reduce_code(obj)
             elif (type(obj).__module__, type(obj).__name__[-4:]) == ("msgspec._core", "Info"):
                 return type(None), ()  # what ``returns=`` made msgspec keep on the class; each side makes its own
             else:
@@ -218,6 +220,18 @@ def _value_pickler() -> Any:
                 self.registered.append(module)
 
     return ValuePickler
+
+
+def _reduce_code(code: CodeType) -> Any:
+    """Whole, for the same minor version reads it: cloudpickle (from 3.1.3 on) leaves out the name of the file, which the
+    user's tracebacks are to show.
+    """
+    import marshal
+
+    try:
+        return marshal.loads, (marshal.dumps(code),)
+    except ValueError:  # constants that somebody has put into it
+        return NotImplemented
 
 
 class _Missing(Exception):
