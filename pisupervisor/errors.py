@@ -25,7 +25,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # typing costs 2 ms of a program's start; type checkers know this name
 if TYPE_CHECKING:
-    from typing import Self
+    from typing import Any, Self
 
     from pisupervisor.results import ExitInfo
 
@@ -46,6 +46,19 @@ class IsolationError(Exception):
         self.stdout, self.stderr = stdout.decode("utf-8", "replace"), stderr.decode("utf-8", "replace")
         self.truncated = truncated
         return self
+
+    def __reduce__(self) -> Any:
+        return _again, (type(self), self.args, self.__dict__)
+
+
+def _again(kind: type[IsolationError], args: tuple[Any, ...], state: dict[str, Any]) -> IsolationError:
+    """A copied or unpickled error, made without its __init__, which may want more than ``args``: one that cannot be made
+    again would break the pool of processes whose worker raises it.
+    """
+    error: IsolationError = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class OptionsError(IsolationError, ValueError):

@@ -9,6 +9,7 @@ import threading
 import time
 
 from pihost import wire
+from pisupervisor.errors import OptionsError
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
 from pisupervisor.template import chosen
@@ -154,8 +155,11 @@ class ProcessIsolator:
     def run_source(self, source: str, *, timeout: float | None = None, returns: Any = None) -> CallResult:
         """Run a snippet in a namespace that is kept between calls; ``value`` is that of the last expression, or None.
 
-        Raises CompileError with the line when it does not compile, RemoteError when it raises.
+        Raises CompileError with the line when it does not compile, RemoteError when it raises, OptionsError for what is
+        no text.
         """
+        if not isinstance(source, str):
+            raise OptionsError(f"source: expected text, not {source!r}"[:200])
         return self._captured(("source", source, "<source>"), None, timeout, returns, False)
 
     def run_script(
@@ -165,10 +169,11 @@ class ProcessIsolator:
         script's: its exit code, stdout and stderr.
         """
         from pisupervisor.link.calls import is_exit_code
+        from pisupervisor.options import check_argv
         from pisupervisor.results import ExitInfo, ExitReason
 
         code = self._reader.read(path)
-        result = self._captured(("script", code.key, [*argv]), code, timeout, None, False, is_exit_code)
+        result = self._captured(("script", code.key, check_argv(argv)), code, timeout, None, False, is_exit_code)
         return ExitInfo(
             exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,
             cpu_time=result.usage.cpu_time, peak_memory=result.usage.peak_memory, stderr_tail=result.stderr[-4096:],
@@ -235,8 +240,6 @@ class ProcessIsolator:
         if callable(code):
             return self._keep(("create by value", self._packer.function(code, args, merged)), None, timeout)
         if not args or not isinstance(args[0], str):
-            from pisupervisor.errors import OptionsError
-
             raise OptionsError('create_object: name a class too, as in create_object("plugin.py", "Counter", 5)')
         target, *rest = args
         read = self._code(code, target)

@@ -349,6 +349,13 @@ def check_timeout(value: float) -> float:
     return value
 
 
+def check_argv(argv: Sequence[str]) -> list[str]:
+    """The arguments of a script. Raises OptionsError for one text alone, which would be taken apart, and for what is none."""
+    if isinstance(argv, str) or not isinstance(argv, Sequence) or not all(isinstance(each, str) for each in argv):
+        raise OptionsError(f'argv: expected a list of texts such as ["--fast"], not {argv!r}'[:300])
+    return [*argv]
+
+
 def check_count(value: int, name: str, low: int, high: int) -> None:
     """Raises OptionsError for what is no whole number from ``low`` to ``high``."""
     _integer(_NO_NUMBER if value is None else value, name, low, high)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from pisupervisor.errors import OptionsError
 from pisupervisor.launch import templates
 from pisupervisor.options import IsolationOptions
 from pisupervisor.records import replace
@@ -52,6 +53,8 @@ class Template:
 
 def chosen(options: IsolationOptions | None, changes: dict[str, Any]) -> IsolationOptions:
     """``options``, or the default ones, with single ones replaced. Raises OptionsError."""
+    if options is not None and not isinstance(options, IsolationOptions):
+        raise OptionsError(f"options: expected IsolationOptions(...), not {options!r}"[:300])
     if options is None:
         return IsolationOptions(**changes) if changes else _default_options(os.environ.get("PISUPERVISOR_LOG_LEVEL"))
     return replace(options, **changes) if changes else options

@@ -143,6 +143,11 @@ def test_state_stays_in_the_child(plugin: Path) -> None:
         assert two.invoke_method(plugin, "Tools.count") == 1
 
 
+def test_a_module_that_was_not_given_says_how_to_give_it(shared: ProcessIsolator) -> None:
+    with pytest.raises(TargetNotFound, match=r"no module 'numpy'(.|\n)*import_paths=\[...\] or modules="):
+        shared.invoke_method("numpy", "zeros", 3)
+
+
 def test_four_ways_to_be_wrong(shared: ProcessIsolator, plugin: Path, tmp_path: Path) -> None:
     """parity: 41"""
     with pytest.raises(OptionsError, match=r"nowhere\.py"):
@@ -349,6 +354,24 @@ def test_a_script(shared: ProcessIsolator, tmp_path: Path, code: int) -> None:
     assert info.stdout == f"['{code}', '--fast'] __main__\n"
     assert info.stderr == "to stderr\n"
     assert info.describe() == f"exited with code {code}"
+
+
+def test_a_script_whose_import_is_refused_says_how_to_allow_it(shared: ProcessIsolator, tmp_path: Path) -> None:
+    info = shared.run_script(write(tmp_path, "tool.py", "import not_given\n"))
+    assert info.exit_code == 1
+    assert "No module named 'not_given'\n  hint: modules come into the child through import_paths=" in info.stderr
+
+
+@pytest.mark.parametrize("argv", ["--fast", b"--fast", [1], [b"x"], None, 5], ids=repr)
+def test_what_are_no_arguments_of_a_script(shared: ProcessIsolator, tmp_path: Path, argv: Any) -> None:
+    with pytest.raises(OptionsError, match="argv: expected a list of texts"):
+        shared.run_script(write(tmp_path, "tool.py", ""), argv)
+
+
+@pytest.mark.parametrize("source", [5, b"1", None], ids=repr)
+def test_what_is_no_source(shared: ProcessIsolator, source: Any) -> None:
+    with pytest.raises(OptionsError, match="source: expected text"):
+        shared.run_source(source)
 
 
 def test_a_script_that_raises(shared: ProcessIsolator, tmp_path: Path) -> None:

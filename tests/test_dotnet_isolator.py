@@ -304,7 +304,7 @@ def test_object_copy_object(isolator: ProcessIsolator) -> None:
 
 def test_object_copy_object_constructor_throws(isolator: ProcessIsolator) -> None:
     """Object, CopyObject ctor throws. parity: 44"""
-    with pytest.raises(Exception, match="cannot be made here"):
+    with pytest.raises(RemoteError, match="cannot be made here"):
         isolator.copy_object(Unwilling())
     assert isolator.invoke(len, "abc") == 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,30 @@ def test_copies_that_cannot_be_made(isolator: ProcessIsolator) -> None:
     """parity: 44"""
     with pytest.raises(SerializationError, match="not to be copied"):
         isolator.copy_object(Unsendable())
-    with pytest.raises(SerializationError, match="no number"):
+    with pytest.raises(RemoteError, match="no number") as caught:  # user code raised, in the child
         isolator.copy_object(Bomb())
+    error = caught.value
+    assert isinstance(error, SerializationError)
+    assert (error.type_name, error.direction) == ("ValueError", "to child")
+    assert error.message.startswith("invalid literal for int()")
+    again = pickle.loads(pickle.dumps(error))
+    assert (str(again), vars(again)) == (str(error), vars(error))
+
+
+class Picky:
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+        raise LookupError(f"{state} will not do")
+
+
+def test_a_copy_whose_code_fails_shows_where(isolator: ProcessIsolator) -> None:
+    """parity: 44"""
+    picky = Picky()
+    vars(picky)["size"] = 3
+    with pytest.raises(RemoteError) as caught:
+        isolator.copy_object(picky)
+    line = Picky.__setstate__.__code__.co_firstlineno + 2
+    assert f'File "{__file__}", line {line}, in __setstate__' in str(caught.value)
 
 
 def test_private_and_special_methods(isolator: ProcessIsolator, plugin: Path) -> None:

@@ -14,11 +14,15 @@ from pisupervisor import (
     CpuSet,
     Filesystem,
     IoLimit,
+    IsolationExecutor,
     IsolationOptions,
     Limits,
     OptionsError,
+    ProcessHost,
+    ProcessIsolator,
     RestartPolicy,
     Security,
+    Template,
 )
 from pisupervisor.limits.sizes import parse_size
 from pisupervisor.options import PROTECTIONS
@@ -228,3 +232,10 @@ def test_the_protections_are_the_public_ones() -> None:
 def test_an_option_nobody_knows() -> None:
     with pytest.raises(TypeError):
         pisupervisor.ProcessIsolator.create(memory="64M")
+
+
+@pytest.mark.parametrize("options", [5, {"limits": Limits()}, "memory=256M", Limits()], ids=repr)
+def test_what_are_no_options_at_all(options: Any) -> None:
+    for make in (ProcessIsolator.create, Template, IsolationExecutor, ProcessHost):
+        with pytest.raises(OptionsError, match="options: expected IsolationOptions"):
+            make(options)

@@ -16,7 +16,26 @@ from typing import Any
 import pytest
 
 from pihost.inside.raised import describe_exception
-from pisupervisor.errors import ProtocolError, RemoteError
+from pisupervisor import (
+    CallCancelled,
+    CallTimeout,
+    ChildTerminated,
+    CompileError,
+    ExitInfo,
+    ExitReason,
+    FeatureUnavailable,
+    IsolationError,
+    IsolatorClosed,
+    LaunchError,
+    MemoryLimitExceeded,
+    OptionsError,
+    ProfileError,
+    ProtocolError,
+    RemoteError,
+    SerializationError,
+    SyscallViolation,
+    TargetNotFound,
+)
 from pisupervisor.link import remote_errors
 from pisupervisor.link.remote_errors import remote_error
 
@@ -114,6 +133,26 @@ def test_errors_pass_through_futures() -> None:
     done.set_exception(crossed(raised("{}[1]")))
     with pytest.raises(KeyError):
         done.result()
+
+
+INFO = ExitInfo(exit_code=None, signal=9, reason=ExitReason.MEMORY)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OptionsError("m"), ProfileError("m", file="f", line=3), FeatureUnavailable("m", feature="time", remedy="r"),
+        LaunchError("m", step="mount", errno=3, remedy="r"), ChildTerminated("m", INFO), MemoryLimitExceeded("m", INFO),
+        SyscallViolation("m", INFO, "ptrace"), CompileError("m", file="f", line=1), TargetNotFound("m"),
+        CallTimeout("m"), CallCancelled("m"), SerializationError("m", direction="to child"), IsolatorClosed("m"),
+    ],
+    ids=lambda error: type(error).__name__,
+)  # fmt: skip
+def test_every_error_survives_a_pickle_and_a_copy(error: IsolationError) -> None:
+    """One that does not breaks the pool of processes whose worker raises it."""
+    error.stdout = "what it wrote"
+    for again in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
+        assert (type(again), str(again), again.args, vars(again)) == (type(error), str(error), error.args, vars(error))
 
 
 def test_errno_arrives() -> None:

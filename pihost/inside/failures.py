@@ -22,7 +22,6 @@ def unloadable(error: Exception) -> Exception:
 
 _REFUSALS: tuple[tuple[type[BaseException], str], ...] = (
     (encode.NotData, "not_data"),
-    (Unloadable, "unloadable"),
     (objects.Released, "released"),
     (callbacks.UnknownCallback, "unknown_callback"),
 )
@@ -35,6 +34,10 @@ def answer_to(error: BaseException) -> tuple[int, list[bytes]]:
         return _refused("not_found", error, stage=error.stage)  # type: ignore[attr-defined]
     if issubclass(kind, resolve.CompileFailed):
         return _refused("compile", error, file=error.file, line=error.line)  # type: ignore[attr-defined]
+    if issubclass(kind, Unloadable):
+        cause = error.__cause__
+        said = {} if cause is None else {"raised": raised.describe_exception(cause, _HIDDEN)}
+        return _refused("unloadable", error, **said)
     for refusal, word in _REFUSALS:
         if issubclass(kind, refusal):
             return _refused(word, error)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["CompileFailed", "Library", "NotFound"]
 
+#: what a refused import is to say; in the host's words too, where it tells of an exception
+IMPORT_HINT = "modules come into the child through import_paths=[...] or modules=[...] at create()"
+
 _MISSING: Any = object()
 _MODULE = type(sys)
 _FUNCTION: Any = type(lambda: None)
@@ -104,7 +107,8 @@ def _import_named(name: str) -> Any:
             raise
         loaded = (module for module in sys.modules if "~" not in module)
         known = {*getattr(sys, "stdlib_module_names", ()), *loaded}
-        raise NotFound("module", f"the child has no module {name!r}{_close(name, known)}") from None
+        message = f"the child has no module {name!r}{_close(name, known)}\n  hint: {IMPORT_HINT}"
+        raise NotFound("module", message) from None
 
 
 def _top_of(unit: Unit, parts: list[str]) -> str:

@@ -8,7 +8,7 @@ import sys
 
 from pihost.inside.capture import flush
 from pihost.inside.importer import CompileFailed, Importer, Loader, Unit, compile_failed
-from pihost.inside.resolve import NotFound
+from pihost.inside.resolve import IMPORT_HINT, NotFound
 
 TYPE_CHECKING = False  # importing typing costs 4 ms; type checkers know the name
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Snippets:
         import linecache
 
         source = self.sources[filename]
-        linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
+        lines = [line + "\n" for line in source.splitlines()]  # the last one too: traceback counts columns from the end
+        linecache.cache[filename] = (len(source), None, lines, filename)
 
     def show_all(self) -> None:
         for filename in self.sources:
@@ -215,6 +216,8 @@ def print_exception(error: BaseException) -> None:
     hook = traceback.print_exception if sys.excepthook is sys.__excepthook__ else sys.excepthook
     try:
         hook(type(error), error, error.__traceback__)
+        if isinstance(error, ModuleNotFoundError) and hook is traceback.print_exception:
+            print(f"  hint: {IMPORT_HINT}", file=sys.stderr)
     except Exception:  # noqa: S110  stderr may be closed or replaced by user code
         pass
 

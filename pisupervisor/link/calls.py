@@ -183,13 +183,24 @@ def refusal(payload: dict[str, Any]) -> Exception:
     if kind == "not_data":
         return SerializationError(message, direction="from child")
     if kind == "unloadable":
-        hint = f"; {_IMPORT_HINT}" if "ModuleNotFoundError" in message or "ImportError" in message else ""
-        return SerializationError(f"the child could not rebuild the arguments: {message}{hint}", direction="to child")
+        if "ModuleNotFoundError" in message or "ImportError" in message:
+            message = f"the child could not rebuild the arguments: {message}; {_IMPORT_HINT}"
+            return SerializationError(message, direction="to child")
+        return _not_rebuilt(message, payload.get("raised"))
     if kind == "released":
         return ObjectReleased(message)
     if kind == "unknown_callback":
         return UnknownCallback(message)
     return ProtocolError(f"a refusal of kind {str(kind)[:100]!r}")
+
+
+def _not_rebuilt(message: str, raised: Any) -> SerializationError:
+    text = f"the child could not rebuild the arguments: {message}"
+    if raised is None:
+        return SerializationError(text, direction="to child")
+    from pisupervisor.link.remote_errors import NotRebuilt, remote_error
+
+    return NotRebuilt(text, remote_error(raised))
 
 
 def _mapping(body: bytes) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pisupervisor.errors import ProtocolError, RemoteError
+from pisupervisor.errors import ProtocolError, RemoteError, SerializationError
 
 MAX_NAME = 1 << 10  # characters, here and below: a little more than the child allows itself in bytes
 MAX_MESSAGE = 16 << 10
@@ -12,6 +12,22 @@ MAX_TRACEBACK = 96 << 10
 MAX_CAUSES = 8
 
 _HINT = "\n  hint: modules come into the child through import_paths=[...] or modules=[...] at create()"
+
+
+class NotRebuilt(SerializationError, RemoteError):
+    """Code of an argument (its constructor, its ``__setstate__``) raised in the child: a value that did not cross, and user
+    code that failed.
+    """
+
+    def __init__(self, text: str, error: RemoteError) -> None:
+        BaseException.__init__(self, text)
+        self.direction = "to child"
+        self.type_name, self.message, self.remote_traceback = error.args
+        self.__cause__ = error.__cause__
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}\n\n{self.remote_traceback}"
+
 
 # Only what a caller may sensibly catch. Not here: SystemExit and KeyboardInterrupt (a child must not end the host),
 # StopIteration and its kind (they change their meaning on the way through generators and futures), SyntaxError
