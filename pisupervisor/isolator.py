@@ -208,8 +208,9 @@ class ProcessIsolator:
         if returns is not None:
             from functools import partial
 
-            from pisupervisor.link.serializer import build
+            from pisupervisor.link.serializer import build, check_returns
 
+            check_returns(returns)
             finish = partial(build, returns=returns)
         return Pipeline(self._session, target, payloads, limit, in_flight, idempotent, finish)
 
@@ -366,7 +367,7 @@ class ProcessIsolator:
             calls.append(FirstCall("types", pack_call("learn", False, arguments), packed))
         if options.on_start is not None:
             payload = self._packer.plain_function(options.on_start)
-            calls.append(FirstCall("on_start", pack_call("function", False, payload)))
+            calls.append(FirstCall("on_start", pack_call("start", False, payload)))
         return calls
 
     def _code(self, path: str | os.PathLike[str], target: str) -> Code:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import collections.abc
 import gc
 import time
+import typing
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -215,8 +217,17 @@ class Pair:
 
 def test_items_are_built_as_asked(isolator: ProcessIsolator, plugin: Path) -> None:
     assert list(isolator.invoke_method(plugin, "pairs", returns=Iterator[Pair])) == [Pair(1, 2)]
+    kept = isolator.object_count()
     with pytest.raises(SerializationError, match="returned a generator"):
         isolator.invoke_method(plugin, "pairs", returns=int)
+    assert isolator.object_count() == kept, "nobody has that generator"
+
+
+@pytest.mark.parametrize(
+    "returns", [typing.Iterator, typing.Generator, collections.abc.Iterator, Iterator[Any]], ids=str
+)
+def test_a_generator_of_anything(isolator: ProcessIsolator, plugin: Path, returns: Any) -> None:
+    assert list(isolator.invoke_method(plugin, "pairs", returns=returns)) == [{"x": 1, "y": 2}]
 
 
 def totals(last: object) -> Generator[int, None, object]:
@@ -350,6 +361,11 @@ def test_an_async_factory_makes_an_object(isolator: ProcessIsolator) -> None:
         return [1, 2, 3]
 
     assert isolator.create_object(make).invoke("__len__") == 3
+
+
+def test_what_on_start_returns_is_not_wanted() -> None:
+    with ProcessIsolator.create(on_start=lambda: time) as isolator:  # a module: no data
+        assert isolator.invoke(len, "abc") == 3
 
 
 def test_a_generator_is_no_on_start() -> None:

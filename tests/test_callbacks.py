@@ -150,6 +150,23 @@ def test_none_are_registered(isolator: ProcessIsolator, plugin: Path) -> None:
         isolator.invoke_method(plugin, "ask", "anything")
 
 
+def test_a_name_that_is_no_text_is_the_childs_mistake(isolator: ProcessIsolator, plugin: Path) -> None:
+    pid = isolator.pid
+    with pytest.raises(TypeError, match="the name of a function of the host is text, not int"):
+        isolator.invoke_method(plugin, "ask", 5)
+    assert isolator.pid == pid
+
+
+def test_arguments_that_are_no_data_are_named(isolator: ProcessIsolator) -> None:
+    def ask() -> None:
+        import pihost
+
+        pihost.call_host("any", 1, [object()])
+
+    with pytest.raises(TypeError, match=r"args\[1\]\[0\]: <class 'object'> is not data"):
+        isolator.invoke(ask)
+
+
 def test_unregistered_is_unknown(isolator: ProcessIsolator, plugin: Path) -> None:
     isolator.register_callback("now", lambda: 1)
     isolator.register_callback("now", lambda: 2)

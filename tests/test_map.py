@@ -278,3 +278,19 @@ def test_bad_functions_and_times(isolator: ProcessIsolator) -> None:
         isolator.map(double, [1], timeout=-1)
     with pytest.raises(TypeError):
         isolator.map(double, 5)  # type: ignore[arg-type]
+
+
+def test_a_function_that_is_a_generator_is_no_breach(isolator: ProcessIsolator) -> None:
+    def count(stop: int) -> Iterator[int]:
+        yield from range(stop)
+
+    pid, kept = isolator.pid, isolator.object_count()
+    with pytest.raises(SerializationError, match="map takes values"):
+        list(isolator.map(count, [1, 2, 3]))
+    assert isolator.pid == pid
+    wait_until(lambda: isolator.object_count() == kept, 5)
+
+
+def test_what_nothing_can_be_built_as_is_told_before(isolator: ProcessIsolator) -> None:
+    with pytest.raises(OptionsError, match="cannot be built"):
+        isolator.map(double, [1], returns=5)

@@ -51,10 +51,13 @@ class Host:
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_owner()
+        if not isinstance(name, str):
+            raise TypeError(f"call_host: the name of a function of the host is text, not {type(name).__name__}")
         try:
             text, buffers = encode.encode([name, list(args), kwargs], self._limit)
         except encode.NotData as error:
-            raise TypeError(f"arguments of call_host({name!r}): {error}") from None
+            where = str(error).replace("result[1]", "args", 1).replace("result[2]", "kwargs", 1)
+            raise TypeError(f"arguments of call_host({name!r}): {where}") from None
         if buffers:  # an arena takes them, but not this; and one that was marked as lent must be sent
             _check_size(len(text) + 8 * len(buffers) + 16)
         from pihost.inside import arenas  # which speaks with the host through this module

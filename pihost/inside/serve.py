@@ -211,6 +211,11 @@ class Worker:
         function, args, kwargs = load(arguments)
         return function(*args, **kwargs)
 
+    def start(self, arguments: bytes) -> object:
+        """What it returns is nobody's; but a generator has not run."""
+        value = self.loop.complete(self.call_function(arguments))
+        return value if awaiting.is_stream(value) else None
+
     def keep_function(self, arguments: bytes) -> int:
         return objects.kept.keep(load(arguments)[0])
 
@@ -265,6 +270,7 @@ class Worker:
 VERBS: dict[str, Callable[..., object]] = {
     "method": Worker.call_method,
     "function": Worker.call_function,
+    "start": Worker.start,
     "keep function": Worker.keep_function,
     "kept": Worker.call_kept,
     "source": Worker.run_source,

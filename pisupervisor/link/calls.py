@@ -138,13 +138,15 @@ def split_returns(returns: Any) -> tuple[bool, Any, StreamTypes]:
     """
     if returns is None:
         return True, None, StreamTypes()
+    from typing import Any
+
     from pisupervisor.link.serializer import check_returns
 
-    origin: Any = getattr(returns, "__origin__", None)
+    origin: Any = getattr(returns, "__origin__", returns)
     if getattr(origin, "__module__", "") != "collections.abc" or origin.__name__ not in _ITERATORS:
         check_returns(returns)
         return False, returns, StreamTypes()
-    item, *more = returns.__args__
+    item, *more = getattr(returns, "__args__", ()) or (Any,)  # Iterator alone: of anything
     types = StreamTypes(item, more[1] if len(more) > 1 else None)
     check_returns(types.item)
     check_returns(types.value)

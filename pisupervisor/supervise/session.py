@@ -342,10 +342,10 @@ class Session:
         try:
             value = unpack_answer(answer, self.keeper.reader, call.returns, connection.arenas)
             if answer.kind == wire.STREAM and not call.streams:
-                if call.returns is None:
+                if call.check is not None:
                     raise ProtocolError("a generator, where there can be none")
-                message = f"the call returned a generator, not {call.returns}; ask for returns=Iterator[...]"
-                raise SerializationError(message, direction="from child")
+                connection.released.append(value)
+                raise SerializationError(_no_stream(call.returns), direction="from child")
             if call.check is not None and answer.kind != wire.STREAM:
                 check_value(value, call.check)
             return value
@@ -401,6 +401,12 @@ class Session:
         """``caller`` begins another call: what was cancelled before is past."""
         with self.keeper.lock:
             self._unwanted.discard(caller)
+
+
+def _no_stream(returns: Any) -> str:
+    if returns is None:
+        return "the call returned a generator; map takes values: return a list, or invoke the function itself"
+    return f"the call returned a generator, not {returns}; ask for returns=Iterator[...]"
 
 
 def check_value(value: Any, check: Callable[[Any], bool]) -> None:
