@@ -57,6 +57,7 @@ class AsyncProcessIsolator:
         )  # of calls that the loop has begun; of callbacks' calls
         self._control: Worker | None = None
         self._link: LoopLink | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._known: set[Any] = set()  # what was called before: nothing of it must be imported or read first
 
     @classmethod
@@ -94,6 +95,20 @@ class AsyncProcessIsolator:
     async def invoke(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         """See ``ProcessIsolator.invoke``. Of a generator the caller gets a stream for ``async for``."""
         return await self._plain(None, self._isolator.invoke, function, *args, **keywords)
+
+    def submit(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> asyncio.Task[Any]:
+        """``invoke`` as a task, which can be awaited later; cancelling it kills its work."""
+        return self.submit_call(self.invoke, function, *args, **keywords)
+
+    def submit_call(
+        self, method: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **keywords: Any
+    ) -> asyncio.Task[Any]:
+        """Any of the calls here as a task: ``isolator.submit_call(isolator.invoke_method, "a.py", "f", 1)``."""
+        self._isolator._keeper.check_open()
+        task = asyncio.get_running_loop().create_task(method(*args, **keywords))
+        self._tasks.add(task)  # a loop holds its tasks but weakly
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     async def execute(self, function: Callable[..., Any] | str, /, *args: Any, **keywords: Any) -> CallResult:
         """See ``ProcessIsolator.execute``."""
@@ -381,7 +396,8 @@ class AsyncIsolatedMethod:
 
     async def invoke(self, obj: AsyncIsolatedObject, /, *args: Any, **keywords: Any) -> Any:
         """See ``IsolatedMethod.invoke``."""
-        return await self._isolator._plain(self._handle, self._handle.invoke, obj._handle, *args, **keywords)
+        handle = getattr(obj, "_handle", obj)  # what is no handle is told as the plain class tells it
+        return await self._isolator._plain(self._handle, self._handle.invoke, handle, *args, **keywords)
 
 
 class AsyncIsolatedStream:

@@ -70,7 +70,7 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_names_and_parameters() -> None:
-    plain = {name for name in vars(ProcessIsolator) if name[0] != "_"} - {"submit", "submit_call"}
+    plain = {name for name in vars(ProcessIsolator) if name[0] != "_"}
     awaited = {name for name in vars(AsyncProcessIsolator) if name[0] != "_"}
     assert plain - awaited <= {"id", "options"}
     assert awaited - plain <= {"id", "options"}
@@ -121,6 +121,29 @@ def test_calls_of_all_kinds(plugin: Path, tmp_path: Path) -> None:
             assert isolator.applied["seccomp"].holds
             isolator.set_data("a", 1)
             assert isolator.get_data("a") == 1
+
+    run(main)
+
+
+def test_submitted_calls_are_tasks(plugin: Path) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            assert await isolator.submit(pow, 2, 10) == 1024
+            calls = [isolator.submit(pow, 2, n) for n in range(5)]
+            assert await asyncio.gather(*calls) == [1, 2, 4, 8, 16]
+            called = isolator.submit_call(isolator.invoke_method, plugin, "double", 21)
+            assert (await called, called.result()) == (42, 42)
+            with pytest.raises(ZeroDivisionError):
+                await isolator.submit(lambda: 1 / 0)
+            pid, call = isolator.pid, isolator.submit(time.sleep, 1000)
+            await asyncio.sleep(0.1)
+            assert call.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await call
+            assert await isolator.submit(len, "abc") == 3
+            assert isolator.pid != pid, "the work was killed"
+        with pytest.raises(IsolatorClosed):
+            isolator.submit(len, "abc")
 
     run(main)
 
