@@ -15,7 +15,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
-from pisupervisor.errors import IsolatorClosed, OptionsError
+from pihost.inside.plugins import run_plugin
+from pisupervisor.errors import IsolatorClosed, OptionsError, RemoteError
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.options import IsolationOptions
 from pisupervisor.records import replace
@@ -117,11 +118,10 @@ class ProcessHost(_Host):
     ) -> PluginResult:
         """See ``PluginHost``. stdout and stderr are what was written to the file descriptors, up to ``Limits.output``."""
         context = self._check(plugin, context)
-        payload = self.isolator._packer.function(_run, (plugin, context.properties, context.arguments), {})
+        payload = self.isolator._packer.function(run_plugin, (plugin, context), {})
         done = self.isolator._captured(("function", payload), None, timeout, None, False, _is_outcome)
-        result, properties, arguments = done.value
-        _take_over(context, properties, arguments)
-        return PluginResult(stdout=done.stdout, stderr=done.stderr, result=result, context=context)
+        _take_over(context, done.value["properties"], done.value["arguments"])
+        return PluginResult(stdout=done.stdout, stderr=done.stderr, result=done.value["result"], context=context)
 
     def close(self) -> None:
         super().close()
@@ -141,6 +141,8 @@ class RootfsHost(ProcessHost):
         options = options or IsolationOptions()
         if options.filesystem.rootfs is not None:
             raise OptionsError("RootfsHost has its root file system: leave Filesystem(rootfs=...) out")
+        if not isinstance(rootfs, (str, os.PathLike)):
+            raise OptionsError(f"rootfs: expected the path of a folder, not {rootfs!r}"[:300])
         self._unpacked: str | None = None
         try:
             filesystem = replace(options.filesystem, rootfs=self._root_of(os.fspath(rootfs)))
@@ -174,16 +176,11 @@ class RootfsHost(ProcessHost):
             shutil.rmtree(unpacked, ignore_errors=True)
 
 
-def _run(plugin: Any, properties: dict[str, Any], arguments: list[Any]) -> list[Any]:
-    """In the child."""
-    context = IsolationContext(properties, arguments)
-    instance = plugin() if isinstance(plugin, type) else plugin
-    return [instance.execute(context), context.properties, context.arguments]
-
-
 def _is_outcome(value: Any) -> bool:
-    """What ``_run`` gives; a plugin that puts other things in the place of the context's dict and list has lied."""
-    return isinstance(value, list) and len(value) == 3 and isinstance(value[1], dict) and isinstance(value[2], list)
+    """What ``run_plugin`` gives."""
+    if not isinstance(value, dict) or value.keys() != {"result", "properties", "arguments"}:
+        return False
+    return isinstance(value["properties"], dict) and isinstance(value["arguments"], list)
 
 
 def _take_over(context: IsolationContext, properties: dict[str, Any], arguments: list[Any]) -> None:
@@ -212,28 +209,25 @@ class NullHost(_Host):
         out, err = io.StringIO(), io.StringIO()
         with _stdout_lock, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                instance = plugin() if isinstance(plugin, type) else plugin
-                result = instance.execute(context)
-            except Exception as error:
-                raise _as_remote(error) from error
-        return PluginResult(stdout=out.getvalue(), stderr=err.getvalue(), result=result, context=context)
+                outcome = run_plugin(plugin, context)
+                if inspect.iscoroutine(outcome):
+                    import asyncio
+
+                    outcome = asyncio.run(outcome)
+            except (Exception, SystemExit) as error:
+                told = _as_remote(error)
+                told.stdout, told.stderr = out.getvalue(), err.getvalue()
+                raise told from error
+        return PluginResult(stdout=out.getvalue(), stderr=err.getvalue(), result=outcome["result"], context=context)
 
 
-def _as_remote(error: Exception) -> Exception:
+def _as_remote(error: BaseException) -> RemoteError:
     """The error that a caller would get from a child."""
-    import traceback
+    import pihost
+    from pihost.inside.raised import describe_exception
+    from pisupervisor.link.remote_errors import remote_error
 
-    from pisupervisor.link.remote_errors import MAX_MESSAGE, MAX_TRACEBACK, remote_error
-
-    kind, number = type(error), getattr(error, "errno", None)
-    try:
-        message, text = str(error), "".join(traceback.format_exception(error))
-    except Exception:  # its own __str__
-        message = text = "(it cannot be shown)"
-    return remote_error({
-        "module": str(kind.__module__), "type": kind.__qualname__, "message": message[:MAX_MESSAGE],
-        "traceback": text[-MAX_TRACEBACK:], "errno": number if type(number) is int else None, "causes": [],
-    })  # fmt: skip
+    return remote_error(describe_exception(error, (os.path.dirname(pihost.__file__), __file__)))
 
 
 class ScannedHost(_Host):
@@ -247,6 +241,8 @@ class ScannedHost(_Host):
 
     def __init__(self, inner: PluginHost, allow: Iterable[str] = (), deny: Iterable[str] = ()) -> None:
         super().__init__()
+        if not callable(getattr(inner, "execute_plugin", None)):
+            raise OptionsError(f"inner: expected a host such as ProcessHost(), not {inner!r}"[:300])
         self.inner = inner
         self.allow, self.deny = _names(allow, "allow"), _names(deny, "deny")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 import importlib
 import subprocess
 import sys
@@ -380,12 +381,74 @@ def test_scanning_runs_nothing(name: Any) -> None:
         host.execute_plugin(kind())
 
 
-def test_a_plugin_that_lies_about_its_context() -> None:
+class Misplacer(Plugin):
+    def __init__(self, name: str, value: Any) -> None:
+        self.name, self.value = name, value
+
+    def execute(self, context: IsolationContext) -> Any:
+        setattr(context, self.name, self.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("properties", 5), ("properties", None), ("arguments", (1,))], ids=repr)
+def test_a_context_that_is_none_any_more(host: Any, name: str, value: Any) -> None:
+    """The plugin's mistake, and no breach of the protocol."""
+    context = IsolationContext({"a": 1}, [1])
+    with pytest.raises(TypeError, match=f"the place of its context's {name}") as caught:
+        host.execute_plugin(Misplacer(name, value), context)
+    assert isinstance(caught.value, RemoteError)
+    assert host.execute_plugin(Adder()).result == 1
+
+
+def test_another_dict_in_the_place_of_the_contexts(host: Any) -> None:
+    context = IsolationContext({"a": 1}, [1])
+    host.execute_plugin(Misplacer("properties", {"b": 2}), context)
+    assert context == IsolationContext({"b": 2}, [1])
+
+
+class Leaver(Plugin):
+    def execute(self, _context: IsolationContext) -> Any:
+        print("going")
+        sys.exit(3)
+
+
+def test_a_plugin_that_leaves(host: Any) -> None:
+    with pytest.raises(RemoteError, match="SystemExit: 3") as caught:
+        host.execute_plugin(Leaver())
+    assert caught.value.stdout == "going\n"
+    frames = [line for line in caught.value.remote_traceback.splitlines() if line.startswith("  File")]
+    assert len(frames) == 1, "the plugin's own"
+    assert __file__ in frames[0]
+
+
+class Napper(Plugin):
+    async def execute(self, context: IsolationContext) -> Any:
+        await asyncio.sleep(0.01)
+        context.properties["slept"] = True
+        return 7
+
+
+def test_a_plugin_that_is_a_coroutine(host: Any) -> None:
+    context = IsolationContext()
+    assert host.execute_plugin(Napper(), context).result == 7
+    assert context.properties == {"slept": True}
+
+
+def test_a_child_that_lies_about_the_outcome() -> None:
     class Liar(Plugin):
         def execute(self, context: IsolationContext) -> Any:
-            context.properties = 5  # type: ignore[assignment]
+            from pihost.inside import plugins
+
+            plugins._outcome = lambda *_any: 5  # type: ignore[assignment,misc]
 
     with ProcessHost(OPTIONS) as host:
         with pytest.raises(ProtocolError):
             host.execute_plugin(Liar(), IsolationContext({"a": 1}))
         assert host.execute_plugin(Adder()).result == 1
+
+
+@pytest.mark.parametrize("wrong", [5, None, Adder(), b"/srv"], ids=repr)
+def test_what_is_no_host_and_no_root(wrong: Any) -> None:
+    with pytest.raises(OptionsError, match="inner: expected a host"):
+        ScannedHost(wrong)
+    with pytest.raises(OptionsError, match="rootfs: expected the path"):
+        RootfsHost(wrong)
