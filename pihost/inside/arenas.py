@@ -6,7 +6,6 @@ any more, be that after the call or after many: until then the host writes into 
 
 from __future__ import annotations
 
-import _pickle
 import _thread
 import os
 import sys
@@ -17,6 +16,7 @@ from pihost.inside import callbacks, encode
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import mmap
+    from collections.abc import Callable
     from typing import Any
 
 _CHUNK = 8 << 20  # bytes copied at once: other threads get their turn in between
@@ -154,7 +154,9 @@ def ship(text: bytes, buffers: list[Any]) -> tuple[int, list[Any]]:
 
 
 def ship_pickled(value: object, limit: int) -> tuple[int, list[Any]]:
-    """The same for a host that trusts this child's pickles. Raises NotData for more than ``limit`` bytes."""
+    """The same for a host that trusts this child's pickles. Raises NotData for what has none, and more than ``limit`` bytes."""
+    from pihost.inside import pickled
+
     buffers: list[memoryview] = []
 
     def stays(buffer: Any) -> bool:
@@ -164,7 +166,11 @@ def ship_pickled(value: object, limit: int) -> tuple[int, list[Any]]:
         buffers.append(raw)
         return False
 
-    text = _pickle.dumps(value, 5, buffer_callback=stays)
+    def another() -> Callable[[Any], bool]:
+        buffers.clear()
+        return stays
+
+    text = pickled.dump(value, another)
     encode.check_size(len(text) + sum(buffer.nbytes for buffer in buffers), limit)
     kind, parts = ship(text, buffers)
     return wire.PICKLED if kind == wire.RESULT else kind, parts

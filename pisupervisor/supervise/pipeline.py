@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
+    from pisupervisor.link.reader import Reader
     from pisupervisor.link.sources import Code
     from pisupervisor.supervise.session import Session
 
@@ -55,10 +56,9 @@ class Target:
         self._what: tuple[Any, ...] = ()
         self.head = b""  # of each call: see ``pack_head``
 
-    def settle(self, connection: Connection, deadline: float | None) -> None:
+    def settle(self, connection: Connection, deadline: float | None, reader: Reader) -> None:
         """In a child that has not seen it yet. Raises what that comes to."""
         from pisupervisor.link.calls import pack_code, pack_head, unpack_answer
-        from pisupervisor.link.reader import DATA
 
         if self.code is not None and self.code.key not in connection.sent:
             connection.send(wire.CODE, pack_code(self.code), deadline=deadline)
@@ -66,7 +66,7 @@ class Target:
         if self._function is not None:
             body = body_of("keep function", False, (self._function,))
             answer = exchange(connection, Message(body, deadline, None, connection.new_ident(), 0))
-            number = unpack_answer(answer, DATA)
+            number = unpack_answer(answer, reader)
             if type(number) is not int:
                 raise ProtocolError("an answer that is none to such a call")
             self._number = number
@@ -203,7 +203,7 @@ class Pipeline(Blocking):
         if lost and not self._idempotent and info is not None:
             self._connection = None
             raise termination(info, (b"", b"", False))
-        self._target.settle(connection, deadline)
+        self._target.settle(connection, deadline, self._reader)
         self._waiting.extendleft(reversed(self._flight))
         self._flight.clear()
         self._size, self._connection = 0, connection
