@@ -63,8 +63,11 @@ def check_loader(loader: object) -> object:
     if callable(loader):
         return loader
     try:
-        path = os.path.abspath(os.fspath(loader))  # type: ignore[call-overload]
-    except TypeError:
+        path = os.path.abspath(os.fsdecode(os.fsencode(loader)))  # type: ignore[arg-type]
+        os.stat(path)
+    except OSError:
+        raise OptionsError(f"modules: {path} is neither a folder nor a zip") from None
+    except (TypeError, ValueError):
         raise OptionsError(f"modules: expected folders, zips or functions, not {loader!r}") from None
     if not os.path.isdir(path) and not zipfile.is_zipfile(path):
         raise OptionsError(f"modules: {path} is neither a folder nor a zip")

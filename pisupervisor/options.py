@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from pisupervisor.errors import OptionsError
+from pisupervisor.errors import OptionsError, ProfileError
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.sizes import parse_size
 from pisupervisor.records import dataclass, field, fields
@@ -42,6 +42,7 @@ class IoLimit:
     write_iops: int | None = None
 
     def __post_init__(self) -> None:
+        _store(self, "device", _path(self.device, "io.device"))
         for name in ("read_bps", "write_bps", "read_iops", "write_iops"):
             _store(self, name, _size_or_none(getattr(self, name), f"io.{name}"))
             if getattr(self, name) == 0:
@@ -107,7 +108,7 @@ class Limits:
         _integer(self.open_files, "open_files", 32, 1 << 20)
         if self.cpuset is not None and not isinstance(self.cpuset, CpuSet):
             _store(self, "cpuset", CpuSet.parse(self.cpuset))
-        _store(self, "io", tuple(self.io))
+        _store(self, "io", tuple(_sequence(self.io, "io")))
         if not all(isinstance(entry, IoLimit) for entry in self.io):
             raise OptionsError("io: expected IoLimit entries, such as io=[IoLimit(device='/dev/sda', write_bps='10M')]")
 
@@ -155,7 +156,7 @@ class Filesystem:
 @dataclass(frozen=True, kw_only=True)
 class Security:
     """The walls. ``seccomp`` is ``"default"``, ``"strict"``, ``"permissive"``, a profile's path, a SeccompProfile or
-    None (no filter). ``user`` is the numeric id inside the child, never 0. ``hostname`` is what the child is told.
+    None (no filter). ``user`` is the numeric id inside the child, never 0 (None: 1000). ``hostname`` is what the child is told.
 
     ``watch`` has the host listen to the filter, at some 20 us for each call that it is asked about (see ``system_calls()`` and
     ``IsolationEvents.syscall``): "kills" names the call that a child was killed for; "trace" tells what is refused, and
@@ -172,7 +173,7 @@ class Security:
 
     seccomp: str | os.PathLike[str] | SeccompProfile | None = "default"
     landlock: bool = True
-    user: int = 1000
+    user: int | None = 1000
     hostname: str = "pihost"
     watch: Literal["kills", "trace", "learn"] | None = None
     nesting: bool = False
@@ -183,12 +184,15 @@ class Security:
             raise OptionsError(f"watch: {self.watch!r} is none of 'kills', 'trace', 'learn', None")
         if self.watch is not None and self.seccomp is None:
             raise OptionsError(f"watch={self.watch!r}: without a seccomp profile there is nothing to watch")
+        _check_profile(self.seccomp)
+        _store(self, "user", 1000 if self.user is None else self.user)
         _integer(self.user, "user", 1, 65533)
         for name in ("landlock", "nesting", "subordinate_ids"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionsError(f"{name}: expected True or False, not {getattr(self, name)!r}")
-        if not (isinstance(self.hostname, str) and 0 < len(self.hostname) <= 63 and self.hostname.isascii()):
-            raise OptionsError(f"hostname: {self.hostname!r} is no host name (1 to 63 ASCII characters)")
+        name = self.hostname
+        if not (isinstance(name, str) and 0 < len(name) <= 63 and name.isascii() and name.isprintable()):
+            raise OptionsError(f"hostname: {name!r} is no host name (1 to 63 ASCII characters)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,9 +211,10 @@ class RestartPolicy:
     def __post_init__(self) -> None:
         if self.mode not in ("on-failure", "always", "never"):
             raise OptionsError(f"restart mode: {self.mode!r} is none of 'on-failure', 'always', 'never'")
-        _integer(self.max_restarts, "max_restarts", 0, 1 << 31)
+        check_count(self.max_restarts, "max_restarts", 0, 1 << 31)
         for name in ("within", "backoff", "max_backoff"):
-            _store(self, name, _number(getattr(self, name), name, 0.0, 1e9))
+            value = getattr(self, name)
+            _store(self, name, _number(_NO_NUMBER if value is None else value, name, 0.0, 1e9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +304,7 @@ class IsolationOptions:
         if unknown:
             raise OptionsError(f"degrade: {', '.join(unknown)} is no protection; known: {', '.join(PROTECTIONS)}")
         if self.python is not None:
-            _store(self, "python", os.path.abspath(os.fspath(self.python)))  # inside a rootfs too: from its top
+            _store(self, "python", os.path.abspath(_path(self.python, "python")))  # inside a rootfs too: from its top
         _store(self, "import_paths", _existing(self.import_paths, "import_paths"))
         _store(self, "cgroup", _group(self.cgroup))
         if not isinstance(self.tenant, (str, type(None))):
@@ -414,17 +419,41 @@ def _strings(value: Any, name: str) -> tuple[str, ...]:
     return items
 
 
+def _path(path: Any, name: str) -> str:
+    """Raises OptionsError for what no file can be called."""
+    try:
+        text = os.fspath(path)
+        encoded = os.fsencode(text)
+    except (TypeError, UnicodeError):
+        raise OptionsError(f"{name}: expected a path, not {path!r}") from None
+    if not isinstance(text, str) or not text or b"\0" in encoded:
+        raise OptionsError(f"{name}: expected a path, not {path!r}")
+    return text
+
+
+def _check_profile(profile: Any) -> None:
+    """Whether it can be one; what is in it is looked at when it is used."""
+    module = sys.modules.get("pisupervisor.launch.seccomp")  # whoever has a SeccompProfile has imported it
+    kinds = (str, os.PathLike, type(None), *([module.SeccompProfile] if module else []))
+    if not isinstance(profile, kinds):
+        raise ProfileError(f"seccomp: expected a name, a path or a SeccompProfile, not {profile!r}"[:300])
+
+
 def _environment(value: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise OptionsError(f"environment: expected a mapping, not {value!r}")
     for key, text in value.items():
         if not (isinstance(key, str) and isinstance(text, str)) or not key or "=" in key or "\0" in key + text:
             raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable")
+        try:
+            os.fsencode(key + text)
+        except UnicodeError:
+            raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable") from None
     return dict(value)
 
 
 def _existing(paths: Any, name: str) -> tuple[str, ...]:
-    found = tuple(os.path.abspath(os.fspath(path)) for path in _sequence(paths, name))
+    found = tuple(os.path.abspath(_path(path, name)) for path in _sequence(paths, name))
     for path in found:
         if not os.path.exists(path):
             raise OptionsError(f"{name}: {path} does not exist")
@@ -460,10 +489,7 @@ def _bind(entry: Any, name: str) -> tuple[str, str]:
 def _rootfs(path: Any) -> str | None:
     if path is None:
         return None
-    try:
-        root: str = os.path.realpath(os.fspath(path))
-    except TypeError:
-        raise OptionsError(f"rootfs: expected the path of a folder, not {path!r}") from None
+    root = os.path.realpath(_path(path, "rootfs"))
     if not os.path.isdir(root) or root == "/":
         raise OptionsError(f"rootfs: {root} is no folder with a root file system in it")
     return root
@@ -485,7 +511,8 @@ _OURS = frozenset(("/", "/proc", "/dev", "/tmp", "/usr", "/etc", "/sys", "/py", 
 
 
 def _log_level(value: str | None) -> str:
-    level = (value or os.environ.get("PISUPERVISOR_LOG_LEVEL") or "WARNING").upper()
+    level = value or os.environ.get("PISUPERVISOR_LOG_LEVEL") or "WARNING"
+    level = level.upper() if isinstance(level, str) else level
     _choice(level, "log_level", ("DEBUG", "INFO", "WARNING", "ERROR"))
     return level
 

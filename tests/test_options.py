@@ -14,15 +14,18 @@ from pisupervisor import (
     CpuSet,
     Filesystem,
     IoLimit,
+    IsolationEvents,
     IsolationExecutor,
     IsolationOptions,
     Limits,
     OptionsError,
     ProcessHost,
     ProcessIsolator,
+    ProfileError,
     RestartPolicy,
     Security,
     Template,
+    TypeCodec,
 )
 from pisupervisor.limits.sizes import parse_size
 from pisupervisor.options import PROTECTIONS
@@ -239,3 +242,40 @@ def test_what_are_no_options_at_all(options: Any) -> None:
     for make in (ProcessIsolator.create, Template, IsolationExecutor, ProcessHost):
         with pytest.raises(OptionsError, match="options: expected IsolationOptions"):
             make(options)
+
+
+NONSENSE = (
+    5, -1, 0, "x", "", None, True, [5], [None], {"a": 1}, (1, 2), object(), float("nan"), b"x", "a\0b", ["a\0b"], ["\ud800"],
+    {"A": "\ud800"}, 10**30, -5.5,
+)  # fmt: skip
+KINDS: tuple[tuple[Any, dict[str, Any]], ...] = (
+    (IsolationOptions, {}), (Limits, {}), (Filesystem, {}), (Security, {}), (RestartPolicy, {}), (IsolationEvents, {}),
+    (IoLimit, {"device": "/", "read_bps": 1}), (TypeCodec, {"type": Limits, "encode": len, "decode": len}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "others"), KINDS, ids=lambda part: getattr(part, "__name__", ""))
+def test_nonsense_is_taken_or_refused_and_nothing_else(kind: Any, others: dict[str, Any]) -> None:
+    refused = 0
+    for field in dataclasses.fields(kind):
+        for value in NONSENSE:
+            try:
+                kind(**{**others, field.name: value})
+            except OptionsError:
+                refused += 1
+    assert refused > 10
+
+
+def test_what_is_no_choice() -> None:
+    for name in ("within", "backoff", "max_backoff", "max_restarts"):
+        with pytest.raises(OptionsError, match=name):
+            RestartPolicy(**{name: None})
+    for seccomp in (5, True, b"strict", [], object()):
+        with pytest.raises(ProfileError, match="expected a name, a path or a SeccompProfile"):
+            Security(seccomp=seccomp)  # type: ignore[arg-type]
+    with pytest.raises(OptionsError, match=r"io\.device"):
+        IoLimit(device=None, read_bps=1)  # type: ignore[arg-type]
+
+
+def test_no_user_is_the_usual_one() -> None:
+    assert Security(user=None).user == Security().user == 1000
