@@ -247,6 +247,43 @@ ARRAYS = [
 ]  # fmt: skip
 
 
+MIXED = np.array([(1, 2.5, "ab", True), (2, 3.5, "ü", False)], [("a", "i4"), ("b", ">f8"), ("c", "U3"), ("d", "?")])
+RECORDS = (
+    MIXED, MIXED[::-1], MIXED[["a", "d"]], MIXED[:0], np.zeros((2, 3), MIXED.dtype), np.array((1, 2), "i4,f8"),
+    np.zeros(3, np.dtype([("a", "i1"), ("b", "f8")], align=True)), np.arange(12.0).view([("m", "f8", (2, 3))]),
+    np.zeros(2, [("p", [("x", "f4"), ("y", "M8[s]")]), ("q", "m8[D]", 2)]), np.zeros(1, [("$", "S2"), ("ü\ud800", "S0")]),
+    np.ones(2, {"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [4, 0], "itemsize": 10}),
+    np.zeros(1, ",".join(["i1"] * 1000)),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("array", RECORDS, ids=lambda array: str(array.dtype)[:60])
+def test_records_arrive_as_they_were(array: typing.Any) -> None:
+    got = cross(array)
+    assert (got.dtype, got.shape, got.flags.writeable) == (array.dtype, array.shape, True)
+    assert repr(got.tolist()) == repr(array.tolist())
+    if array.size:
+        one = cross([array.reshape(-1)[0]])[0]
+        assert (type(one), one.dtype, str(one)) == (np.void, array.dtype, str(array.reshape(-1)[0]))
+
+
+def test_a_record_is_no_key() -> None:
+    text, buffers = child.encode({"a": np.zeros(1, "i4,i4")[0]}, LIMIT)
+    assert not buffers
+    assert isinstance(serializer.decode(text, [])["a"], np.void)
+    one = np.zeros(1, "i4,i4")
+    one.flags.writeable = False
+    with pytest.raises(child.NotData, match="cannot be a key"):
+        child.encode({one[0]}, LIMIT)
+
+
+def test_what_records_say_of_themselves_is_counted() -> None:
+    """The child never counts less than the host does."""
+    walk = child.Walk(LIMIT)
+    text, _buffers = walk.run([np.zeros(1, [(f"f{n}", "i1", (1, 1)) for n in range(900)])] * 3)
+    assert text.count(b"[") + text.count(b"{") + text.count(b",") <= walk.items
+
+
 @pytest.mark.parametrize("array", ARRAYS, ids=lambda array: f"{array.dtype.str}-{array.shape}")
 def test_arrays_arrive_as_owned_writable_copies(array: typing.Any) -> None:
     got = cross({"array": array})["array"]
@@ -317,7 +354,10 @@ NOT_DATA = [
     (lambda: 1, "<class 'function'> is not data"), (iter([]), "is not data"), (range(3), "is not data"),
     (Lying(), "Lying'> is not data"), (Evil(), "is not data|None"),
     (ITSELF, "deeper than 100 levels, or it contains itself"),
-    (np.array([object()]), "dtype 'object' is not data"), (np.zeros(2, [("a", "i4")]), "dtype .* is not data"),
+    (np.array([object()]), "dtype 'object' is not data"), (np.zeros(2, [("a", "O")]), "dtype 'object' is not data"),
+    (np.zeros(2, "V3"), "dtype .* is not data"), (np.zeros(2, [(("t", "a"), "i4")]), "dtype .* is not data"),
+    (np.zeros(1, {"names": ["a", "b"], "formats": ["i4", "i2"], "offsets": [0, 2]}), "dtype .* is not data"),
+    (np.zeros(2, []), "dtype .* is not data"), (np.zeros(1, ",".join(["i1"] * 1001)), "dtype .* is not data"),
     (MASKED, "may say more than an array can hold"), (NAT, "more than a datetime can hold"),
     (decimal.Decimal("1" * 10_001), "10001 characters is too long"),
     (ValueError("x"), "is not data"), (..., "is not data"), (pickle, "<class 'module'> is not data"),

@@ -12,7 +12,8 @@ datetime time                  [ISO text, fold, zone name or null]; a name outdo
 date timedelta                 ISO text; [days, seconds, microseconds]
 decimal uuid                   text; 32 hexadecimal digits
 path purepath windowspath      str
-array scalar                   [dtype.str, shape, blob]; [dtype.str, blob]
+array scalar                   [dtype, shape, blob]; [dtype, blob]; a dtype is dtype.str or, of records,
+                               [size, [[name, dtype, shape, offset], ...]]
 table batch frame series       of pyarrow and pandas: see ``arrow``
 own                            [name, data]: an object of a type in the host's ``types=``, see ``taught``
 serialized                     blob: a whole result, where the host has plugged in a serializer of its own

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 LOW, HIGH = -(1 << 63), (1 << 63) - 1
 MAX_DECIMAL = 10_000  # characters
+MAX_FIELDS = 1000  # of one record
 TAG_ITEMS = 5  # what a tag adds at the most to the brackets, braces and commas that the host counts
 
 _REAL, _IMAG = complex.__dict__["real"], complex.__dict__["imag"]
@@ -47,6 +48,8 @@ def is_clean(text: str) -> bool:
 def is_hashable(node: Any) -> bool:
     """Whether the host can hash what this written value is read back as."""
     if type(node) is dict:
+        if node.get("$") == "scalar":
+            return type(node["v"][0]) is str  # records are not
         return node.get("$") in _HASHABLE or (node.get("$") == "tuple" and all(map(is_hashable, node["v"])))
     return type(node) is not list
 
@@ -222,26 +225,47 @@ def _write_array(walk: Walk, value: Any) -> Any:
     numpy = sys.modules["numpy"]
     if type(value) not in (numpy.ndarray, numpy.memmap):
         walk.refuse(f"{shown(value)} may say more than an array can hold; return numpy.asarray(...) of it")
-    _check_dtype(walk, value.dtype)
+    dtype = _dtype(walk, value.dtype)
     if value.nbytes > walk.max_bytes:
         walk.grow(value.nbytes)  # refused before it is copied
     walk.items += value.ndim
     flat = numpy.ascontiguousarray(value).reshape(-1)
     data = memoryview(flat.view("u1")) if value.nbytes else b""  # as u1: datetime64 exports no buffer
-    return _tag(walk, "array", [value.dtype.str, list(value.shape), walk.blob(data)])
+    return _tag(walk, "array", [dtype, list(value.shape), walk.blob(data)])
 
 
 def _write_scalar(walk: Walk, value: Any) -> Any:
     generic = sys.modules["numpy"].generic
     dtype = generic.dtype.__get__(value)
-    _check_dtype(walk, dtype)
     data = generic.tobytes(value)[: dtype.itemsize]  # numpy.str_("") has four bytes and says none
-    return _tag(walk, "scalar", [dtype.str, walk.blob(data)])
+    return _tag(walk, "scalar", [_dtype(walk, dtype), walk.blob(data)])
 
 
-def _check_dtype(walk: Walk, dtype: Any) -> None:
-    if dtype.kind not in "biufcMmSU" or dtype.hasobject:
+def _dtype(walk: Walk, dtype: Any) -> Any:
+    """Its text; of records the size of one, and of each field name, dtype, shape and where it begins."""
+    if dtype.kind in "biufcMmSU" and not dtype.hasobject:
+        return dtype.str
+    if not dtype.names or not _is_plain(dtype):
         walk.refuse(f"numpy dtype {str(dtype)[:100]!r} is not data; use numbers, bool, datetime64, bytes or text")
+    walk.items += 3
+    walk.enter((str(dtype)[:100],))
+    fields = []
+    for name in dtype.names:
+        field, offset = dtype.fields[name]
+        walk.items += 6 + len(field.shape)  # as the host counts
+        fields.append([_write_str(walk, name), _dtype(walk, field.base), list(field.shape), offset])
+    walk.path.pop()
+    return [dtype.itemsize, fields]
+
+
+def _is_plain(dtype: Any) -> bool:
+    """Of records: not too many fields, none with a title, and none that lies upon another."""
+    fields, end = list(dtype.fields.values()), 0
+    for field, offset, *_title in sorted(fields, key=lambda field: (field[1], field[0].itemsize)):
+        if offset < end:
+            return False
+        end = offset + field.itemsize
+    return len(fields) <= MAX_FIELDS and all(len(field) == 2 for field in fields)
 
 
 def _write_by_arrow(walk: Walk, value: Any) -> Any:

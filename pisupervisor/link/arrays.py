@@ -9,19 +9,19 @@ from typing import Any
 from pisupervisor.errors import ProtocolError, SerializationError
 
 MAX_DIMENSIONS = 64
+MAX_FIELDS = 1000  # of one record
 _PLAIN_KINDS = "iufcmM"  # of these any bytes are a value
 _DTYPE = re.compile(r"[<>|]([biufcSU]\d{1,9}|[mM]8(\[(\d{1,9})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)", re.ASCII)
 
 
-def build_array(dtype_text: str, shape: list[Any], data: bytes | memoryview) -> Any:
+def build_array(told: Any, shape: list[Any], data: bytes | memoryview) -> Any:
     """A writable numpy array, with memory of its own unless ``zero_copy`` was asked for. ProtocolError where type, shape
     and bytes do not fit exactly.
     """
-    dtype = _dtype(dtype_text)
-    if len(shape) > MAX_DIMENSIONS or not all(type(length) is int and 0 <= length < 1 << 62 for length in shape):
-        raise ProtocolError("an array of an impossible shape")
+    dtype = _dtype(told)
+    _check_shape(shape)
     if dtype.itemsize == 0 or math.prod(shape) * dtype.itemsize != len(data):
-        raise ProtocolError(f"an array of {len(data)} bytes that says {dtype_text} {shape}"[:200])
+        raise ProtocolError(f"an array of {len(data)} bytes that says {told} {shape}"[:200])
     if isinstance(data, memoryview) and not data.readonly and dtype.kind in _PLAIN_KINDS:
         return _in_place(dtype, shape, data)
     return _filled(dtype, shape, data)
@@ -34,11 +34,11 @@ def _in_place(dtype: Any, shape: list[int], data: memoryview) -> Any:
     return numpy.frombuffer(data, dtype).reshape(shape)
 
 
-def build_scalar(dtype_text: str, data: bytes | memoryview) -> Any:
+def build_scalar(told: Any, data: bytes | memoryview) -> Any:
     """A numpy scalar, such as ``numpy.float64(0.5)``."""
-    dtype = _dtype(dtype_text)
+    dtype = _dtype(told)
     if dtype.itemsize != len(data):
-        raise ProtocolError(f"a scalar of {len(data)} bytes that says {dtype_text}")
+        raise ProtocolError(f"a scalar of {len(data)} bytes that says {told}"[:200])
     return dtype.type() if not data else _filled(dtype, [], data)[()]  # numpy.str_("") has no bytes
 
 
@@ -49,22 +49,71 @@ def _filled(dtype: Any, shape: list[int], data: bytes | memoryview) -> Any:
     if data:
         raw = array.reshape(-1).view(numpy.uint8)
         raw[:] = numpy.frombuffer(data, numpy.uint8)
-        _check_content(array, raw)
+        _check_content(array)
     return array
 
 
-def _check_content(array: Any, raw: Any) -> None:
+def _check_content(array: Any) -> None:
     """A bool of 2 and a character above Unicode are states that numpy itself never makes."""
-    kind, order = array.dtype.kind, array.dtype.str[0]
-    if kind == "b" and raw.max() > 1:
+    dtype = array.dtype
+    if dtype.names is not None:
+        for name in dtype.names:
+            _check_content(array[name])
+    if dtype.kind not in "bU" or not array.nbytes:
+        return
+    import numpy
+
+    flat = numpy.ascontiguousarray(array).reshape(-1)  # a copy where it is a field
+    if dtype.kind == "b" and flat.view("u1").max() > 1:
         raise ProtocolError("a bool that is neither 0 nor 1")
-    if kind == "U" and array.reshape(-1).view(f"{order}u4").max() > 0x10FFFF:
+    if dtype.kind == "U" and flat.view(f"{dtype.str[0]}u4").max() > 0x10FFFF:
         raise ProtocolError("a character that Unicode does not have")
 
 
-def _dtype(text: str) -> Any:
-    if not _DTYPE.fullmatch(text):
-        raise ProtocolError(f"dtype {text[:40]!r} is not data")
+def _check_shape(shape: Any) -> None:
+    good = type(shape) is list and len(shape) <= MAX_DIMENSIONS
+    if not good or not all(type(length) is int and 0 <= length < 1 << 62 for length in shape):
+        raise ProtocolError("an array of an impossible shape")
+
+
+def _records(told: list[Any]) -> Any:
+    """The dtype of records: its fields lie in it one after another, with room between them perhaps."""
+    size, fields = told if len(told) == 2 else (None, None)
+    if type(size) is not int or type(fields) is not list or not 0 < len(fields) <= MAX_FIELDS:
+        raise ProtocolError("records that are none")
+    names, formats, offsets, places = [], [], [], []
+    for field in fields:
+        if type(field) is not list or len(field) != 4 or type(field[0]) is not str or type(field[3]) is not int:
+            raise ProtocolError("a field that is none")
+        name, told_of, shape, offset = field
+        _check_shape(shape)
+        dtype = _dtype(told_of)
+        places.append((offset, offset + dtype.itemsize * math.prod(shape)))
+        names.append(name)
+        formats.append((dtype, tuple(shape)) if shape else dtype)
+        offsets.append(offset)
+    _check_places(names, sorted(places), size)
+    import numpy
+
+    return numpy.dtype({"names": names, "formats": formats, "offsets": offsets, "itemsize": size})
+
+
+def _check_places(names: list[str], places: list[tuple[int, int]], size: int) -> None:
+    before = 0
+    for start, end in places:
+        if start < before:
+            raise ProtocolError("fields that lie upon each other")
+        before = end
+    if not before <= size < 1 << 31 or len(set(names)) != len(names):
+        raise ProtocolError("records that are smaller than their fields, or too large, or two fields of one name")
+
+
+def _dtype(told: Any) -> Any:
+    if type(told) is list:
+        return _records(told)
+    text = told
+    if type(text) is not str or not _DTYPE.fullmatch(text):
+        raise ProtocolError(f"dtype {str(text)[:40]!r} is not data")
     try:
         import numpy
     except ImportError as error:

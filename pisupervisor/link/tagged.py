@@ -186,14 +186,14 @@ def _timedelta(_: Rebuilder, payload: Any) -> datetime.timedelta:
 def _array(rebuilder: Rebuilder, payload: Any) -> Any:
     from pisupervisor.link.arrays import build_array
 
-    dtype, shape, where = fields(payload, str, list, object)
+    dtype, shape, where = fields(payload, object, list, object)
     return build_array(dtype, shape, rebuilder.blob(where))
 
 
 def _scalar(rebuilder: Rebuilder, payload: Any) -> Any:
     from pisupervisor.link.arrays import build_scalar
 
-    dtype, where = fields(payload, str, object)
+    dtype, where = fields(payload, object, object)
     return build_scalar(dtype, rebuilder.blob(where))
 
 
