@@ -95,6 +95,9 @@ DECLARED = [
     ("a", int | str, "a"), (7, int | str, 7), ([POINT], list[Point], [Point(1.0, 2.0)]), (POINT, Point | None, Point(1.0, 2.0)),
     ({"a": [POINT]}, dict[str, list[Point]], {"a": [Point(1.0, 2.0)]}), (1 << 5000, int, 1 << 5000),
     ([-(1 << 64)], list[int], [-(1 << 64)]), (7, typing.Annotated[int, msgspec.Meta(ge=5)], 7), (math.inf, float, math.inf),
+    (np.mean([1.0, 2.0]), float, 1.5), (np.int64(3), int, 3), ([np.int8(3)], list[int], [3]),
+    ({"x": np.float64(1), "y": np.float32(2)}, Point, Point(1.0, 2.0)), ({np.int64(1): np.bool_(1)}, dict[int, bool], {1: True}),
+    ((np.int64(1), "a"), tuple[int, str], (1, "a")), ({np.int64(1)}, set[int], {1}),
 ]  # fmt: skip
 
 
@@ -116,6 +119,7 @@ UNDECLARED = [
     ({"status": "ok", "points": [5]}, Reply), ([1, "x", 2], Pair), (["x"], Pair),
     ("no", typing.Literal["ok", 1]), (True, typing.Literal[1]), (1.5, int | str), (3, typing.Annotated[int, msgspec.Meta(ge=5)]),
     ([POINT, None], list[Point]), (1 << 2000, float), (math.nan, int),
+    (np.float64(1.5), int), (np.int64(1), str), (np.datetime64("2020", "ns"), int), (np.array([1]), list[int]),
 ]  # fmt: skip
 
 

@@ -124,14 +124,45 @@ def build(value: Any, returns: Any) -> Any:
     if returns is None or returns is Any:
         return value
     try:
-        if _is_mixed_enum(returns):
-            return returns(value)
-        return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)
+        return _convert(value, returns)
     except (msgspec.ValidationError, ValueError, AttributeError) as error:  # an array, say, where a dict is wanted
         raise SerializationError(f"the result is not a {_named(returns)}: {error}", direction=_FROM_CHILD) from error
     except (TypeError, RecursionError) as error:
         message = f"returns={_named(returns)} cannot be built: {error}"
         raise SerializationError(message, direction=_FROM_CHILD) from error
+
+
+def _convert(value: Any, returns: Any) -> Any:
+    import msgspec
+
+    if _is_mixed_enum(returns):
+        return returns(value)
+    try:
+        return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)
+    except msgspec.ValidationError:
+        plain = _without_scalars(value)  # numpy.mean() of numbers will do for a float
+        if plain is value:
+            raise
+        return msgspec.convert(plain, returns, builtin_types=_already_built(), dec_hook=_build_other)
+
+
+def _without_scalars(value: Any) -> Any:
+    """``value`` with Python's numbers and text in the place of numpy's; itself where there are none."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return value
+    if isinstance(value, numpy.generic):
+        return value.item() if value.dtype.char in "?bhilqBHILQefdFDSU" else value
+    if type(value) is dict:
+        pairs = [(_without_scalars(key), _without_scalars(item)) for key, item in value.items()]
+        changed = any(
+            a is not b for pair, old in zip(pairs, value.items(), strict=True) for a, b in zip(pair, old, strict=True)
+        )
+        return dict(pairs) if changed else value
+    if type(value) in (list, tuple, set, frozenset):
+        parts = [_without_scalars(part) for part in value]
+        return type(value)(parts) if any(a is not b for a, b in zip(parts, value, strict=True)) else value
+    return value
 
 
 def check_returns(returns: Any) -> None:
