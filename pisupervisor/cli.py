@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 FAILED, USAGE, TIMED_OUT, NOT_ENFORCED, NOT_FOUND, INTERRUPTED, OUT_OF_MEMORY = 1, 2, 124, 126, 127, 130, 137
 LARGEST_OWN_CODE = 125
+MOST_ITEMS = 10_000  # of a target that is a generator
 
 _EPILOG = """\
 exit codes of run: the target's own when it is an int from 0 to 125; 124 timeout, 137 memory limit, 126 a required
@@ -232,12 +233,28 @@ def _repeated(again: bool, call: Callable[[], ExitInfo]) -> ExitInfo:
 
 
 def _returned(result: CallResult) -> Outcome:
-    value = result.value
+    value = _all_items(result.value)
     own = type(value) is int and 0 <= value <= LARGEST_OWN_CODE
     return Outcome(
         value if own else 0, "returned", value, None, result.stdout, result.stderr, result.truncated, result.duration,
         result.usage.cpu_time, result.usage.peak_memory,
     )  # fmt: skip
+
+
+def _all_items(value: Any) -> Any:
+    """A generator's items, as a list. Raises SerializationError for one that does not end."""
+    from pisupervisor.objects import IsolatedStream
+
+    if not isinstance(value, IsolatedStream):
+        return value
+    from itertools import islice
+
+    items = list(islice(value, MOST_ITEMS + 1))
+    if len(items) > MOST_ITEMS:
+        from pisupervisor.errors import SerializationError
+
+        raise SerializationError(f"the target yields more than {MOST_ITEMS} items", direction="from child")
+    return items
 
 
 def _script_outcome(info: ExitInfo) -> Outcome:

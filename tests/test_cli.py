@@ -106,6 +106,14 @@ class TestRun:
         assert done.stdout == "to stdout\n{'answer': (1, 2.5, None)}\n"
         assert done.stderr == "to stderr\n"
 
+    def test_a_generators_items_are_its_result(self, plugin: str) -> None:
+        with open(plugin, "a") as file:
+            file.write("def count(stop):\n    n = 0\n    while n != int(stop):\n        yield n\n        n += 1\n")
+        assert run("run", f"{plugin}:count", "--", "3").stdout == "[0, 1, 2]\n"
+        done = run("run", f"{plugin}:count", "--", "-1")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "more than 10000 items" in done.stderr
+
     def test_output_is_bounded_and_says_so(self, plugin: str) -> None:
         done = run("run", f"{plugin}:flood")
         assert len(done.stdout) == 1 << 20

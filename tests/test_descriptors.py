@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from helpers import linux, nothing_left, open_fds
 
-from pisupervisor import Descriptor, Limits, ProcessIsolator, SerializationError
+from pisupervisor import Descriptor, Limits, OptionsError, ProcessIsolator, SerializationError
 from pisupervisor.link.descriptors import check
 
 # --- which may pass, without a child ---------------------------------------------------------------------------------
@@ -343,6 +343,12 @@ def test_what_is_more_than_its_descriptor_is_refused(make: Callable[[Path], Any]
 
 
 @linux
+@pytest.mark.parametrize("wrong", ["x", None, 1.5], ids=repr)
+def test_what_is_no_descriptor(wrong: Any) -> None:
+    with pytest.raises(OptionsError, match="Descriptor: expected a number"):
+        Descriptor(wrong)
+
+
 def test_too_many_at_once_are_refused() -> None:
     pipes = [os.pipe() for _ in range(33)]
     ends = [Descriptor(end) for pipe in pipes for end in pipe]

@@ -14,7 +14,7 @@ import stat
 import sys
 from typing import Any
 
-from pisupervisor.errors import SerializationError
+from pisupervisor.errors import OptionsError, SerializationError
 
 _O_PATH = 0o10000000
 _SO_PROTOCOL, _SO_DOMAIN = 38, 39
@@ -51,6 +51,8 @@ class Descriptor:
     """
 
     def __init__(self, fd: int | Any) -> None:
+        if not isinstance(fd, int) and not hasattr(fd, "fileno"):
+            raise OptionsError(f"Descriptor: expected a number, or something with a fileno(), not {fd!r}"[:200])
         self.fd: int = fd if isinstance(fd, int) else fd.fileno()
 
     def fileno(self) -> int:

@@ -24,6 +24,8 @@ def replace(keeper: Keeper, deadline: float | None, wanted: Callable[[], bool] |
     stops = keeper.stops
     delay = _delay(keeper)
     if deadline is not None and time.monotonic() + delay > deadline:
+        if not keeper.crashed:
+            raise CallTimeout("the last child has ended, and the deadline leaves no time to start another")
         raise CallTimeout(f"the child crashed, and the next one starts in {delay:.1f} s, after the deadline")
     if keeper.crashed or keeper.last_exit is None:
         keeper.teller.tell(
