@@ -165,8 +165,8 @@ class ProcessIsolator:
     def run_script(
         self, path: str | os.PathLike[str], argv: Sequence[str] = (), *, timeout: float | None = None
     ) -> ExitInfo:
-        """Run a file like ``python tool.py --fast``: ``argv`` without the name. The child lives on; the ExitInfo is the
-        script's: its exit code, stdout and stderr.
+        """Run a file like ``python tool.py --fast``: ``argv`` without the name. Threads that it starts are waited for, and its
+        exit handlers run. The child lives on; the ExitInfo is the script's: its exit code, stdout and stderr.
         """
         from pisupervisor.link.calls import is_exit_code
         from pisupervisor.options import check_argv

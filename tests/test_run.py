@@ -187,6 +187,11 @@ def test_exit_in_a_snippet_is_an_exception(namespace: dict[str, Any]) -> None:
         "print(pickle.loads(pickle.dumps(P(1))))",
         "import sys\nsys.stdout.write('no newline')",
         "import inspect\ndef f():\n    return 1\nprint(inspect.getsource(f))",
+        "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.1), print('thread'))).start()\nprint('main')",
+        "import atexit, sys\natexit.register(print, 'bye')\n@atexit.register\ndef last():\n    print('last')\nsys.exit(3)",
+        "import atexit\natexit.register(print, 'no')\natexit.unregister(print)\nfrom atexit import register\nregister(print, 1)",
+        "import atexit\natexit.register(print, 'after')\n1 / 0",
+        "from concurrent.futures import ThreadPoolExecutor\npool = ThreadPoolExecutor()\nprint(pool.submit(pow, 2, 3).result())",
         "import os, sys\nif os.fork() == 0:\n    print('copy')\n    sys.exit(4)\nprint(os.wait()[1] >> 8)",
     ],
 )  # fmt: skip

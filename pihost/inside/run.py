@@ -6,6 +6,7 @@ import builtins
 import os
 import sys
 
+from pihost.inside import ending
 from pihost.inside.capture import flush
 from pihost.inside.importer import CompileFailed, Importer, Loader, Unit, compile_failed
 from pihost.inside.resolve import IMPORT_HINT, NotFound
@@ -105,8 +106,9 @@ def run_script(library: Library, key: str, argv: Sequence[str]) -> int:
 
     A package folder runs its ``__main__.py`` (as ``python -m package``), so does a zip (its own, or that of its only
     package). Modules of both are loaded anew for each run. An uncaught exception is printed to stderr, exit code 1.
-    Exit handlers are not run and threads not waited for: the process lives on. Raises NotFound where there is no
-    ``__main__.py`` and for module names.
+    Threads that it has begun are waited for, and exit handlers that it has registered itself run, as at the end of a
+    process; what modules of the library have registered is left for the child's own end. Raises NotFound where there is
+    no ``__main__.py`` and for module names.
     """
     unit = library.unit(key)
     if unit.kind == "file":
@@ -142,7 +144,8 @@ def _run_as_main(unit: Unit, file: str, package: str, argv: Sequence[str]) -> in
     own_pid = os.getpid()
     sys.modules["__main__"], sys.argv = main, [unit.origin, *argv]
     try:
-        code = _execute(main, loader, package)
+        with ending.End():
+            code = _execute(main, loader, package)
     finally:
         sys.argv, sys.excepthook = saved[1:]
         if saved[0] is not None:
