@@ -337,3 +337,41 @@ def test_a_module_can_be_a_serializer() -> None:
 def test_what_is_no_serializer(wrong: Any) -> None:
     with pytest.raises(OptionsError, match="results"):
         IsolationOptions(results=wrong)
+
+
+# --- pickles of a child that is trusted --------------------------------------------------------------------------
+
+
+class Basket:
+    def __init__(self, *fruits: str) -> None:
+        self.fruits = fruits
+
+
+@pytest.fixture(scope="module")
+def trusting() -> Iterator[ProcessIsolator]:
+    with ProcessIsolator.create(results="pickle") as isolator:
+        yield isolator
+
+
+def test_pickled_objects_of_the_applications_own_classes(trusting: ProcessIsolator) -> None:
+    """The class went by value: the child has no module of that name, and the host finds its own again."""
+    made = trusting.invoke(lambda: [Basket("fig"), Basket])
+    assert (type(made[0]), made[0].fruits) == (Basket, ("fig",))
+    assert made[1] is Basket
+
+
+def test_what_cannot_be_pickled(trusting: ProcessIsolator) -> None:
+    pid = trusting.pid
+    for make, why in (
+        (threading.Lock, "'_thread.lock'> cannot be pickled"),
+        (lambda: lambda: 1, "does not load here"),
+    ):
+        with pytest.raises(SerializationError, match=why) as caught:
+            trusting.invoke(make)
+        assert caught.value.direction == "from child"
+    assert trusting.pid == pid
+
+
+def test_map_in_a_child_whose_pickles_are_trusted(trusting: ProcessIsolator) -> None:
+    assert list(trusting.map(range, [1, 2])) == [range(1), range(2)]
+    assert [basket.fruits for basket in trusting.map(Basket, ["fig", "pear"])] == [("fig",), ("pear",)]
