@@ -24,6 +24,25 @@ def test_the_largest_range_of_the_user_counts() -> None:
     assert subids.parse(text, ("1001", "")) == (0, 0)
 
 
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("", 100000),
+        ("you:100000:65536\n", 165536),
+        ("you:165536:65536\nme:100000:65536\nyou:100000:65536\n", 231072),
+        ("you:120000:10\n", 120010),
+        ("you:231072:9\nroot:1879048192:1048576\nme:100000:65536", 165536),
+    ],
+)
+def test_ids_that_are_advised_are_nobodys(text: str, first: int, tmp_path: Path) -> None:
+    assert subids.free(text) == first
+    for name in ("subuid", "subgid"):
+        (tmp_path / name).write_text(text if name == "subuid" else "")
+    with pytest.raises(FeatureUnavailable) as caught:
+        subids.find(4242, str(tmp_path))
+    assert f"--add-subgids {first}-{first + 65535} 4242" in str(caught.value.remedy)
+
+
 def test_what_is_missing_is_said_with_the_way_to_get_it(tmp_path: Path) -> None:
     with pytest.raises(FeatureUnavailable) as caught:
         subids.find(4242, str(tmp_path))

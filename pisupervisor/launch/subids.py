@@ -8,7 +8,13 @@ from pisupervisor.errors import FeatureUnavailable, LaunchError
 from pisupervisor.launch.ids import IdBlock
 from pisupervisor.records import NamedTuple
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 BLOCK = 256  #: ids of one template: so many children at once
+SIZE = 65536  #: ids that a user is usually given
+_FIRST = 100_000  # login.defs: SUB_UID_MIN
 _TOOLS = ("newuidmap", "newgidmap")
 _FOLDERS = ("/usr/bin", "/bin", "/usr/local/bin")
 
@@ -23,22 +29,38 @@ class Range(NamedTuple):
 
 def parse(text: str, names: tuple[str, ...]) -> tuple[int, int]:
     """(first, count) of the largest range of one of ``names``: lines ``user-or-number:first:count``; (0, 0): none. Pure."""
-    found = [(0, 0)]
+    found = [(first, count) for name, first, count in _entries(text) if name in names]
+    return max([(0, 0), *found], key=lambda one: one[1])
+
+
+def free(text: str) -> int:
+    """Where ``SIZE`` ids begin that nobody has: with shared ones, one user's processes are another's to kill. Pure."""
+    first = _FIRST
+    for begin, end in sorted((begin, begin + count) for _name, begin, count in _entries(text)):
+        if first + SIZE <= begin:
+            break
+        first = max(first, end)
+    return first
+
+
+def _entries(text: str) -> Iterator[tuple[str, int, int]]:
     for line in text.splitlines():
         name, _, rest = line.strip().partition(":")
         first, _, count = rest.partition(":")
-        if name in names and first.isdecimal() and count.isdecimal():
-            found.append((int(first), int(count)))
-    return max(found, key=lambda one: one[1])
+        if first.isdecimal() and count.isdecimal():
+            yield name, int(first), int(count)
 
 
 def find(uid: int, folder: str = "/etc") -> Range:
     """The user's own. Raises FeatureUnavailable with what to install or to write."""
     names = (str(uid), _name_of(uid))
-    (first_uid, uids), (first_gid, gids) = (parse(_read(f"{folder}/{file}"), names) for file in ("subuid", "subgid"))
+    texts = [_read(f"{folder}/{file}") for file in ("subuid", "subgid")]
+    (first_uid, uids), (first_gid, gids) = (parse(text, names) for text in texts)
     count = min(uids, gids)
     if count < BLOCK:
-        remedy = f"as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 {names[1] or uid}"
+        first = free("\n".join(texts))
+        ids = f"{first}-{first + SIZE - 1}"
+        remedy = f"as root: usermod --add-subuids {ids} --add-subgids {ids} {names[1] or uid}"
         why = f"/etc/subuid and /etc/subgid give uid {uid} {count} ids, and {BLOCK} are needed"
         raise FeatureUnavailable(f"no subordinate ids: {why}", feature="user", remedy=remedy)
     for tool in _TOOLS:
