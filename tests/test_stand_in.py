@@ -173,10 +173,14 @@ def run(user: OrdinaryUser, source: str) -> dict[str, Any]:
 MANY = """
     def eat():
         import os, time
+        reader, writer = os.pipe()
         for _ in range(10):
             if os.fork() == 0:
                 kept = bytearray(b"x") * (20 << 20)
+                os.write(writer, b"x")
                 time.sleep(60)
+        for _ in range(10):
+            os.read(reader, 1)  # an emulated machine that is busy takes more than seconds to fill them
         time.sleep(6)
         return "lived"
 """
