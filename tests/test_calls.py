@@ -143,6 +143,31 @@ def test_state_stays_in_the_child(plugin: Path) -> None:
         assert two.invoke_method(plugin, "Tools.count") == 1
 
 
+def test_what_a_module_puts_in_the_place_of_its_function_is_called(tmp_path: Path) -> None:
+    source = """
+        def work(): return "first"
+        def swap():
+            global work
+            work = lambda: "second"
+        class Tools:
+            @staticmethod
+            def use(): return "first"
+        def swap_class():
+            global Tools
+            class Tools:
+                def use(self): return "second"
+    """
+    path = write(tmp_path, "plugin.py", source)
+    with ProcessIsolator.create() as isolator:
+        work = isolator.get_method(path, "work")
+        assert [work() for _ in range(3)] == ["first"] * 3
+        assert isolator.invoke_method(path, "Tools.use") == "first"
+        isolator.invoke_method(path, "swap")
+        isolator.invoke_method(path, "swap_class")
+        assert [work() for _ in range(3)] == ["second"] * 3
+        assert isolator.invoke_method(path, "Tools.use") == "second"
+
+
 def test_a_module_that_was_not_given_says_how_to_give_it(shared: ProcessIsolator) -> None:
     with pytest.raises(TargetNotFound, match=r"no module 'numpy'(.|\n)*import_paths=\[...\] or modules="):
         shared.invoke_method("numpy", "zeros", 3)

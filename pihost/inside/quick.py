@@ -16,6 +16,7 @@ if False:  # typing costs 5 ms, and only a type checker reads this
     from typing import Any
 
     from pihost.inside.link import Link
+    from pihost.inside.resolve import Found
     from pihost.inside.serve import Worker
 
 _CALL = struct.Struct("<IQII")  # a header, whose first fields are one number here, and the length of the call's head
@@ -31,16 +32,16 @@ class Quick:
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._known: dict[bytes, Callable[..., Any]] = {}
+        self._known: dict[bytes, Found] = {}
 
     def learn(self, head: bytes, call: tuple[Any, ...], answer: tuple[int, list[bytes]]) -> None:
         """That call has come to a value: the next one of the same head need not look for what is called."""
         if answer[0] == wire.RESULT and call[0] in ("method", "kept") and not call[1] and self._worker.sends_plain:
             if len(self._known) >= _MOST:
                 self.forget()
-            function = self._worker.target_of(call)
-            if function is not None:
-                self._known[head] = function
+            found = self._worker.target_of(call)
+            if found is not None:
+                self._known[head] = found
 
     def forget(self) -> None:
         """An object is kept no longer."""
@@ -56,12 +57,12 @@ class Quick:
                 start = at + _CALL.size + head
                 end = at + wire.HEADER.size + length
                 if word == _CALL_WORD and end <= len(data):
-                    function = known.get(bytes(data[at + _CALL.size : start]))
-                    if function is not None:
+                    found = known.get(bytes(data[at + _CALL.size : start]))
+                    if found is not None and found[1].get(found[2]) is found[3]:
                         link.at = end
                         if host is not None:
                             host.call_id = ident
-                        self.answer(link, ident, function, data[start:end])
+                        self.answer(link, ident, found[0], data[start:end])
                         continue
             elif at == len(data) and not link.postponed:
                 if not link.read():

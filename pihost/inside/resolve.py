@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from pihost.inside.importer import Payload
 
+    #: what is called, and where it was found: while the namespace has that thing under that name, it is still so
+    Found = tuple[Callable[..., Any], dict[str, Any], str, Any]
+
 __all__ = ["CompileFailed", "Library", "NotFound"]
 
 #: what a refused import is to say; in the host's words too, where it tells of an exception
@@ -40,8 +43,7 @@ class Library:
 
     def __init__(self) -> None:
         self._units: dict[str, Unit] = {}
-        self._found: dict[tuple[str, str], Callable[..., Any]] = {}
-        self._functions: dict[tuple[str, str], Callable[..., Any]] = {}
+        self._found: dict[tuple[str, str, bool], Found] = {}
         self._importer = Importer()
 
     def add(self, payload: Payload) -> None:
@@ -67,30 +69,33 @@ class Library:
         package; it may be left out where there is only one. Raises NotFound, CompileFailed, and what the user's module
         raises while it is loaded.
         """
-        found = self._found.get((key, target))
-        if found is None:
-            found = self._found[key, target] = self._resolve(self.unit(key), target)
-        return found
+        return self.find(key, target)[0]
 
     def function_for(self, key: str, target: str) -> Callable[..., Any]:
         """The same without an instance made for it: what a class has under that name takes the object as its first
         argument. Raises what ``callable_for`` raises.
         """
-        found = self._functions.get((key, target))
-        if found is None:
-            found = self._functions[key, target] = self._resolve(self.unit(key), target, bound=False)
+        return self.find(key, target, bound=False)[0]
+
+    def find(self, key: str, target: str, *, bound: bool = True) -> Found:
+        """Both, and by what to tell whether it is still so: user code may have put something else in its module's place."""
+        found = self._found.get((key, target, bound))
+        if found is None or found[1].get(found[2]) is not found[3]:
+            found = self._found[key, target, bound] = self._resolve(self.unit(key), target, bound=bound)
         return found
 
-    def _resolve(self, unit: Unit, target: str, *, bound: bool = True) -> Callable[..., Any]:
+    def _resolve(self, unit: Unit, target: str, *, bound: bool) -> Found:
         parts = target.split(".")
         if not all(part.isidentifier() for part in parts):
             raise NotFound("attribute", f"target {target!r} is no dotted name such as 'function' or 'Class.method'")
         where = unit.origin or unit.name
         if unit.kind == "module":
-            return _walk(_import_named(unit.name), parts, where, bound)
-        self._importer.register(unit)  # not before: what only runs as a script must find its name free
-        top = _top_of(unit, parts) if unit.kind == "archive" else unit.name
-        return _walk(_load(unit.names[top]), parts, where, bound)
+            module = _import_named(unit.name)
+        else:
+            self._importer.register(unit)  # not before: what only runs as a script must find its name free
+            module = _load(unit.names[_top_of(unit, parts) if unit.kind == "archive" else unit.name])
+        function = _walk(module, parts, where, bound)
+        return function, vars(module), parts[0], vars(module).get(parts[0])
 
 
 def _load(name: str) -> Any:

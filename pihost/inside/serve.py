@@ -196,9 +196,12 @@ class Worker:
         args, kwargs = load(arguments)
         return function(*args, **kwargs)
 
-    def target_of(self, call: tuple[Any, ...]) -> Callable[..., Any] | None:
+    def target_of(self, call: tuple[Any, ...]) -> resolve.Found | None:
         """What a call of the verbs "method" and "kept" calls, None where it was released meanwhile."""
-        return self.library.callable_for(call[2], call[3]) if call[0] == "method" else objects.kept.find(call[2])
+        if call[0] == "method":
+            return self.library.find(call[2], call[3])
+        function = objects.kept.find(call[2])
+        return None if function is None else (function, {}, "", None)
 
     def add_arena(self, number: int, size: int, kept: bool, dropped: list[int]) -> bool:
         try:
