@@ -733,6 +733,48 @@ def test_two_children_share_no_abstract_socket(network: str) -> None:
     assert isinstance(error, (ConnectionRefusedError, PermissionError))
 
 
+def test_nothing_is_left_in_a_network_that_is_used_again(isolator: ProcessIsolator) -> None:
+    """Network namespaces of dead children are given to others: sockets that only a cycle of messages holds are gone with
+    them. (Landlock forbids TCP ports.)
+    """
+    leave = """
+import array
+left, (one, two), port = socket.socket(socket.AF_UNIX), socket.socketpair(), socket.socket(type=socket.SOCK_DGRAM)
+left.bind("\\0pis_left"); left.listen(); port.bind(("0.0.0.0", 4711))
+one.sendmsg([b"x"], [(1, 1, array.array("i", [each.fileno() for each in (one, two, left, port)]))])
+for each in (one, two, left, port): each.close()
+(os.stat("/proc/self/ns/net").st_ino, socket.socket(socket.AF_UNIX).connect_ex("\\0pis_left"))
+"""
+    look = """
+port, other = socket.socket(type=socket.SOCK_DGRAM), socket.socket(socket.AF_UNIX)
+port.bind(("0.0.0.0", 4711))
+(os.stat("/proc/self/ns/net").st_ino, other.connect_ex("\\0pis_left"), "pis_left" in open("/proc/self/net/unix").read())
+"""
+    left, seen = set(), []
+    for _ in range(4):
+        network, connected = attack(isolator, leave)
+        assert connected == 0, "the control: held by messages alone, it listens as long as its child lives"
+        left.add(network)
+        isolator.restart()
+        seen.append(attack(isolator, look))
+    assert [found[1:] for found in seen] == [(111, False)] * 4  # ECONNREFUSED
+    assert left & {found[0] for found in seen}, "none was used again: nothing was tried"
+
+
+@pytest.mark.parametrize("limit", ["CPU", "NOFILE", "AS", "FSIZE", "STACK"])
+def test_pid_1_without_limits_ends_in_time(isolator: ProcessIsolator, limit: str) -> None:
+    """The payload may change those of PID 1, which has its id, and make it the last of all: that harms itself alone."""
+    code = f"""
+import resource
+os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0)); os.setpriority(os.PRIO_PROCESS, 1, 19)
+resource.prlimit(1, resource.RLIMIT_{limit}, (0, 0))
+os._exit(7)
+"""
+    with bounded(5.0):
+        assert isinstance(attack(isolator, code), ChildTerminated)
+    still_works(isolator)
+
+
 def test_the_hosts_network_gives_no_raw_access() -> None:
     code = """
 got = []
