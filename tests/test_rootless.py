@@ -53,6 +53,37 @@ def test_what_is_missing_is_named_with_its_remedy(ordinary_user: OrdinaryUser) -
     assert any(word in found["remedy"].lower() for word in ("deleg", "root", "a writable cgroup tree"))
 
 
+def test_nobody_waits_for_a_file_that_a_child_has_open(ordinary_user: OrdinaryUser) -> None:
+    """A lease is for a file's owner, which a child with the user's own id is. The control is without a filter."""
+    source = """
+        def lease(path):
+            import fcntl, os
+            global kept
+            kept = os.open(path, os.O_RDONLY)
+            try:
+                return fcntl.fcntl(kept, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            except PermissionError:
+                return "refused"
+        def attempt(filter):
+            folder = os.path.join(os.getcwd(), "leased-" + str(filter))
+            path = os.path.join(folder, "file")
+            os.makedirs(folder)
+            open(path, "w").close()
+            shown = Filesystem(read_only=[folder])
+            wanted = dict(filesystem=shown, security=Security(seccomp=filter), degrade=[*DEGRADED.degrade, "seccomp"])
+            with ProcessIsolator.create(**wanted) as isolator:
+                got = isolator.invoke(lease, path)
+                try:
+                    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+                except BlockingIOError:
+                    return [got, "waits"]
+                return [got, "opened"]
+        tell(default=attempt("default"), permissive=attempt("permissive"), control=attempt(None))
+    """
+    free, held = ["refused", "opened"], [0, "waits"]
+    assert run(ordinary_user, source) == {"default": free, "permissive": free, "control": held}
+
+
 def test_everything_else_holds(ordinary_user: OrdinaryUser) -> None:
     source = """
         with ProcessIsolator.create(DEGRADED) as isolator:

@@ -38,7 +38,7 @@ shows a difference nobody has explained is run once more: some tests measure tim
 STRICT = """
 ## What `strict` refuses
 
-Beside what `default` refuses: locks and leases on files (`fcntl` and `flock`; so no sqlite), watches on them, extended
+Beside what `default` refuses: locks on files (`fcntl` and `flock`; so no sqlite), watches on them, extended
 attributes (an answer as of a file system without them), and these system calls: {names}.
 
 What that means to the sample of CPython's tests that continuous integration runs:

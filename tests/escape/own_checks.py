@@ -132,6 +132,12 @@ OWN: dict[str, dict[str, object]] = {
         "needs": ["seccomp"], "source": "sync(2), syncfs(2): without privilege, on whatever file system a file is shown of",
         "code": "fd=os.open('/usr',0)\nfor call in ((162,),(306,fd)): deny(lambda:sc(*call),'EPERM')",
     },
+    "O23": {
+        "title": "keep waiting whoever opens a file", "mechanism": "seccomp: no leases", "needs": ["seccomp"],
+        "source": "fcntl(2) F_SETLEASE, fs.lease-break-time (45 s): for a file's owner, on a descriptor that only reads",
+        "code": "import fcntl\nopen('/tmp/leased','w').close(); fd=os.open('/tmp/leased',0)\n"
+        "deny(lambda:fcntl.fcntl(fd,1024,0),'EPERM')",
+    },
     "O22": {
         "title": "have the other threads of its core stand idle", "mechanism": "seccomp: no PR_SCHED_CORE",
         "needs": ["seccomp"], "source": "core-scheduling.rst (5.14): a cookie of one's own, without privilege",
