@@ -193,6 +193,19 @@ def test_a_host_where_no_child_starts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.linux
+def test_nowhere_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a read-only root."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(doctor_lab.tempfile, "gettempdir", none)
+    found = by_name(doctor.examine())["seccomp"]
+    assert "no folder to write" in found.cause
+    assert "--tmpfs /tmp" in found.remedy
+
+
+@pytest.mark.linux
 @pytest.mark.root
 def test_a_wall_that_does_not_stand_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The children get no seccomp filter behind the doctor's back."""

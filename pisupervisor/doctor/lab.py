@@ -18,7 +18,7 @@ from typing import Any
 
 from pisupervisor.doctor import probes
 from pisupervisor.doctor.probes import Probe
-from pisupervisor.errors import ChildTerminated, OptionsError
+from pisupervisor.errors import ChildTerminated, LaunchError, OptionsError
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.launch.features import Features
 from pisupervisor.limits.blockdev import block_device
@@ -124,7 +124,7 @@ class Lab:
 
     def _files(self) -> tuple[str, str | None]:
         """A folder of ours, and a file in it of which parts can be read from a disk (None where no folder lies on one)."""
-        folders = [folder for folder in (tempfile.gettempdir(), "/var/tmp", os.getcwd()) if os.access(folder, os.W_OK)]
+        folders = [folder for folder in (_temporary(), "/var/tmp", os.getcwd()) if os.access(folder, os.W_OK)]
         on_disk = next((folder for folder in folders if _lies_on_disk(folder)), None)
         made = tempfile.TemporaryDirectory(prefix="pisupervisor-doctor-", dir=on_disk)
         folder = self._stack.enter_context(made)
@@ -229,6 +229,14 @@ def _cpu_time(isolator: ProcessIsolator) -> float:
     if used is None:
         raise ProbeFailed("nobody counts CPU time here")
     return used
+
+
+def _temporary() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # in a container with a read-only root
+        remedy = "docker or podman run --tmpfs /tmp, Kubernetes: an emptyDir at /tmp; or TMPDIR=FOLDER"
+        raise LaunchError("the doctor has no folder to write its secrets to", step="doctor", remedy=remedy) from None
 
 
 def _lies_on_disk(folder: str) -> bool:

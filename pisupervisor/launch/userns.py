@@ -137,5 +137,5 @@ def _as_a_user(found: Situation) -> str:
     also = f"; and either way, {FILTER}" if found.filtered else ""
     return (
         f"this root lacks {names}, as a container's does: run the application as an ordinary user in it (docker or podman run"
-        f" --user 1000), or add {adding}{also}"
+        f" --user 1000), or leave it these: docker or podman run {adding}{also}"
     )

@@ -56,7 +56,7 @@ def check_sight(options: IsolationOptions, root: bool, subordinate: bool) -> Non
     if subordinate:
         why = "subordinate ids: what memory files a process with another id has open, this user may not see"
         raise FeatureUnavailable(blind + why, feature="user", remedy=f"leave subordinate_ids out, or {a_group}")
-    if root and not userns.has_capability(userns.SYS_PTRACE):
+    if root and not userns.has_capability(userns.SYS_PTRACE) and not userns.situation().lacks:  # those are told first
         raise FeatureUnavailable(
             f"{blind}a root without CAP_SYS_PTRACE: what memory files a process with another id has open, it may not see",
             feature="memory",
