@@ -196,3 +196,11 @@ class RestartLimitReached(IsolationError):
 
 class IsolatorClosed(IsolationError):
     """The isolator was closed (or belongs to another process: it does not survive a fork of the application)."""
+
+
+def __getattr__(name: str) -> Any:
+    if name != "CallCancelled":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pisupervisor.futures import CallCancelled
+
+    return CallCancelled

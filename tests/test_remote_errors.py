@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import pisupervisor
 from pihost.inside.raised import describe_exception
 from pisupervisor import (
     CallCancelled,
@@ -35,6 +36,7 @@ from pisupervisor import (
     SerializationError,
     SyscallViolation,
     TargetNotFound,
+    errors,
 )
 from pisupervisor.link import remote_errors
 from pisupervisor.link.remote_errors import remote_error
@@ -153,6 +155,13 @@ def test_every_error_survives_a_pickle_and_a_copy(error: IsolationError) -> None
     error.stdout = "what it wrote"
     for again in (copy.copy(error), copy.deepcopy(error), pickle.loads(pickle.dumps(error))):
         assert (type(again), str(again), again.args, vars(again)) == (type(error), str(error), error.args, vars(error))
+
+
+def test_all_errors_are_found_in_one_place() -> None:
+    for name in ("CallCancelled", "CallTimeout", "IsolationError"):
+        assert getattr(errors, name) is getattr(pisupervisor, name)
+    with pytest.raises(AttributeError, match="Nonsense"):
+        errors.Nonsense  # noqa: B018
 
 
 def test_errno_arrives() -> None:

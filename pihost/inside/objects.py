@@ -29,7 +29,7 @@ class Objects:
         try:
             return self._kept[number]
         except KeyError:
-            raise Released(f"object {number} was released") from None
+            raise Released(f"object {number} was released, or belongs to another child") from None
 
     def find(self, number: int) -> Any:
         """The same, None where there is no such object."""
