@@ -118,6 +118,7 @@ class Filesystem:
     """What the child sees beside the interpreter and its libraries.
 
     ``read_only`` and ``writable`` are host paths, shown at the same place, or ``(host path, path in the child)``.
+    A UNIX socket in one of them can be connected to, as far as its mode allows; in a ``frozen`` one it cannot.
 
     ``frozen`` are folders likewise, read-only, for what does not change while children live (what does is seen late, or not
     at all, and file systems mounted below are not shown). The child's locks and watches on them concern nobody outside of

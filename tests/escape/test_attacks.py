@@ -147,6 +147,18 @@ def test_a_lock_in_a_frozen_folder_is_none_outside(shared: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
+@pytest.mark.parametrize(("how", "answer"), [("read_only", 0), ("frozen", 111)])
+def test_a_socket_in_a_folder_that_is_shown(shared: Path, how: str, answer: int) -> None:
+    """SECURITY.md says so: read-only is no wall before a socket, nor is Landlock (of ABI 7)."""
+    features.need("overlay")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(shared / "service"))
+        listener.listen()
+        (shared / "service").chmod(0o777)
+        with ProcessIsolator.create(filesystem=Filesystem(**{how: [(str(shared), "/given")]})) as isolator:
+            assert attack(isolator, "socket.socket(socket.AF_UNIX).connect_ex('/given/service')") == answer
+
+
 def test_a_frozen_folder_below_scratch_and_what_no_layer_can_be(shared: Path) -> None:
     (shared / "data").write_text("words")
     with ProcessIsolator.create(filesystem=Filesystem(frozen=[(str(shared), "/tmp/given")])) as isolator:
