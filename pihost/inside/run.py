@@ -6,7 +6,6 @@ import builtins
 import os
 import sys
 
-from pihost.inside import ending
 from pihost.inside.capture import flush
 from pihost.inside.importer import CompileFailed, Importer, Loader, Unit, compile_failed
 from pihost.inside.resolve import IMPORT_HINT, NotFound
@@ -138,13 +137,15 @@ def _main_file(unit: Unit) -> str:
 
 
 def _run_as_main(unit: Unit, file: str, package: str, argv: Sequence[str]) -> int:
+    from pihost.inside.ending import End
+
     loader = Loader(unit, file)
     main = _main_module(unit, loader, package)
     saved = sys.modules.get("__main__"), sys.argv, sys.excepthook
     own_pid = os.getpid()
     sys.modules["__main__"], sys.argv = main, [unit.origin, *argv]
     try:
-        with ending.End():
+        with End():
             code = _execute(main, loader, package)
     finally:
         sys.argv, sys.excepthook = saved[1:]
