@@ -18,7 +18,7 @@ OWN: dict[str, dict[str, object]] = {
         "code": "p={l.split(':',2)[2].strip() for l in open('/proc/self/cgroup')}; want(p<={'/'},p)",
     },
     "O03": {
-        "title": "how long the host is up", "mechanism": "time ns with offsets", "needs": ["time namespace"],
+        "title": "the host's clocks since boot", "mechanism": "time ns with offsets", "needs": ["time namespace"],
         "source": "time_namespaces(7)",
         "code": "u=time.clock_gettime(time.CLOCK_BOOTTIME); want(u<60,u)",
     },
