@@ -6,18 +6,21 @@ import signal
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 
 pytestmark = [pytest.mark.linux, pytest.mark.root, pytest.mark.bed]
 
+TOP = Path(__file__).parent.parent
 CALL = 'isolator.invoke_method("json", "dumps", [1])'
 
 
 def run(before: str, after: str = "") -> str:
     """What an application prints that has done ``before``, made an isolator, called, and done ``after``."""
     program = f"""
-import os, signal, time
+import os, signal, sys, time
+sys.path.insert(0, {str(TOP)!r})  # also where it is not installed, and the working directory is another
 {textwrap.dedent(before)}
 from pisupervisor import ProcessIsolator
 with ProcessIsolator.create() as isolator:
