@@ -271,9 +271,9 @@ def test_a_step_that_fails(at_step: Any, step: str) -> None:
     assert refused(step.removeprefix("the zygote's "), **at_step("fail", step)).errno == 5
 
 
-@pytest.mark.parametrize(("step", "way_out"), [("mount table", "SYS_CHROOT"), ("stdio", "attach_disconnected")])
-def test_a_step_that_somebody_else_forbids(at_step: Any, step: str, way_out: str) -> None:
-    assert way_out in str(refused(step, **at_step("fail", step)).remedy)
+def test_a_step_that_somebody_else_forbids(at_step: Any) -> None:
+    """What an engine or its profile refuses is told by its error number: see ``test_userns``."""
+    assert "attach_disconnected" in str(refused("stdio", **at_step("fail", "stdio")).remedy)
 
 
 @pytest.mark.parametrize("step", lame.STEPS[1::2])
@@ -313,16 +313,22 @@ AT_A_STEP = [(step, "PID 1") for step in lame.STEPS[::3]] + [(step, "zygote") fo
 @pytest.mark.parametrize(("step", "victim"), AT_A_STEP)
 def test_killed_at_a_step(at_step: Any, step: str, victim: str) -> None:
     def kill() -> None:
-        assert wait_until(lambda: len(descendants(os.getpid())) >= (3 if step == "session" else 2) + before)
-        time.sleep(0.1)
+        assert wait_until(lambda: any(map(hangs, descendants(os.getpid()))))
         zygote = max(child_of(os.getpid()))
         os.kill(zygote if victim == "zygote" else min(child_of(zygote)), signal.SIGKILL)
 
-    before = len(descendants(os.getpid()))
     killer = threading.Thread(target=kill)
     killer.start()
     refused("zygote" if victim == "zygote" else "payload", **at_step("hang", step))
     killer.join()
+
+
+def hangs(pid: int) -> bool:
+    """Whether it is in time.sleep: nothing else of a launch is."""
+    try:
+        return "nanosleep" in Path(f"/proc/{pid}/wchan").read_text()
+    except OSError:
+        return False
 
 
 def child_of(pid: int) -> list[int]:
