@@ -196,7 +196,6 @@ class Lab:
     def _compete(self, probe: Probe, limits: Limits) -> tuple[list[str], Applied]:
         """A child with ``limits`` and one of weight 1000 on one CPU: did the first get its half?"""
         with self._burning(limits) as subject, self._burning(Limits(cpu_weight=1000)) as rival:
-            time.sleep(0.05)
             before = [_cpu_time(isolator) for isolator in (subject, rival)]
             time.sleep(0.3)
             used = [_cpu_time(one) - then for one, then in zip((subject, rival), before, strict=True)]
@@ -205,8 +204,12 @@ class Lab:
         return [f"got {share:.0%} of what two children on one CPU used"] if share > 0.25 else [], applied
 
     def _burning(self, limits: Limits) -> ProcessIsolator:
+        """It burns when this returns: on a busy machine the other one would have had a CPU for itself meanwhile."""
         isolator = ProcessIsolator.create(replace(self.options, limits=limits))
+        enough, until = _cpu_time(isolator) + 0.1, time.monotonic() + 5
         isolator.submit_call(isolator.run_source, self.constants() + probes.RIVAL)
+        while _cpu_time(isolator) < enough and time.monotonic() < until:
+            time.sleep(0.01)
         return isolator
 
     def ask_witness(self) -> dict[str, Any] | None:
