@@ -310,6 +310,7 @@ def stop(engine: Engine) -> None:
         engine.daemon.wait(30)
     else:
         engine("rm", "--all", "--force")
+        engine("system", "migrate")  # which ends the process that keeps an ordinary user's namespace
 
 
 def remove(work: Path) -> None:
@@ -327,7 +328,7 @@ def remove(work: Path) -> None:
                 _rmdir(path)
         shutil.rmtree(work)
     else:  # files of ids that are not ours
-        subprocess.run(["podman", "unshare", "rm", "-rf", str(work)], check=True)
+        subprocess.run(["unshare", "--map-root-user", "--map-auto", "rm", "-rf", str(work)], check=True)
 
 
 def _rmdir(path: Path) -> None:
