@@ -66,7 +66,8 @@ def test_the_walls_stand_without_limits_and_applied_says_what_does_not_hold() ->
 
 @pytest.mark.skipif(may_mount(), reason="no_mounts: they are possible here")
 def test_a_root_without_rights_is_told_so() -> None:
+    """Without a limit for memory: for one that is watched it lacks CAP_SYS_PTRACE too, and is told whichever is met first."""
     with pytest.raises(LaunchError) as caught:
-        ProcessIsolator.create(IsolationOptions(degrade=WITHOUT))
+        ProcessIsolator.create(IsolationOptions(limits=Limits(memory=None, swap=None), degrade=WITHOUT))
     assert caught.value.step == "namespaces"
     assert "lacks CAP_SYS_ADMIN" in str(caught.value.remedy)
