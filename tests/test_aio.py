@@ -430,6 +430,7 @@ def _exit() -> None:
     os._exit(3)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("limit", [0.3, 1.7])
 def test_a_warm_call_that_takes_too_long(limit: float) -> None:
     async def main() -> None:
@@ -554,6 +555,7 @@ def test_callbacks_that_call(plugin: Path) -> None:
     run(main)
 
 
+@pytest.mark.alone
 def test_side_by_side() -> None:
     """parity: 19"""
 

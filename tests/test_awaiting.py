@@ -265,6 +265,7 @@ def test_a_child_that_dies_between_two_items(isolator: ProcessIsolator, plugin: 
         next(other)
 
 
+@pytest.mark.alone
 def test_the_timeout_is_for_each_item(isolator: ProcessIsolator, plugin: Path) -> None:
     stream = isolator.invoke_method(plugin, "hang", timeout=0.3)
     assert next(stream) == 1

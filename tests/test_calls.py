@@ -334,6 +334,7 @@ def test_output_of_an_error_is_lost_but_the_error_is_not(shared: ProcessIsolator
     assert shared.execute(lambda: print("after")).stdout == "after\n"
 
 
+@pytest.mark.alone
 def test_usage_is_told(shared: ProcessIsolator) -> None:
     done = shared.execute(f"{INSIDE}:burn", 0.1)
     usage = done.usage
@@ -427,7 +428,7 @@ def identity(value: Any) -> Any:
     return value
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=lambda value: "set" if isinstance(value, set) else repr(value))
 def test_data_comes_back_as_it_went(shared: ProcessIsolator, value: Any) -> None:
     found = shared.invoke(identity, value)
     assert (type(found), found) == (type(value), value)
@@ -596,6 +597,7 @@ def test_leaving_ends_the_call_not_the_child(source: str) -> None:
 # --- timeouts ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     ("target", "arguments"),
     [
@@ -690,6 +692,7 @@ class TestLimits:
             assert isolator.invoke_method(INSIDE, "fork_bomb", 1000) == 14, "PID 1 and the payload are of the 16"
             assert isolator.applied["pids"].holds
 
+    @pytest.mark.alone
     def test_half_a_core(self) -> None:
         """parity: 24"""
         with ProcessIsolator.create(limits=Limits(cpus=0.5)) as isolator:

@@ -159,6 +159,7 @@ def test_a_peer_that_is_gone(pair: tuple[Connection, socket.socket]) -> None:
         link.call(bytes(1 << 20))
 
 
+@pytest.mark.alone
 def test_a_slow_writer_holds_nobody(pair: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_FRAME_TIME", 0.3)
     link, peer = pair
@@ -189,6 +190,7 @@ def test_thinking_before_the_first_byte_is_allowed(
     timer.join()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("said", [b"", frame()[:5], frame()[:-1]])
 @pytest.mark.parametrize("output", [None, 100])
 def test_the_deadline(pair: tuple[Connection, socket.socket], said: bytes, output: int | None) -> None:

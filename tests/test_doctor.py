@@ -80,6 +80,7 @@ def test_the_witness_agrees() -> None:
     assert witness["securebits"] & 0b10101111 == 0b10101111, "noroot, no_setuid_fixup, no_ambient_raise: set and locked"
 
 
+@pytest.mark.alone
 @pytest.mark.linux
 @pytest.mark.root
 def test_the_text_fits_and_nothing_is_left() -> None:

@@ -16,7 +16,7 @@ from helpers import DEGRADE, wait_until
 
 from pisupervisor import IsolationOptions, Limits, MemoryLimitExceeded, ProcessIsolator
 
-pytestmark = pytest.mark.bed
+pytestmark = [pytest.mark.bed, pytest.mark.alone]
 MIB = 1 << 20
 Tell = Callable[[str, float], None]
 

@@ -78,6 +78,7 @@ def test_wait_and_as_completed(executor: IsolationExecutor) -> None:
     assert failing in cf.wait([failing, executor.submit(time.sleep, 2)], return_when=cf.FIRST_EXCEPTION).done
 
 
+@pytest.mark.alone
 def test_calls_run_side_by_side_in_children_of_their_own(executor: IsolationExecutor) -> None:
     started = time.monotonic()
     list(executor.map(time.sleep, [0.5] * 3))
@@ -173,6 +174,7 @@ def test_shutdown_cancels_what_waits() -> None:
         assert all(future.cancelled() for future in futures[1:])
 
 
+@pytest.mark.alone
 def test_shutdown_without_waiting() -> None:
     with nothing_left():
         executor = IsolationExecutor(OPTIONS, max_workers=2)

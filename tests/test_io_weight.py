@@ -125,6 +125,7 @@ def share(host: CgroupHost, disk: str, weights: tuple[int, int]) -> float:
             os.close(fd)
 
 
+@pytest.mark.alone
 @pytest.mark.root
 def test_two_groups_share_a_disk_by_their_weights(disk: str, need: object) -> None:
     """parity: 34"""
@@ -136,6 +137,7 @@ def test_two_groups_share_a_disk_by_their_weights(disk: str, need: object) -> No
     assert light < alike < heavy, "the control, where both weigh the same, lies between them"
 
 
+@pytest.mark.alone
 @pytest.mark.root
 def test_a_child_gets_its_weight_and_applied_says_on_which_disk(disk: str, need: object) -> None:
     features.need("limits")

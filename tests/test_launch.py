@@ -67,6 +67,7 @@ def test_an_isolator_that_nobody_closed() -> None:
         ProcessIsolator.create().run_source("1")
 
 
+@pytest.mark.alone
 @pytest.mark.unhurried
 def test_the_start_timeout() -> None:
     """parity: 1, 2"""
@@ -91,6 +92,7 @@ def test_the_start_timeout() -> None:
             assert len(descendants(zygote)) == 6, "what was asked for in vain did not come late"
 
 
+@pytest.mark.alone
 def test_a_preload_that_takes_too_long(tmp_path: Path) -> None:
     """parity: 2"""
     write(tmp_path, "slow_module.py", "import time\ntime.sleep(60)\n")

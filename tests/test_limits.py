@@ -437,6 +437,7 @@ class TestPids:
         assert group.pids() == []
 
 
+@pytest.mark.alone
 class TestCpu:
     pytestmark = real
 
@@ -643,6 +644,7 @@ class TestEnding:
         assert group.kill()
         assert group.events().pids_max == 0
 
+    @pytest.mark.alone
     def test_a_throttled_group_dies_at_once(self, new_group: Callable[..., ChildGroup]) -> None:
         group = new_group(cpus=0.02, pids=32)
 
@@ -780,6 +782,7 @@ class TestFailure:
 class TestSweep:
     pytestmark = real
 
+    @pytest.mark.alone
     def test_groups_of_dead_owners_go_and_those_of_living_ones_stay(
         self, new_group: Callable[..., ChildGroup], host: CgroupHost
     ) -> None:

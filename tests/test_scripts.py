@@ -185,6 +185,7 @@ def test_the_witness_sees_a_cgroup_that_is_left_behind() -> None:
     assert witness.facts(with_groups=True)[3] == ("cgroups: 1 seen, 0 left", True)
 
 
+@pytest.mark.alone
 @pytest.mark.linux
 @pytest.mark.root
 def test_an_interrupted_demo_leaves_nothing() -> None:
@@ -202,6 +203,7 @@ def test_an_interrupted_demo_leaves_nothing() -> None:
     assert not [pid for pid in below if Path("/proc", str(pid)).exists()]
 
 
+@pytest.mark.alone
 @pytest.mark.linux
 @pytest.mark.root
 def test_the_demo_holds_everything() -> None:
@@ -223,6 +225,7 @@ def test_the_demo_says_so_when_a_wall_is_missing(monkeypatch: pytest.MonkeyPatch
     assert "listener heard 1 calls" in verdict.outcome
 
 
+@pytest.mark.alone
 @pytest.mark.linux
 @pytest.mark.rootless
 def test_an_ordinary_user_is_told_what_is_missing(ordinary_user) -> None:
@@ -282,6 +285,7 @@ def test_the_benchmark_of_walls_calls_both_children() -> None:
         assert all(row["bare_us"] > 0 and row["ratio"] > 0 for row in figures.values())
 
 
+@pytest.mark.alone
 @pytest.mark.linux
 @pytest.mark.root
 def test_a_short_soak() -> None:
@@ -297,6 +301,7 @@ def test_a_short_soak() -> None:
     assert [result[name] for name in violations] == [0] * 5
 
 
+@pytest.mark.alone
 @pytest.mark.linux
 @pytest.mark.root
 def test_a_soak_sees_what_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,14 +331,17 @@ def test_a_soak_sees_what_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the gate ---------------------------------------------------------------------------------------------------------
 
 
-def gate(folder: Path, source: str, required: str, probes: str = "{}") -> subprocess.CompletedProcess[str]:
+def gate(folder: Path, source: str, required: str, probes: str = "{}", *more: str) -> subprocess.CompletedProcess[str]:
     """A pytest run of its own over one test file, behind the real conftest; ``probes`` takes the place of real ones."""
-    shutil.copy(TOP / "tests/conftest.py", folder)
+    for name in ("conftest.py", "turns.py"):
+        shutil.copy(TOP / "tests" / name, folder)
     real = (TOP / "tests/features.py").read_text()
     (folder / "features.py").write_text(f"{real}\nPROBES.update({probes})\n")
     (folder / "test_it.py").write_text("import pytest\n" + source)
-    (folder / "pytest.ini").write_text("[pytest]\nmarkers =\n    linux: x\n    root: x\n    rootless: x\n")
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", str(folder)]
+    (folder / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n    linux: x\n    root: x\n    rootless: x\n    alone: x\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", str(folder), *more]
     return run(*command, PISUPERVISOR_REQUIRE=required, PYTHONPATH=str(TOP))
 
 
@@ -348,9 +356,11 @@ SKIPS = {
 }
 
 
-@pytest.mark.parametrize("how", SKIPS)
-def test_a_skipped_required_feature_fails_the_run(how: str, tmp_path: Path) -> None:
-    done = gate(tmp_path, SKIPS[how], required="seccomp")
+@pytest.mark.parametrize(
+    ("how", "more"), [*((how, "-v") for how in SKIPS), ("in the test", "-n2"), ("whole module", "-n2")]
+)
+def test_a_skipped_required_feature_fails_the_run(how: str, more: str, tmp_path: Path) -> None:
+    done = gate(tmp_path, SKIPS[how], "seccomp", "{}", more)
     assert done.returncode not in (0, 5), done.stdout
     assert "skipped, though PISUPERVISOR_REQUIRE names seccomp: Skipped: seccomp: " in done.stdout
 
@@ -381,6 +391,40 @@ def test_a_required_feature_that_nobody_knows_is_a_mistake(tmp_path: Path) -> No
 
 def test_no_test_at_all_is_a_failure(tmp_path: Path) -> None:
     assert gate(tmp_path, "", required="").returncode == pytest.ExitCode.NO_TESTS_COLLECTED
+
+
+#: Two such tests meet where they run side by side.
+MEETING = """
+import pathlib, time
+mine, other = (pathlib.Path(__file__).with_name(name) for name in {names})
+@pytest.mark.{mark}
+def test_it():
+    mine.touch()
+    until = time.monotonic() + {patience}
+    while not other.exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    met = other.exists()
+    {at_the_end}
+    assert met is {meets}
+"""
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_what_is_marked_alone_runs_beside_no_other(alone: bool, tmp_path: Path) -> None:
+    """The control: without the mark they do meet."""
+    end = {"patience": 0.5, "at_the_end": "mine.unlink()"} if alone else {"patience": 60, "at_the_end": "pass"}
+    first = MEETING.format(names=("a", "b"), mark="alone" if alone else "usefixtures", meets=not alone, **end)
+    second = MEETING.format(names=("b", "a"), mark="usefixtures", meets=not alone, **end)
+    (tmp_path / "test_other.py").write_text("import pytest\n" + second)
+    done = gate(tmp_path, first, "", "{}", "-n2", "--dist=loadfile")
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+
+
+@pytest.mark.parametrize(("how", "order"), [("-v", ["one", "two"]), ("-n1", ["two", "one"])])
+def test_what_is_marked_alone_comes_last_in_its_file_side_by_side(how: str, order: list[str], tmp_path: Path) -> None:
+    source = "@pytest.mark.alone\ndef test_one(): pass\ndef test_two(): pass\n"
+    assert re.findall(r"PASSED .*::test_(\w+)", gate(tmp_path, source, "", "{}", how).stdout) == order
 
 
 def test_ci_requires_every_feature_that_tests_can_ask_for() -> None:

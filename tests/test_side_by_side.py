@@ -92,6 +92,7 @@ def seconds_for(*calls: Callable[[], Any]) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("work", [sleep, sleep_awaiting])
 def test_they_overlap(work: Callable[[float], Any]) -> None:
     """parity: 19"""
@@ -156,6 +157,7 @@ def test_arguments_of_any_size_reach_their_calls() -> None:
         ]
 
 
+@pytest.mark.alone
 def test_callbacks_run_in_the_thread_whose_call_it_is_and_may_call() -> None:
     with nothing_left(), ProcessIsolator.create(max_concurrency=3) as isolator:
 

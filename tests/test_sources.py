@@ -124,6 +124,7 @@ def test_compiled_code_is_refused_with_the_way_out(reader: CodeReader, tmp_path:
         reader.read(tmp_path / name)
 
 
+@pytest.mark.alone
 def test_fifo_and_device_do_not_hang(reader: CodeReader, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.py")
     for path in (tmp_path / "pipe.py", Path("/dev/zero")):

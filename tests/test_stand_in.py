@@ -302,6 +302,7 @@ class TestOthers:
             pytest.skip(f"numpy: {told['error']}")
         assert told == {"got": float(15 << 20), "own": "MemoryLimitExceeded"}
 
+    @pytest.mark.alone
     @pytest.mark.matrix
     def test_cpu_time_is_held_back(self, ordinary_user: OrdinaryUser) -> None:
         source = """

@@ -187,6 +187,7 @@ def test_ordered_ends_never_count_as_crashes() -> None:
                 isolator.run_source("while True: pass", timeout=0.05)
 
 
+@pytest.mark.alone
 def test_a_stop_overtakes_a_waiting_restart() -> None:
     with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(backoff=60, max_backoff=60)) as isolator:
         with pytest.raises(ChildTerminated):
@@ -330,6 +331,7 @@ def test_deadlines_run_on_while_it_is_paused() -> None:
         assert isolator.invoke(len, "abc") == 3, "another child, which is not paused"
 
 
+@pytest.mark.alone
 @pytest.mark.unhurried
 @pytest.mark.parametrize("end", ["close", "terminate", "abort", "exit", "restart"])
 def test_a_paused_child_can_be_ended(end: str) -> None:

@@ -347,6 +347,7 @@ STUBBORN = {
 }
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("what", STUBBORN)
 def test_a_deadline_kills(what: str) -> None:
     """Also what is stopped, deaf or many; soon after the deadline (50 ms on a quiet machine)."""

@@ -313,6 +313,7 @@ def cost(code: str) -> tuple[str, float, int]:
     return name, float(seconds), int(size)
 
 
+@pytest.mark.alone
 def test_millions_of_empty_buffers_are_refused_at_once() -> None:
     name, seconds, size = cost("n = 7_900_000\nforge(RESULT, struct.pack('<II', 1, n) + bytes(8 * n) + b'1')")
     assert name == "ProtocolError"
@@ -320,6 +321,7 @@ def test_millions_of_empty_buffers_are_refused_at_once() -> None:
     assert size < 400
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("kind", ["RAISED", "REFUSED"])
 def test_an_error_report_of_millions_of_lists_is_refused(kind: str) -> None:
     code = f"""
@@ -336,6 +338,7 @@ time.sleep(100)
     assert size < 400
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "text",
     [

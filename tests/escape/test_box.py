@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import box
 import pytest
@@ -44,7 +45,12 @@ def test_all_checks_are_here() -> None:
     assert len(box.CATALOGUE) == 85
 
 
-@pytest.mark.parametrize("check", [name for name in box.CHECKS if name not in SEEN_FROM_OUTSIDE])
+def told_of(check: str, *layer: str) -> Any:
+    """Those who count the CPU time they get must have the machine to themselves."""
+    return pytest.param(check, *layer, marks=[pytest.mark.alone] if check in ("R10", "R11") else [])
+
+
+@pytest.mark.parametrize("check", [told_of(name) for name in box.CHECKS if name not in SEEN_FROM_OUTSIDE])
 def test_blocked(check: str, around: box.Outside) -> None:
     if reason := absent(check):
         pytest.skip(f"absent here, so nothing would be proved: {reason}")
@@ -53,7 +59,7 @@ def test_blocked(check: str, around: box.Outside) -> None:
     assert box.blocked(lines), f"{box.CHECKS[check]['title']}: {lines}"
 
 
-@pytest.mark.parametrize(("check", "layer"), ABLATIONS)
+@pytest.mark.parametrize(("check", "layer"), [told_of(*each) for each in ABLATIONS])
 def test_gets_out_without_its_layer(check: str, layer: str, around: box.Outside) -> None:
     """A check proves a layer only if it fails with that layer switched off."""
     if reason := absent(check):

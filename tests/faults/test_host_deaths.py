@@ -22,7 +22,8 @@ from pisupervisor import ProcessIsolator
 from pisupervisor.launch.ids import BLOCK
 from pisupervisor.limits.directories import pid_namespace, start_time
 
-pytestmark = pytest.mark.linux
+# The user ids of a dead host are given to the next one, whoever starts it: what wears them is taken for a leftover.
+pytestmark = [pytest.mark.linux, pytest.mark.alone]
 APPLICATION = Path(__file__).with_name("application.py")
 SOON = 1.0
 
