@@ -34,6 +34,12 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("PISUPERVISOR_REQUIRE asks for what this machine lacks: " + "; ".join(absent))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes that share the tests (-n) go by these names."""
+    if changing := [item.nodeid for item in items if " at 0x" in item.nodeid]:
+        raise pytest.UsageError(f"these names differ from run to run, give ids: {changing}")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, needed in features.MARKERS.items():
         if item.get_closest_marker(marker):
