@@ -108,7 +108,7 @@ def test_places_that_cannot_be_made_are_refused(tree: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"rootfs": "/no/such/folder"}, "no folder"), ({"rootfs": "/"}, "no folder"), ({"rootfs": 5}, "expected the path"),
+        ({"rootfs": "/no/such/folder"}, "no folder"), ({"rootfs": "/"}, "no folder"), ({"rootfs": 5}, "expected a path"),
         ({"rootfs": "/etc/passwd"}, "no folder"), ({"overlay": ["var"]}, "no folder in the child"),
         ({"overlay": ["/tmp/x"]}, "no folder in the child"), ({"overlay": ["/"]}, "no folder in the child"),
         ({"overlay": ["/var/../etc"]}, "no folder in the child"), ({"overlay": ["/a:b"]}, "no folder in the child"),
