@@ -83,9 +83,9 @@ def test_memory(tell: Tell) -> None:
 
 def test_quota(tell: Tell) -> None:
     """Two processes on as many CPUs as there are want all they can get."""
-    with ProcessIsolator.create(options(Limits(cpus=0.1))) as isolator:
+    with ProcessIsolator.create(options(Limits(cpus=0.2))) as isolator:
         spin(isolator, "import os\nos.fork()\nwhile True: pass")
-        share = averaged([isolator], lambda used: used[0] / 0.1)
+        share = averaged([isolator], lambda used: used[0] / 0.2)
     tell("quota", share)
     assert 0.95 <= share <= 1.05
 
