@@ -43,6 +43,11 @@ def leftovers() -> Leftovers:
     )  # fmt: skip
 
 
+def spare_is_there() -> bool:
+    """The zygote, and the two of a spare child, which it makes when it has time."""
+    return len(descendants(os.getpid())) == 3
+
+
 @contextmanager
 def nothing_left() -> Iterator[None]:
     """Nothing is there after the block that was not there before it. The kernel may take a moment to forget a thread."""

