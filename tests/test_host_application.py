@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = [pytest.mark.linux, pytest.mark.root, pytest.mark.bed]
+pytestmark = [pytest.mark.linux, pytest.mark.root, pytest.mark.matrix]
 
 TOP = Path(__file__).parent.parent
 CALL = 'isolator.invoke_method("json", "dumps", [1])'
