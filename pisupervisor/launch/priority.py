@@ -33,7 +33,7 @@ def shed(pid: int) -> None:
 
 
 def _be_killable(path: str) -> None:
-    """At -1000 (systemd: OOMScoreAdjust=) a child over its memory limit is not killed: it hangs."""
+    """At -1000 (systemd: OOMScoreAdjust=) nobody is killed for memory (proc(5)), at a group's limit neither."""
     with open(path, "rb", buffering=0) as file:
         spared = int(file.read()) < 0
     if spared:  # else nothing is written: in a child of another isolator Landlock refuses even to open it so
