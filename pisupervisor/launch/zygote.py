@@ -30,7 +30,6 @@ _SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them a
 _CONTROL, _HOST, _LIFELINE = 3, 4, 5
 _GRACE = 2.0  # seconds to hear why it ended
 _UNSHARE_GRACE = 30.0  # seconds for an interpreter to start and make its user namespace, as start_timeout by default
-_SEND = _socket.MSG_NOSIGNAL  # see link.connection
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
 _REMEDIES = {
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
@@ -66,7 +65,7 @@ class Zygote:
             theirs.close()
             lifeline_theirs.close()
             os.close(host)
-        self.control = ours
+        self.control = ours  # SOCK_SEQPACKET: writing to a dead zygote raises no SIGPIPE
         # A stopped zygote must not hold its host when the socket is full; a plan with a large environment must fit.
         ours.settimeout(_GRACE)
         ours.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 1 << 20)
@@ -75,12 +74,12 @@ class Zygote:
         """Tell it what to be. ``write_maps`` is called with its pid as soon as it has its user namespace. Raises LaunchError."""
         priority.shed(self.pid)
         try:
-            self.control.send(plan.dump(), _SEND)  # once for the stage that builds the root,
+            self.control.send(plan.dump())  # once for the stage that builds the root,
             if write_maps is not None and self._has_unshared():
                 write_maps(self.pid)
-                self.control.send(b"1", _SEND)
+                self.control.send(b"1")
             # once for the zygote that wakes up inside it, whose memory children inherit: host paths are none of theirs
-            self.control.send(plan.replaced(root=[]).dump(), _SEND)
+            self.control.send(plan.replaced(root=[]).dump())
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
                 raise OptionsError(
@@ -110,7 +109,7 @@ class Zygote:
             raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
         try:
             rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
-            self.control.sendmsg([b"when idle ", plan.dump()] if when_idle else [plan.dump()], [rights], _SEND)
+            self.control.sendmsg([b"when idle ", plan.dump()] if when_idle else [plan.dump()], [rights])
         except TimeoutError:
             raise LaunchError("the zygote takes no requests", step="start_timeout", remedy="is it stopped?") from None
         except OSError as error:
@@ -119,14 +118,14 @@ class Zygote:
     def hurry(self) -> None:
         """Somebody waits for the child that was to be launched when there is time. Best effort: it is launched anyway."""
         try:
-            self.control.send(b"hurry", _SEND)
+            self.control.send(b"hurry")
         except OSError:
             pass
 
     def warm(self, modules: list[str]) -> None:
         """Have ``modules`` imported for the children to come. Best effort."""
         try:
-            self.control.send(b"import " + " ".join(modules).encode(), _SEND)
+            self.control.send(b"import " + " ".join(modules).encode())
         except OSError:
             pass
 
