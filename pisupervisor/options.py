@@ -434,9 +434,9 @@ def _path(path: Any, name: str) -> str:
 
 def _check_profile(profile: Any) -> None:
     """Whether it can be one; what is in it is looked at when it is used."""
-    module = sys.modules.get("pisupervisor.launch.seccomp")  # whoever has a SeccompProfile has imported it
-    kinds = (str, os.PathLike, type(None), *([module.SeccompProfile] if module else []))
-    if not isinstance(profile, kinds):
+    # Whoever has one has imported it; another thread may be just about to.
+    kind = getattr(sys.modules.get("pisupervisor.launch.seccomp"), "SeccompProfile", type(None))
+    if not isinstance(profile, (str, os.PathLike, type(None), kind)):
         raise ProfileError(f"seccomp: expected a name, a path or a SeccompProfile, not {profile!r}"[:300])
 
 

@@ -34,6 +34,7 @@ from pisupervisor import (
     ExitReason,
     IsolationError,
     IsolationEvents,
+    IsolationOptions,
     IsolatorClosed,
     LaunchError,
     Limits,
@@ -708,3 +709,12 @@ def test_what_a_handler_raises_while_an_answer_is_decoded_is_no_lie_of_the_child
         monkeypatch.setattr(msgspec.json, "decode", decode)
         with pytest.raises(OutOfTime):
             isolator.invoke_method("json", "loads", "[1.5]")
+
+
+@pytest.mark.parametrize("name", ["pisupervisor.launch.seccomp", "msgspec.json"])
+def test_a_module_that_another_thread_is_just_importing(monkeypatch: pytest.MonkeyPatch, name: str):
+    """It stands in sys.modules before it has its names: found by the soak, whose hosts have threads."""
+    with ProcessIsolator.create() as isolator:
+        monkeypatch.setitem(sys.modules, name, type(sys)(name))
+        IsolationOptions(security=Security(seccomp="strict"))
+        assert isolator.invoke_method("json", "loads", "[1.5]") == [1.5]

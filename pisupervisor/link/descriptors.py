@@ -79,8 +79,7 @@ def reduce(obj: Any, passed: list[Passed], networked: bool) -> Any:
 
 
 def _reduce_socket(sock: socket.socket, passed: list[Passed], networked: bool) -> Any:
-    ssl = sys.modules.get("ssl")
-    if ssl is not None and isinstance(sock, ssl.SSLSocket):
+    if isinstance(sock, getattr(sys.modules.get("ssl"), "SSLSocket", ())):
         raise _refused("a TLS socket", "its keys are in this process, and the child would see the cipher text only")
     from pihost.inside.attached import socket as build
 

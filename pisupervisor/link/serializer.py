@@ -49,11 +49,12 @@ def decode_plain(text: bytes, reader: Reader) -> Any:
     """The same for a text that came without buffers, in fewer steps where it is short."""
     if text.isdigit() and len(text) < 19 and (text[0] != _ZERO or len(text) == 1):
         return int(text)
-    json = sys.modules.get("msgspec.json")  # somebody has needed it, and waited for it
-    if json is None or len(text) > MAX_NESTING or b'"$":' in text:
+    # Somebody has needed it, and waited for it; without its name another thread is in the middle of that.
+    from_json = getattr(sys.modules.get("msgspec.json"), "decode", None)
+    if from_json is None or len(text) > MAX_NESTING or b'"$":' in text:
         return decode(text, (), reader=reader)
     try:
-        return json.decode(text)
+        return from_json(text)
     except (
         ValueError,
         RecursionError,
@@ -148,10 +149,10 @@ def _convert(value: Any, returns: Any) -> Any:
 
 def _without_scalars(value: Any) -> Any:
     """``value`` with Python's numbers and text in the place of numpy's; itself where there are none."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
+    generic = getattr(sys.modules.get("numpy"), "generic", None)
+    if generic is None:
         return value
-    if isinstance(value, numpy.generic):
+    if isinstance(value, generic):
         return value.item() if value.dtype.char in "?bhilqBHILQefdFDSU" else value
     if type(value) is dict:
         pairs = [(_without_scalars(key), _without_scalars(item)) for key, item in value.items()]
