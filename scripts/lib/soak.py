@@ -205,10 +205,13 @@ class Referee:
 
     def reap(self, pid: int) -> bool:
         """Whether it is over."""
-        if os.waitpid(pid, os.WNOHANG) == (0, 0):
+        found, status = os.waitpid(pid, os.WNOHANG)
+        if not found:
             return False
         if self.mayflies.pop(pid, None) is not None:
             self.dead.add(pid)
+            if os.WIFEXITED(status):  # it goes on until it is killed
+                self.tally.violate("other errors", "a host has ended of an exception; see stderr")
         elif (since := self.orphans.pop(pid, None)) is not None and pid not in self.daemons:
             self.longest = max(self.longest, time.monotonic() - since)
         self.daemons.discard(pid)
