@@ -335,13 +335,13 @@ def holds_all(conditions: tuple[Condition, ...], args: tuple[int, ...]) -> bool:
     )
 
 
-@pytest.mark.parametrize("profile", ["default", "strict"])
-def test_a_program_is_as_short_as_it_was_made(profile: str) -> None:
-    """Each instruction costs every child 0.2 us at its launch. Before words were masked once for all cases, ends of chains
-    shared, and the tree the cheapest of many, it was 178 and 172; socket filters, PR_SCHED_CORE and leases came to it later (15).
+@pytest.mark.parametrize(("profile", "instructions"), [("default", 147), ("strict", 156), ("permissive", 148)])
+def test_a_program_is_as_short_as_it_was_made(profile: str, instructions: int) -> None:
+    """Each instruction costs every child 0.2 us at its launch. Before what cases have in common was asked once, and every load
+    and mask shared that leads to the same, they were 162, 161 and 157.
     """
     source = Path(packaged_path(profile)).read_bytes()
-    assert len(seccomp_compile.compile_rules(parse_profile(source), "x86_64")) // 8 <= 162
+    assert len(seccomp_compile.compile_rules(parse_profile(source), "x86_64")) // 8 <= instructions
 
 
 @x86_64

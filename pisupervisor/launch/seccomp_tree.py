@@ -7,8 +7,8 @@
 Every child loads the program. Of that time, as measured (kernel 6.18): 15 us whatever it holds, 0.2 us an instruction
 (copying, checking, JIT), and 4 ns for each instruction on the way of each of 470 numbers, because the kernel runs it for
 every number to learn which are always allowed; those then cost a bitmap's look-up and no filter. Hence: alike numbers
-share a leaf, equal chains and equal ends of chains are written once, no word is masked twice in a row, and the tree is
-the one that costs least by these figures (see ``_Shape``).
+share a leaf, equal chains and equal ends of chains are written once, no word is masked twice in a row, what cases have in
+common is asked once, and the tree is the one that costs least by these figures (see ``_Shape``).
 
 The program is written from its end, so that whatever an instruction leads to is already there.
 """
@@ -56,19 +56,20 @@ class Range(NamedTuple):
 
 class _Place(NamedTuple):
     """Where a piece begins, counted from the program's end. If it begins by loading ``word``, and by keeping the bits of
-    ``mask``, whoever has that already goes on at ``behind``.
+    ``mask``, whoever has that already goes on at ``behind``, and who has the whole word at ``masked``.
     """
 
     at: int
     word: int = -1
     mask: int = 0
     behind: int = -1
+    masked: int = -1
 
     def entry(self, word: int, mask: int) -> int:
         """Where to go on for who has these bits of that word."""
         if self.word != word or mask not in (self.mask, _WORD):
             return self.at
-        return self.behind if mask == self.mask else self.at - 1  # all bits: the mask is still to be applied
+        return self.behind if mask == self.mask else self.masked
 
 
 def ranges(decisions: Mapping[int, Decision], beyond: Sequence[tuple[int, Decision]]) -> list[Range]:
@@ -149,6 +150,7 @@ class _Writer:
         self.written: dict[Decision, _Place] = {}
         self.returns: dict[int, _Place] = {}
         self.jumps: dict[Instruction, int] = {}  # with targets in the place of distances
+        self.steps: dict[tuple[int, int, int], int] = {}  # loads and masks, by what they lead to
 
     def tree(self, parts: list[Range]) -> int:
         """Where a tree over these ranges begins; the number is loaded by then."""
@@ -169,8 +171,11 @@ class _Writer:
         place = self.written.get(decision) if decision.cases else self.action(decision.final)
         if place is None:
             place = self.action(decision.final)
-            for conditions, action in reversed(decision.cases):
-                place = self.case(conditions, self.action(action), place)
+            for action, shared, rests in reversed(_alike(decision.cases)):
+                inner = place
+                for rest in reversed(rests):
+                    inner = self.case(rest, self.action(action), inner)
+                place = self.case(shared, inner, place)
             self.written[decision] = place
         return place
 
@@ -216,12 +221,18 @@ class _Writer:
     def test(self, word: int, code: int, value: int, yes: _Place, no: _Place, mask: int = _WORD) -> _Place:
         """Load, mask, compare, and go on behind the load and mask of what compares the same again."""
         behind = self.jump(code, value, yes.entry(word, mask), no.entry(word, mask))
-        if behind != len(self.code) - 1:
-            behind = self.jump_to(behind)
-        if mask != _WORD:
-            self.code.append((_AND, 0, 0, mask))
-        self.code.append((_LOAD, 0, 0, word))
-        return _Place(len(self.code) - 1, word, mask, behind)
+        masked = behind if mask == _WORD else self.step(_AND, mask, behind)
+        return _Place(self.step(_LOAD, word, masked), word, mask, behind, masked)
+
+    def step(self, code: int, value: int, then: int) -> int:
+        """An instruction that is no jump, and on to ``then``."""
+        at = self.steps.get((code, value, then))
+        if at is None or self.is_far(at):
+            if then != len(self.code) - 1:
+                self.jump_to(then)
+            at = self.steps[code, value, then] = len(self.code)
+            self.code.append((code, 0, 0, value))
+        return at
 
     def jump(self, code: int, value: int, yes: int, no: int) -> int:
         if self.is_far(yes):
@@ -242,6 +253,24 @@ class _Writer:
         near = self.code[target]
         self.code.append(near if near[0] == _RETURN else (_JUMP, 0, 0, len(self.code) - target - 1))
         return len(self.code) - 1
+
+
+def _alike(
+    cases: Iterable[tuple[tuple[Condition, ...], int]],
+) -> list[tuple[int, list[Condition], list[list[Condition]]]]:
+    """Neighbours with one action and conditions in common, which are asked for once: (action, those, the others of each)."""
+    groups: list[tuple[int, list[Condition], list[tuple[Condition, ...]]]] = []
+    for conditions, action in cases:
+        last, common, members = groups[-1] if groups else (None, [], [])
+        shared = [condition for condition in common if condition in conditions]
+        if shared and last == action:
+            groups[-1] = (action, shared, [*members, conditions])
+        else:
+            groups.append((action, list(conditions), [conditions]))
+    return [
+        (action, shared, [[condition for condition in member if condition not in shared] for member in members])
+        for action, shared, members in groups
+    ]
 
 
 def _without_dead(code: list[Instruction]) -> list[Instruction]:
