@@ -15,7 +15,7 @@ from helpers import open_fds
 
 from pihost import wire
 from pisupervisor.errors import ProtocolError
-from pisupervisor.link import connection as module
+from pisupervisor.link import answers, channel
 from pisupervisor.link.connection import Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.frames import Frames, Pending
 
@@ -161,7 +161,7 @@ def test_a_peer_that_is_gone(pair: tuple[Connection, socket.socket]) -> None:
 
 @pytest.mark.alone
 def test_a_slow_writer_holds_nobody(pair: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_FRAME_TIME", 0.3)
+    monkeypatch.setattr(channel, "_FRAME_TIME", 0.3)
     link, peer = pair
     stop = threading.Event()
 
@@ -182,7 +182,7 @@ def test_a_slow_writer_holds_nobody(pair: tuple[Connection, socket.socket], monk
 def test_thinking_before_the_first_byte_is_allowed(
     pair: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FRAME_TIME", 0.05)
+    monkeypatch.setattr(channel, "_FRAME_TIME", 0.05)
     link, peer = pair
     timer = threading.Timer(0.3, peer.sendall, (frame(),))
     timer.start()
@@ -389,7 +389,7 @@ def test_what_is_no_answer_among_plain_ones(pair: tuple[Connection, socket.socke
 def test_plain_answers_for_later_are_bounded(
     pair: tuple[Connection, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_HELD", 0)
+    monkeypatch.setattr(answers, "_HELD", 0)
     link, peer = pair
     under_way(link, 2)
     peer.sendall(frame(ident=2, body=wire.pack_text(b"1")))

@@ -23,7 +23,7 @@ from pisupervisor.supervise.turn import Turn, wake
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pisupervisor.link.connection import Answerer
+    from pisupervisor.link.answers import Answerer
     from pisupervisor.supervise.lifecycle import Event, State
     from pisupervisor.supervise.listener import Log
 

@@ -54,7 +54,7 @@ from pisupervisor import (
     SerializationError,
 )
 from pisupervisor.launch import templates
-from pisupervisor.link import connection as connection_module, serializer
+from pisupervisor.link import channel, serializer
 from pisupervisor.link.calls import unpack_answer
 from pisupervisor.link.connection import Answer, Connection, LinkClosed
 from pisupervisor.link.reader import DATA
@@ -145,8 +145,8 @@ def test_H01_a_lie_about_a_frames_length(isolator: ProcessIsolator) -> None:
 
 def test_H02_a_byte_a_second(isolator: ProcessIsolator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The time for a frame runs from its first byte, not from read to read: ten seconds, here one."""
-    assert connection_module._FRAME_TIME == 10.0
-    monkeypatch.setattr(connection_module, "_FRAME_TIME", 1.0)
+    assert channel._FRAME_TIME == 10.0
+    monkeypatch.setattr(channel, "_FRAME_TIME", 1.0)
     with bounded(4.0):
         breaks_the_protocol(
             isolator,

@@ -1,0 +1,258 @@
+"""What comes of the calls under way: frames are given to the calls that they are about, by whoever reads, and what a child asks
+in the middle of a call is answered.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+import time
+
+from pihost import wire
+from pisupervisor.errors import ProtocolError
+from pisupervisor.link.bells import Bell, PollBell
+from pisupervisor.link.callers import this_caller
+from pisupervisor.link.channel import Channel, DeadlinePassed, LinkClosed, NeverSent
+from pisupervisor.link.frames import QUESTIONS, Answer, Pending
+from pisupervisor.link.readers import Readers
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import _socket
+    from collections.abc import Callable
+
+    from pisupervisor.link.arenas import Arenas
+    from pisupervisor.link.output import Output
+
+    Answerer = Callable[[int, bytes, Callable[[], Arenas]], bytes]
+
+_HELD = 4  #: times the largest answer
+
+
+class Answers(Channel):
+    """The half of a ``Connection`` that waits. With ``shared`` one of the callers that wait reads for all."""
+
+    def __init__(
+        self, link: _socket.socket, largest: int, answer: Answerer | None, is_over: Callable[[], bool] | None,
+        make_arenas: Callable[[], Arenas] | None, *, shared: bool,
+    ) -> None:  # fmt: skip
+        super().__init__(link, is_over)
+        self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
+        self.calls: dict[int, Pending] = {}  # under way, by their ids
+        self._answer = answer  # for what the child asks while it works on a call: kind and body in, body out
+        self._in_callbacks: dict[int, list[int]] = {}  # by thread, the ids of their calls
+        self._unowned: list[Pending] = []  # that ask something, and whose caller is not there: whoever reads sees to it
+        self._held = 0  # bytes of answers that nobody has asked for yet
+        self._readers = Readers() if shared else None
+        self._lock = threading.Lock()  # of the readers
+        self._is_broken = False
+        self._make_arenas = make_arenas
+        self._arenas: Arenas | None = None
+
+    # --- waiting ----------------------------------------------------------------------------------------------
+
+    def wait(self, pending: Pending, deadline: float | None = None) -> Answer:
+        """For the answer to a call that was begun. Raises what ``call`` raises."""
+        return self._wait(pending, deadline, None)
+
+    def _wait(self, pending: Pending, deadline: float | None, captured: Output | None) -> Answer:
+        if pending.text is not None:
+            return Answer(wire.RESULT, wire.pack_text(pending.text))
+        try:
+            if self._readers is not None:
+                self._wait_with_others(pending, deadline, captured)
+            while pending.answer is None:
+                if pending.asked is not None:
+                    self._callback(pending, deadline)
+                elif (other := self._take_unowned()) is not None:
+                    self._callback(other, deadline)
+                else:
+                    self._read(deadline, captured)
+            return pending.answer
+        finally:
+            self.calls.pop(pending.ident, None)
+            if pending.size:
+                self.let_go(pending)
+
+    def _wait_with_others(self, pending: Pending, deadline: float | None, captured: Output | None) -> None:
+        try:
+            while pending.answer is None:
+                if self._is_broken:
+                    raise LinkClosed
+                asking = pending if pending.asked is not None else self._take_unowned()
+                if asking is not None:
+                    self._leave(pending)  # the application's function may take its time
+                    self._callback(asking, deadline)
+                elif self._may_read(pending):
+                    self._read(deadline, captured)
+                else:
+                    self._sleep(pending, deadline, captured)
+        finally:
+            self._leave(pending)
+
+    def _take_unowned(self) -> Pending | None:
+        """A call that asks something and has nobody who waits for it, unless somebody does so by now."""
+        while self._unowned:
+            with self._lock:
+                pending = self._unowned.pop() if self._unowned else None
+            if pending is not None and pending.asked is not None:
+                return pending
+        return None
+
+    def _may_read(self, pending: Pending) -> bool:
+        with self._lock:
+            return self._readers is not None and self._readers.may_read(pending)
+
+    def _leave(self, pending: Pending) -> None:
+        with self._lock:
+            successor = self._readers.leave(pending) if self._readers is not None else None
+        if isinstance(successor, Pending):
+            successor.ring()
+
+    def _sleep(self, pending: Pending, deadline: float | None, captured: Output | None) -> None:
+        """Until whoever reads has something for this caller, or reads no more."""
+        bell = pending.bell
+        if captured is not None and isinstance(bell, PollBell):
+            captured.wait_for(bell.fileno(), deadline)
+            bell.clear()
+        elif isinstance(bell, Bell):
+            bell.wait(deadline)
+        if deadline is not None and time.monotonic() >= deadline:
+            raise DeadlinePassed
+
+    def give_up(self) -> None:
+        """The child is dead: nobody waits any more, whatever became of the one who read."""
+        self._is_broken = True
+        for pending in tuple(self.calls.values()):
+            pending.ring()
+
+    # --- reading ----------------------------------------------------------------------------------------------
+
+    def _read(self, deadline: float | None, captured: Output | None) -> None:
+        """Wait for a frame and dispatch it."""
+        try:
+            frame = self._frames.next()
+            while frame is None:
+                self._feed(self._receive(deadline, captured))
+                frame = self._frames.next()
+            self._began = 0.0
+            self.dispatch(frame)
+        except ProtocolError:
+            self._is_broken = True  # nobody reads on behind that
+            raise
+
+    def dispatch_what_is_there(self, *, read: bool = False) -> None:
+        """What was read together with the last answer; ``read``: and what can be read without waiting."""
+        if self._readers is not None:
+            return  # whoever reads does that
+        if read:
+            said = self.receive_at_once()
+            if said is None:
+                return
+            self._feed(said)
+        while True:
+            self._hold(self._frames.take_plain(self.calls))
+            frame = self._frames.next()
+            if frame is None:
+                return
+            self.dispatch(frame)
+
+    def _make_room(self, deadline: float | None) -> None:
+        """The child may be stuck in turn with answers to calls that others wait for: they are read meanwhile."""
+        if self._readers is not None or not self.calls:
+            super()._make_room(deadline)
+        elif self._poll(select.POLLOUT | select.POLLIN, deadline) & select.POLLIN:
+            self.dispatch_what_is_there(read=True)
+
+    def dispatch(self, frame: tuple[int, int, bytes]) -> None:
+        """Give a frame to the call that it is about."""
+        kind, ident, body = frame
+        pending = self.calls.get(ident)
+        if pending is None:
+            others = ", ".join(map(str, [*self.calls][:3])) or "none"
+            raise ProtocolError(f"an answer to call {ident}, where {others} is under way")
+        if not pending.owned and not self._keep(pending, kind, body):
+            return
+        if pending.take(kind, body):
+            if pending.answer is not None:
+                self.calls.pop(ident, None)  # nothing more may come for it
+            elif not pending.owned:
+                self._unowned.append(pending)
+            if pending.bell is not None:
+                pending.bell.ring()
+
+    def _keep(self, pending: Pending, kind: int, body: bytes) -> bool:
+        """What comes for a call of a map lies here until its turn is there. False: nobody wants it."""
+        if pending.is_abandoned and kind not in QUESTIONS:
+            if kind != wire.PIECE:
+                self.calls.pop(pending.ident, None)
+            return False
+        pending.size += len(body)
+        self._hold(len(body))
+        return True
+
+    def _hold(self, size: int) -> None:
+        """So many bytes more, and not too many."""
+        self._held += size
+        if self._held > _HELD * self.largest:
+            raise ProtocolError(f"more than {_HELD * self.largest} bytes of answers that nobody has asked for yet")
+
+    def let_go(self, pending: Pending) -> None:
+        """Somebody has the answer, or nobody will ask for it."""
+        self._held -= pending.size
+        pending.size = 0
+
+    # --- what the child asks ----------------------------------------------------------------------------------
+
+    def in_callback(self, caller: int) -> int:
+        """The id of the call whose callback that thread runs, 0 if it runs none."""
+        chain = self._in_callbacks.get(caller)
+        return chain[-1] if chain else 0
+
+    def _callback(self, pending: Pending, deadline: float | None) -> None:
+        asked = pending.asked
+        if asked is not None and asked[0] == wire.ROOM:
+            self._give_room(pending, asked[1], deadline)
+            return
+        if self._answer is None or asked is None:
+            raise ProtocolError("a callback where there are none")
+        caller = this_caller()
+        chain = self._in_callbacks.setdefault(caller, [])
+        chain.append(pending.ident)
+        try:
+            answer = self._answer(*asked, self.arenas)  # may call into the child in turn
+        finally:
+            chain.pop()
+            if not chain:
+                del self._in_callbacks[caller]
+        if deadline is not None and time.monotonic() >= deadline:
+            raise DeadlinePassed
+        self._tell(pending, answer, (), deadline)
+
+    def _give_room(self, pending: Pending, body: bytes, deadline: float | None) -> None:
+        if len(body) != 8:
+            raise ProtocolError("room asked for without a size")
+        answer, arena = self.arenas().room(int.from_bytes(body, "little"))
+        self._tell(pending, answer, () if arena is None else (arena.fd,), deadline, room=len(answer) > 1)
+
+    def _tell(
+        self, pending: Pending, answer: bytes, fds: tuple[int, ...], deadline: float | None, *, room: bool = False
+    ) -> None:  # fmt: skip
+        pending.has_its_answer(room=room)
+        try:
+            self.send(wire.ANSWER, answer, fds, deadline, pending.ident)
+        except NeverSent as error:
+            raise LinkClosed from error  # the call itself has begun
+
+    def arenas(self) -> Arenas:
+        """The memory that both sides see, made when it is first needed."""
+        with self._lock:
+            if self._arenas is None:
+                from pisupervisor.link.arenas import Arenas
+
+                self._arenas = self._make_arenas() if self._make_arenas is not None else Arenas(0, 0, False)
+            return self._arenas
+
+    def forget_arenas(self) -> None:
+        """The child is gone. Handles may keep this connection, and results that were lent keep their own memory."""
+        self._arenas = None
