@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable
 
+from pisupervisor.limits import directories
 from pisupervisor.limits.cgroups import GroupEvents, GroupIo, GroupUsage
 from pisupervisor.records import replace
 from pisupervisor.results import Applied, Usage
@@ -82,29 +83,30 @@ def with_counts(applied: dict[str, Applied], events: GroupEvents) -> dict[str, A
 
 
 def usage_from_proc(pid: int) -> Usage:
-    """CPU time and peak memory of one process and the children it has reaped; where no cgroup counts."""
+    """CPU time and peak memory of one process and the children it has reaped; where no cgroup counts. As bytes, here and
+    below: a child gives its processes names that are no text.
+    """
     try:
-        with open(f"/proc/{pid}/stat") as stat, open(f"/proc/{pid}/status") as status:
-            ticks = sum(int(text) for text in stat.read().rsplit(")", 1)[1].split()[11:15])
-            peak = next((int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM")), None)
+        ticks = sum(map(int, directories.stat_fields(f"/proc/{pid}")[11:15]))
+        status = directories.read(f"/proc/{pid}/status").splitlines()
     except OSError:
         return Usage()
+    peak = next((int(line.split()[1]) << 10 for line in status if line.startswith(b"VmHWM:")), None)
     return Usage(cpu_time=ticks / os.sysconf("SC_CLK_TCK"), peak_memory=peak)
 
 
 def has_signal_pending(pid: int) -> bool:
     """Whether a signal was sent to the process that it neither blocks nor ignores, and has not seen yet."""
     try:
-        with open(f"/proc/{pid}/status") as status:
-            masks = {
-                name: int(text, 16) for name, _, text in (line.partition(":\t") for line in status) if name in _MASKS
-            }
+        status = directories.read(f"/proc/{pid}/status").splitlines()
     except OSError:
         return True  # it is gone
-    return bool((masks["SigPnd"] | masks["ShdPnd"]) & ~masks["SigBlk"] & ~masks["SigIgn"])
+    parted = (line.partition(b":\t") for line in status)
+    masks = {name: int(text, 16) for name, _, text in parted if name in _MASKS}
+    return bool((masks[b"SigPnd"] | masks[b"ShdPnd"]) & ~masks[b"SigBlk"] & ~masks[b"SigIgn"])
 
 
-_MASKS = ("SigPnd", "ShdPnd", "SigBlk", "SigIgn")
+_MASKS = (b"SigPnd", b"ShdPnd", b"SigBlk", b"SigIgn")
 
 
 def tree(pid: int) -> list[int]:

@@ -37,6 +37,7 @@ from pisupervisor import (
     RestartPolicy,
     Security,
 )
+from pisupervisor.supervise.metrics import has_signal_pending, usage_from_proc
 
 pytestmark = [pytest.mark.linux, pytest.mark.root]
 
@@ -565,6 +566,19 @@ def test_one_child_cannot_take_what_the_hosts_root_may_watch(profile: str, left:
     if fd >= 0:
         os.close(fd)
     assert (fd >= 0) == left
+
+
+@pytest.mark.parametrize("name", [b"\xff\xfe\xff", b") R 1 2 3", b"a\nVmHWM:\t1"])
+def test_names_of_processes_that_are_no_text(isolator: ProcessIsolator, name: bytes) -> None:
+    """They stand in /proc/PID/stat and status as they were given, where the host reads what a child has used."""
+    assert attack(isolator, f"libc.prctl(15, {name!r}, 0, 0, 0); kept = bytearray(1 << 24); 5") == 5
+    used, pid = isolator.resource_usage(), isolator.pid
+    assert pid is not None
+    assert used.pids == 2
+    read = usage_from_proc(pid)
+    assert read.peak_memory is not None
+    assert read.peak_memory > 1 << 24
+    assert has_signal_pending(pid) is False
 
 
 def test_used_up_descriptors_spoil_no_reply(isolator: ProcessIsolator) -> None:
