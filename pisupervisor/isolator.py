@@ -11,7 +11,7 @@ import time
 from pihost import wire
 from pisupervisor.errors import OptionsError
 from pisupervisor.launch.templates import acquire, release
-from pisupervisor.options import IsolationOptions
+from pisupervisor.options import IsolationOptions, merged, split_target
 from pisupervisor.template import chosen
 
 # What is not needed to start a zygote is imported while that wakes up (see ``ProcessIsolator.__init__``).
@@ -118,9 +118,7 @@ class ProcessIsolator:
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._code(path, target)
-        if kwargs:
-            keywords.update(kwargs)
-        call = ("method", code.key, target, self._packer.arguments(args, keywords))
+        call = ("method", code.key, target, self._packer.arguments(args, merged(keywords, kwargs)))
         return self._invoke(call, None, code, timeout, returns, idempotent)
 
     def invoke(
@@ -130,7 +128,7 @@ class ProcessIsolator:
         """Call a function, lambda or closure in the child. It is sent by value with cloudpickle; what it changes there
         changes nothing here. Parameters and errors as for ``invoke_method``.
         """
-        payload = self._packer.function(function, args, {**keywords, **(kwargs or {})})
+        payload = self._packer.function(function, args, merged(keywords, kwargs))
         return self._invoke(("function", payload), None, None, timeout, returns, idempotent)
 
     def execute(
@@ -142,14 +140,14 @@ class ProcessIsolator:
         ``function`` may be a target as text: ``"plugin.py:Tools.shrink"``. Each stream is kept up to ``Limits.output``
         bytes (``truncated`` says if there was more) and decoded as UTF-8 with replacement.
         """
-        merged = {**keywords, **(kwargs or {})}
+        keywords = merged(keywords, kwargs)
         if isinstance(function, str):
-            path, _, target = function.rpartition(":")
+            path, target = split_target(function)
             code = self._code(path, target)
-            call: tuple[Any, ...] = ("method", code.key, target, self._packer.arguments(args, merged))
+            call: tuple[Any, ...] = ("method", code.key, target, self._packer.arguments(args, keywords))
             return self._captured(call, code, timeout, returns, idempotent)
         return self._captured(
-            ("function", self._packer.function(function, args, merged)), None, timeout, returns, idempotent
+            ("function", self._packer.function(function, args, keywords)), None, timeout, returns, idempotent
         )
 
     def run_source(self, source: str, *, timeout: float | None = None, returns: Any = None) -> CallResult:
@@ -165,15 +163,17 @@ class ProcessIsolator:
     def run_script(
         self, path: str | os.PathLike[str], argv: Sequence[str] = (), *, timeout: float | None = None
     ) -> ExitInfo:
-        """Run a file like ``python tool.py --fast``: ``argv`` without the name. Threads that it starts are waited for, and its
-        exit handlers run. The child lives on; the ExitInfo is the script's: its exit code, stdout and stderr.
+        """Run a file like ``python tool.py --fast``: ``argv`` without the name, which is ``path`` as it is given. Threads that
+        it starts are waited for, and its exit handlers run. The child lives on; the ExitInfo is the script's: its exit
+        code, stdout and stderr.
         """
         from pisupervisor.link.calls import is_exit_code
         from pisupervisor.options import check_argv
         from pisupervisor.results import ExitInfo, ExitReason
 
         code = self._reader.read(path)
-        result = self._captured(("script", code.key, check_argv(argv)), code, timeout, None, False, is_exit_code)
+        call = ("script", code.key, [os.fspath(path), *check_argv(argv)])
+        result = self._captured(call, code, timeout, None, False, is_exit_code)
         return ExitInfo(
             exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,
             cpu_time=result.usage.cpu_time, peak_memory=result.usage.peak_memory, stderr_tail=result.stderr[-4096:],
@@ -197,7 +197,7 @@ class ProcessIsolator:
         check_count(in_flight, "in_flight", 1, 1 << 16)
         limit = self.options.call_timeout if timeout is None else check_timeout(timeout)
         if isinstance(function, str):
-            path, _, name = function.rpartition(":")
+            path, name = split_target(function)
             target = Target(self._code(path, name), name)
         else:
             target = Target(None, "", self._packer.function(function, (), {}))
@@ -237,14 +237,14 @@ class ProcessIsolator:
         """Make an object that lives in the child: ``create_object("plugin.py", "Counter", 5)``, with a class or a function
         that makes the object as the target, or ``create_object(Counter, 5)`` for a class or function sent by value.
         """
-        merged = {**keywords, **(kwargs or {})}
+        keywords = merged(keywords, kwargs)
         if callable(code):
-            return self._keep(("create by value", self._packer.function(code, args, merged)), None, timeout)
+            return self._keep(("create by value", self._packer.function(code, args, keywords)), None, timeout)
         if not args or not isinstance(args[0], str):
             raise OptionsError('create_object: name a class too, as in create_object("plugin.py", "Counter", 5)')
         target, *rest = args
         read = self._code(code, target)
-        return self._keep(("create", read.key, target, self._packer.arguments(tuple(rest), merged)), read, timeout)
+        return self._keep(("create", read.key, target, self._packer.arguments(tuple(rest), keywords)), read, timeout)
 
     def copy_object(self, value: Any, *, timeout: float | None = None) -> IsolatedObject:
         """A copy of ``value`` that lives in the child."""

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from pisupervisor.errors import ObjectReleased, OptionsError
+from pisupervisor.options import merged
 from pisupervisor.supervise.session import Outcome
 
 TYPE_CHECKING = False
@@ -38,7 +39,7 @@ class IsolatedObject:
     ) -> Any:  # fmt: skip
         """Call the method ``name``, private ones too. Raises what ``invoke_method`` raises, and ObjectReleased."""
         number = self._live()
-        arguments = self._isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
+        arguments = self._isolator._packer.arguments(args, merged(keywords, kwargs))
         return self._isolator._invoke(
             ("on object", number, name, arguments), None, None, timeout, returns, only_on=self._connection
         )
@@ -174,14 +175,12 @@ class IsolatedMethod:
         self._head = isolator._pack_head("method", False, code.key, target)
 
     def __call__(
-        self, *args: Any, timeout: float | None = None, returns: Any = None, idempotent: bool = False,
+        self, /, *args: Any, timeout: float | None = None, returns: Any = None, idempotent: bool = False,
         kwargs: Mapping[str, Any] | None = None, **keywords: Any,
     ) -> Any:  # fmt: skip
         """As ``isolator.invoke_method(path, target, ...)``."""
-        if kwargs:
-            keywords.update(kwargs)
         isolator, code = self._isolator, self._code
-        arguments = isolator._packer.arguments(args, keywords)
+        arguments = isolator._packer.arguments(args, merged(keywords, kwargs))
         call = ("method", code.key, self._target, arguments)
         if returns is None:
             done = isolator._session.call_plain(call, self._head, arguments, code, timeout, idempotent)
@@ -197,7 +196,7 @@ class IsolatedMethod:
             raise OptionsError(f"expected an IsolatedObject, not {obj!r}; call the method itself for anything else")
         isolator = self._isolator
         code = self._code
-        arguments = isolator._packer.arguments(args, {**keywords, **(kwargs or {})})
+        arguments = isolator._packer.arguments(args, merged(keywords, kwargs))
         call = ("apply", code.key, self._target, obj._live(), arguments)
         return isolator._invoke(call, None, code, timeout, returns, only_on=obj._connection)
 

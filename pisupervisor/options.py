@@ -355,6 +355,23 @@ def check_timeout(value: float) -> float:
     return value
 
 
+def merged(keywords: dict[str, Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keyword arguments of a call, with those that ``kwargs`` brings. Raises OptionsError for what is no mapping."""
+    if kwargs is None:
+        return keywords
+    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
+        raise OptionsError(f"kwargs: expected a dict with names as keys, not {kwargs!r}"[:300])
+    return {**keywords, **kwargs}
+
+
+def split_target(text: str) -> tuple[str, str]:
+    """``"plugin.py:Tools.shrink"`` -> ("plugin.py", "Tools.shrink"). Raises OptionsError where one of them is missing."""
+    path, _, target = text.rpartition(":")
+    if not path or not target:
+        raise OptionsError(f"{text!r} is no target; write it as 'plugin.py:function' or 'module:Class.method'"[:300])
+    return path, target
+
+
 def check_argv(argv: Sequence[str]) -> list[str]:
     """The arguments of a script. Raises OptionsError for one text alone, which would be taken apart, and for what is none."""
     if isinstance(argv, str) or not isinstance(argv, Sequence) or not all(isinstance(each, str) for each in argv):

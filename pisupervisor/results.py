@@ -64,6 +64,12 @@ class ExitInfo:
         return f"{how}: {self.message}" if self.message else how
 
 
+def predicate(info: ExitInfo) -> str:
+    """What follows "the child" in a sentence: "exited with code 3", "was killed by SIGKILL"."""
+    how = info.describe()
+    return how if how.startswith(("exited", "ended")) else f"was {how}"
+
+
 _WORDS = {
     ExitReason.TIMEOUT: "killed at its deadline",
     ExitReason.MEMORY: "oom-killed at its memory limit",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import functools
 import os
 import pathlib
 import pickle
@@ -46,6 +47,11 @@ FACTOR = 10
 
 def uses_helper(number: int) -> int:
     return helper(number) + 1
+
+
+@functools.lru_cache(maxsize=7, typed=True)
+def fibonacci(number: int) -> int:
+    return number if number < 2 else fibonacci(number - 1) + fibonacci(number - 2)
 
 
 @pytest.fixture
@@ -127,6 +133,14 @@ def test_a_closure_takes_its_variables_along_and_the_host_keeps_its_own(in_child
     data = dump_function(work, (1,), {"more": 2}, STDLIB_ONLY)
     assert in_child(data) == "(8, ['a', 'b'], ['fig', 'pear'])"
     assert (names, basket.fruits) == (["a"], ["fig"])
+
+
+def test_a_cached_function_travels_with_what_it_caches_for(in_child: Any) -> None:
+    assert in_child(dump_function(fibonacci, (40,), {}, STDLIB_ONLY)) == "102334155"
+    ask = dump_function(lambda cached: (cached(30), cached.cache_parameters()), (fibonacci,), {}, STDLIB_ONLY)
+    assert in_child(ask) == "(832040, {'maxsize': 7, 'typed': True})"
+    assert dump_call((fibonacci,), {})[1]
+    assert b"fibonacci" in dump_call((fibonacci,), {}, importable=child_importable([os.path.dirname(__file__)]))[0]
 
 
 def test_functions_take_their_helpers_and_globals_along(in_child: Any) -> None:

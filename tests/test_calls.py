@@ -137,6 +137,26 @@ def test_parameters_named_like_ours(shared: ProcessIsolator, plugin: Path) -> No
     assert shared.invoke_method(plugin, "parameters", kwargs=given) == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("kwargs", [[1], 5, {1: 2}, "ab"], ids=repr)
+def test_what_are_no_keyword_arguments(shared: ProcessIsolator, plugin: Path, kwargs: Any) -> None:
+    for call in (
+        lambda: shared.invoke_method(plugin, "_private", kwargs=kwargs),
+        lambda: shared.invoke(dict, kwargs=kwargs),
+        lambda: shared.execute(dict, kwargs=kwargs),
+        lambda: shared.create_object(dict, kwargs=kwargs),
+        lambda: shared.get_method(plugin, "_private")(kwargs=kwargs),
+    ):
+        with pytest.raises(OptionsError, match="kwargs: expected a dict with names as keys"):
+            call()
+
+
+@pytest.mark.parametrize("text", ["plugin.py", ":shrink", "plugin.py:", ""], ids=repr)
+def test_a_target_as_text_says_both_where_and_what(shared: ProcessIsolator, text: str) -> None:
+    for call in (shared.execute, shared.map):
+        with pytest.raises(OptionsError, match=r"is no target; write it as .plugin\.py:function."):
+            call(text, [1])
+
+
 def test_state_stays_in_the_child(plugin: Path) -> None:
     with ProcessIsolator.create() as one, ProcessIsolator.create() as two:
         assert [one.invoke_method(plugin, "Tools.count") for _ in range(3)] == [1, 2, 3]
@@ -380,6 +400,16 @@ def test_a_script(shared: ProcessIsolator, tmp_path: Path, code: int) -> None:
     assert info.stdout == f"['{code}', '--fast'] __main__\n"
     assert info.stderr == "to stderr\n"
     assert info.describe() == f"exited with code {code}"
+
+
+def test_a_script_is_called_what_it_was_called_by(
+    shared: ProcessIsolator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path, "a tool/tool.py", "import sys\nprint(sys.argv)")
+    monkeypatch.chdir(tmp_path)
+    for name in (str(path), "a tool/tool.py", "./a tool/tool.py"):
+        assert shared.run_script(name, ["--fast"]).stdout == f"{[name, '--fast']}\n"
+    assert shared.run_script(Path("a tool") / "tool.py").stdout == "['a tool/tool.py']\n"
 
 
 def test_a_script_whose_import_is_refused_says_how_to_allow_it(shared: ProcessIsolator, tmp_path: Path) -> None:

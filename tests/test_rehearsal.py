@@ -65,6 +65,16 @@ def test_a_module_of_the_users_may_have_the_same_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.linux
+def test_pickle_finds_what_a_snippet_defines() -> None:
+    with nothing_left(), Template() as template:
+        template.create().close()
+        time.sleep(0.3)  # it has rehearsed by now
+        with template.create(), template.create() as isolator:
+            isolator.run_source("class Answer:\n    value = 42\n")
+            assert isolator.run_source("import pickle\npickle.loads(pickle.dumps(Answer())).value").value == 42
+
+
+@pytest.mark.linux
 def test_a_preloaded_module_that_breaks_it_breaks_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "spoiler.py").write_text(
         "from pihost import rehearsal\ndef fail(number): raise RuntimeError\nrehearsal.once = fail\n"

@@ -17,12 +17,12 @@ from typing import Any
 import pytest
 
 from pihost.inside.resolve import IMPORT_HINT, CompileFailed, Library, NotFound
-from pihost.inside.run import exit_code, run_script, run_source, source_namespace, strip_frames
+from pihost.inside.run import exit_code, run_script, run_source, source_module, strip_frames
 from pisupervisor.link.sources import CodeReader
 
 ROOT = Path(__file__).parent.parent
 
-#: Runs the code at argv[1] as a script with the rest as its arguments, as the child does.
+#: Runs the code on stdin as a script with argv[1:] as its ``sys.argv``, as the child does.
 DRIVER = """
 import sys, os, pickle
 sys.path.insert(0, {root!r})
@@ -54,7 +54,8 @@ def clean_interpreter() -> Iterator[None]:
 
 @pytest.fixture
 def namespace() -> dict[str, Any]:
-    return source_namespace()
+    main = sys.modules["__main__"] = source_module()
+    return main.__dict__
 
 
 def as_script(path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
@@ -63,7 +64,9 @@ def as_script(path: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     moved = path.rename(path.with_name(path.name + ".moved"))
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", DRIVER.format(root=str(ROOT)), *argv], input=payload, capture_output=True
+            [sys.executable, "-I", "-S", "-c", DRIVER.format(root=str(ROOT)), str(path), *argv],
+            input=payload,
+            capture_output=True,
         )
     finally:
         moved.rename(path)
@@ -135,9 +138,9 @@ def test_traceback_shows_lines_also_of_earlier_snippets(namespace: dict[str, Any
 def test_lines_are_there_when_linecache_is_imported_last() -> None:
     script = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
     script += """if True:
-        from pihost.inside.run import run_source, source_namespace
+        from pihost.inside.run import run_source, source_module
         assert "linecache" not in sys.modules and "ast" not in sys.modules
-        namespace = source_namespace()
+        namespace = source_module().__dict__
         run_source(namespace, "def f():\\n    1 / 0  # here")
         try:
             run_source(namespace, "f()")

@@ -22,12 +22,11 @@ _KEPT_SNIPPETS = 64
 _HIDDEN = (__file__.rpartition("/inside/")[0] + "/", "<frozen importlib")
 
 
-def source_namespace() -> dict[str, Any]:
-    """The namespace of a new ``__main__`` module, for ``run_source``: dataclasses and pickle find its classes there."""
+def source_module() -> ModuleType:
+    """A new ``__main__`` for ``run_source``: once it is in ``sys.modules``, dataclasses and pickle find its classes there."""
     main = type(sys)("__main__")
     main.__dict__["__builtins__"] = builtins
-    sys.modules["__main__"] = main
-    return main.__dict__
+    return main
 
 
 def run_source(namespace: dict[str, Any], source: str, filename: str = "<source>") -> Any:
@@ -101,7 +100,7 @@ class Snippets:
 
 
 def run_script(library: Library, key: str, argv: Sequence[str]) -> int:
-    """Run the code ``key`` as ``python tool.py ARGV...`` does; the exit code, 0 to 255.
+    """Run the code ``key`` as a script does whose ``sys.argv`` is ``argv``; the exit code, 0 to 255.
 
     A package folder runs its ``__main__.py`` (as ``python -m package``), so does a zip (its own, or that of its only
     package). Modules of both are loaded anew for each run. An uncaught exception is printed to stderr, exit code 1.
@@ -143,7 +142,7 @@ def _run_as_main(unit: Unit, file: str, package: str, argv: Sequence[str]) -> in
     main = _main_module(unit, loader, package)
     saved = sys.modules.get("__main__"), sys.argv, sys.excepthook
     own_pid = os.getpid()
-    sys.modules["__main__"], sys.argv = main, [unit.origin, *argv]
+    sys.modules["__main__"], sys.argv = main, [*argv]
     try:
         with End():
             code = _execute(main, loader, package)

@@ -79,11 +79,13 @@ class Worker:
         # Pipes for what the next call writes, if that is captured: the first that ride on it.
         self.output: list[int] = []
         self.library = resolve.Library()
-        self.namespace = run.source_namespace()
+        self.main = run.source_module()
+        self.namespace = self.main.__dict__
         self.quick = Quick(self)
 
     def begin(self, link: Link, limits: dict[str, int]) -> None:
         """In the child."""
+        sys.modules["__main__"] = self.main  # the zygote's rehearsals had their own
         self.link = self.inbox = link
         self.limits, self.sends_plain = limits, not limits["pickle"]
         self.own_pid = os.getpid()

@@ -278,7 +278,9 @@ def _spawn_with(python: str, spares: list[int]) -> int:
 def _ensure_compiled() -> None:
     """The zygote reads pihost through a read-only mount and cannot keep compiled files: make them before, once."""
     folders = (PACKAGE, os.path.join(PACKAGE, "inside"))
-    if all(_is_compiled(entry) for folder in folders for entry in os.scandir(folder) if entry.name.endswith(".py")):
+    if all(
+        _is_compiled(entry) for folder in folders for entry in list(os.scandir(folder)) if entry.name.endswith(".py")
+    ):
         return
     import compileall
 

@@ -10,7 +10,7 @@ import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import _CacheInfo, _lru_cache_wrapper, cache
 from threading import RLock
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 
@@ -26,7 +26,7 @@ PROTOCOL = 5  # Python 3.8 and later load it
 Importable = Callable[[str], bool]
 
 _OURS = frozenset(("pihost", "cloudpickle"))
-_CODE = (FunctionType, BuiltinFunctionType, type, ModuleType)
+_CODE = (FunctionType, BuiltinFunctionType, type, ModuleType, _lru_cache_wrapper)
 _registry_lock = RLock()  # cloudpickle's registry belongs to the process
 
 
@@ -199,6 +199,8 @@ def _value_pickler() -> Any:
         def reducer_override(self, obj: Any) -> Any:
             if isinstance(obj, _CODE):
                 self.claim(_module_of(obj))
+                if isinstance(obj, _lru_cache_wrapper) and not self.importable(_module_of(obj)):
+                    return _reduce_cached(obj)
             elif isinstance(obj, CodeType):
                 return _reduce_code(obj)
             elif (type(obj).__module__, type(obj).__name__[-4:]) == ("msgspec._core", "Info"):
@@ -232,6 +234,11 @@ def _reduce_code(code: CodeType) -> Any:
         return marshal.loads, (marshal.dumps(code),)
     except ValueError:  # constants that somebody has put into it
         return NotImplemented
+
+
+def _reduce_cached(cached: Any) -> Any:
+    """A function behind ``functools.cache``, its cache empty: pickle and cloudpickle would only name it."""
+    return _lru_cache_wrapper, (cached.__wrapped__, *cached.cache_parameters().values(), _CacheInfo), vars(cached)
 
 
 class _Missing(Exception):

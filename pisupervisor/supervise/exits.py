@@ -7,7 +7,7 @@ import _signal as signal  # signal imports enum for names that nobody needs here
 from pisupervisor import errors
 from pisupervisor.limits.cgroups import GroupEvents
 from pisupervisor.records import replace
-from pisupervisor.results import ExitInfo, ExitReason, signal_name
+from pisupervisor.results import ExitInfo, ExitReason, predicate, signal_name
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def termination(info: ExitInfo, written: tuple[bytes, bytes, bool] = (b"", b"", 
     kind = _ERRORS.get(info.reason, errors.ChildTerminated)
     if written[1]:
         info = replace(info, stderr_tail=written[1][-4096:].decode("utf-8", "replace"))
-    error = kind(f"the child {info.describe()} while the call ran", info)
+    error = kind(f"the child {predicate(info)} while the call ran", info)
     if isinstance(error, errors.SyscallViolation):
         error.syscall = info.syscall
     return error.with_output(*written)

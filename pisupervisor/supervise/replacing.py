@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, LaunchError, RestartLimitReached
+from pisupervisor.results import predicate
 from pisupervisor.supervise import restart, starting
 
 TYPE_CHECKING = False
@@ -67,7 +68,7 @@ def _delay(keeper: Keeper) -> float:
     """Seconds to wait for the next start. Raises IsolatorClosed or RestartLimitReached where there will be none."""
     policy, info = keeper.options.restart, keeper.last_exit
     if info is not None and not restart.permits(policy, info, crashed=keeper.crashed):
-        raise IsolatorClosed(f"the child {info.describe()}, and restart mode {policy.mode!r} starts no other")
+        raise IsolatorClosed(f"the child {predicate(info)}, and restart mode {policy.mode!r} starts no other")
     with keeper.lock:
         delay = None if keeper.state == "failed" else keeper.crashes.delay(time.monotonic())
         if delay is None and keeper.state != "failed" and not keeper.teller.is_telling():
