@@ -9,9 +9,10 @@ import threading
 import time
 
 from pihost import wire
+from pisupervisor.checks import merged, split_target
 from pisupervisor.errors import OptionsError
 from pisupervisor.launch.templates import acquire, release
-from pisupervisor.options import IsolationOptions, merged, split_target
+from pisupervisor.options import IsolationOptions
 from pisupervisor.template import chosen
 
 # What is not needed to start a zygote is imported while that wakes up (see ``ProcessIsolator.__init__``).
@@ -167,8 +168,8 @@ class ProcessIsolator:
         it starts are waited for, and its exit handlers run. The child lives on; the ExitInfo is the script's: its exit
         code, stdout and stderr.
         """
+        from pisupervisor.checks import check_argv
         from pisupervisor.link.calls import is_exit_code
-        from pisupervisor.options import check_argv
         from pisupervisor.results import ExitInfo, ExitReason
 
         code = self._reader.read(path)
@@ -191,11 +192,11 @@ class ProcessIsolator:
         ``timeout`` is for each call, from the answer before it. What a call raises ends the iteration; those that are under
         way then are done all the same. A child that dies ends it too, unless ``idempotent``.
         """
-        from pisupervisor.options import check_count, check_timeout
+        from pisupervisor import checks
         from pisupervisor.supervise.pipeline import Pipeline, Target
 
-        check_count(in_flight, "in_flight", 1, 1 << 16)
-        limit = self.options.call_timeout if timeout is None else check_timeout(timeout)
+        checks.count(in_flight, "in_flight", 1, 1 << 16)
+        limit = self.options.call_timeout if timeout is None else checks.check_timeout(timeout)
         if isinstance(function, str):
             path, name = split_target(function)
             target = Target(self._code(path, name), name)

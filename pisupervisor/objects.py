@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from pisupervisor.checks import merged
 from pisupervisor.errors import ObjectReleased, OptionsError
-from pisupervisor.options import merged
 from pisupervisor.supervise.session import Outcome
 
 TYPE_CHECKING = False

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from pisupervisor.errors import OptionsError, ProfileError
+from pisupervisor import checks
+from pisupervisor.errors import OptionsError
 from pisupervisor.limits.cpuset import CpuSet
-from pisupervisor.limits.sizes import parse_size
 from pisupervisor.records import dataclass, field, fields
 
 TYPE_CHECKING = False  # typing costs 2 ms of a program's start; type checkers know this name
@@ -28,9 +27,6 @@ PROTECTIONS = (
 )  # fmt: skip
 
 
-LONGEST = 2e6  #: seconds, 23 days: the longest wait that poll(2) takes
-
-
 @dataclass(frozen=True, kw_only=True)
 class IoLimit:
     """Throttle for one block device: ``device`` is a device node or any path on its file system; rates are per second."""
@@ -42,9 +38,9 @@ class IoLimit:
     write_iops: int | None = None
 
     def __post_init__(self) -> None:
-        _store(self, "device", _path(self.device, "io.device"))
+        _store(self, "device", checks.path(self.device, "io.device"))
         for name in ("read_bps", "write_bps", "read_iops", "write_iops"):
-            _store(self, name, _size_or_none(getattr(self, name), f"io.{name}"))
+            _store(self, name, checks.size_or_none(getattr(self, name), f"io.{name}"))
             if getattr(self, name) == 0:
                 raise OptionsError(f"io.{name}: 0 would be read as no limit; give a rate above zero, or None")
         if all(getattr(self, f.name) is None for f in fields(self) if f.name != "device"):
@@ -93,22 +89,22 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in ("memory", "memory_high", "swap", "file_size", "scratch", "output", "result"):
-            _store(self, name, _size_or_none(getattr(self, name), name))
+            _store(self, name, checks.size_or_none(getattr(self, name), name))
         if self.memory is not None and int(self.memory) < 8 << 20:
             raise OptionsError(f"memory: {self.memory} bytes is too little for a Python child; give at least 8M")
         for name in ("scratch", "output", "result"):
             if not getattr(self, name):
                 raise OptionsError(f"{name}: give a size above zero")
-        _store(self, "cpus", _number(self.cpus, "cpus", 0.01, 4096.0))
-        _store(self, "cpu_time", _number(self.cpu_time, "cpu_time", 0.01, 1e9))
-        _integer(self.cpu_weight, "cpu_weight", 1, 10000)
-        _integer(self.io_weight, "io_weight", 1, 10000)
-        _integer(self.pids, "pids", 4, 1 << 22)  # PID 1, the payload, and room to report
-        _integer(self.nice, "nice", 0, 19)
-        _integer(self.open_files, "open_files", 32, 1 << 20)
+        _store(self, "cpus", checks.number_or_none(self.cpus, "cpus", 0.01, 4096.0))
+        _store(self, "cpu_time", checks.number_or_none(self.cpu_time, "cpu_time", 0.01, 1e9))
+        checks.count_or_none(self.cpu_weight, "cpu_weight", 1, 10000)
+        checks.count_or_none(self.io_weight, "io_weight", 1, 10000)
+        checks.count_or_none(self.pids, "pids", 4, 1 << 22)  # PID 1, the payload, and room to report
+        checks.count_or_none(self.nice, "nice", 0, 19)
+        checks.count_or_none(self.open_files, "open_files", 32, 1 << 20)
         if self.cpuset is not None and not isinstance(self.cpuset, CpuSet):
             _store(self, "cpuset", CpuSet.parse(self.cpuset))
-        _store(self, "io", tuple(_sequence(self.io, "io")))
+        _store(self, "io", tuple(checks.sequence(self.io, "io")))
         if not all(isinstance(entry, IoLimit) for entry in self.io):
             raise OptionsError("io: expected IoLimit entries, such as io=[IoLimit(device='/dev/sda', write_bps='10M')]")
 
@@ -140,10 +136,10 @@ class Filesystem:
     overlay: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        _store(self, "rootfs", _rootfs(self.rootfs))
-        _store(self, "overlay", _places(self.overlay))
+        _store(self, "rootfs", checks.rootfs(self.rootfs))
+        _store(self, "overlay", checks.overlay(self.overlay))
         for name in ("read_only", "writable", "frozen"):
-            _store(self, name, tuple(_bind(entry, name) for entry in _sequence(getattr(self, name), name)))
+            _store(self, name, tuple(checks.bind(entry, name) for entry in checks.sequence(getattr(self, name), name)))
         for source, _ in self.shown("frozen"):
             if not os.path.isdir(source):
                 raise OptionsError(f"frozen: {source} is no folder; a file can be shown with read_only")
@@ -185,9 +181,9 @@ class Security:
             raise OptionsError(f"watch: {self.watch!r} is none of 'kills', 'trace', 'learn', None")
         if self.watch is not None and self.seccomp is None:
             raise OptionsError(f"watch={self.watch!r}: without a seccomp profile there is nothing to watch")
-        _check_profile(self.seccomp)
+        checks.profile(self.seccomp)
         _store(self, "user", 1000 if self.user is None else self.user)
-        _integer(self.user, "user", 1, 65533)
+        checks.count_or_none(self.user, "user", 1, 65533)
         for name in ("landlock", "nesting", "subordinate_ids"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionsError(f"{name}: expected True or False, not {getattr(self, name)!r}")
@@ -212,10 +208,9 @@ class RestartPolicy:
     def __post_init__(self) -> None:
         if self.mode not in ("on-failure", "always", "never"):
             raise OptionsError(f"restart mode: {self.mode!r} is none of 'on-failure', 'always', 'never'")
-        check_count(self.max_restarts, "max_restarts", 0, 1 << 31)
+        checks.count(self.max_restarts, "max_restarts", 0, 1 << 31)
         for name in ("within", "backoff", "max_backoff"):
-            value = getattr(self, name)
-            _store(self, name, _number(_NO_NUMBER if value is None else value, name, 0.0, 1e9))
+            _store(self, name, checks.number(getattr(self, name), name, 0.0, 1e9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,11 +288,11 @@ class IsolationOptions:
         for name, kind in _PARTS:
             if not isinstance(getattr(self, name), kind):
                 raise OptionsError(f"{name}: expected {kind.__name__}(...), not {getattr(self, name)!r}")
-        _choice(self.network, "network", ("none", "loopback", "host"))
-        _check_what_comes_back(self)
-        _store(self, "environment", MappingProxyType(_environment(self.environment)))
+        checks.choice(self.network, "network", ("none", "loopback", "host"))
+        _store(self, "types", checks.types(self.types, self.results))
+        _store(self, "environment", MappingProxyType(checks.environment(self.environment)))
         for name in ("inherit_environment", "preload", "degrade"):
-            _store(self, name, _strings(getattr(self, name), name))
+            _store(self, name, checks.strings(getattr(self, name), name))
         for module in self.preload:
             if not all(part.isidentifier() for part in module.split(".")):
                 raise OptionsError(f"preload: {module!r} is no module name")
@@ -305,22 +300,24 @@ class IsolationOptions:
         if unknown:
             raise OptionsError(f"degrade: {', '.join(unknown)} is no protection; known: {', '.join(PROTECTIONS)}")
         if self.python is not None:
-            _store(self, "python", os.path.abspath(_path(self.python, "python")))  # inside a rootfs too: from its top
-        _store(self, "import_paths", _existing(self.import_paths, "import_paths"))
-        _store(self, "cgroup", _group(self.cgroup))
+            # inside a rootfs too: from its top
+            _store(self, "python", os.path.abspath(checks.path(self.python, "python")))
+        _store(self, "import_paths", checks.existing(self.import_paths, "import_paths"))
+        _store(self, "cgroup", checks.cgroup(self.cgroup))
         if not isinstance(self.tenant, (str, type(None))):
             raise OptionsError(f"tenant: expected a name, not {self.tenant!r}")
-        _store(self, "start_timeout", _number(self.start_timeout, "start_timeout", 0.0, LONGEST) or None)
-        _store(self, "call_timeout", _number(self.call_timeout, "call_timeout", 0.001, LONGEST))
-        _store(self, "idle_timeout", _number(self.idle_timeout, "idle_timeout", 0.001, LONGEST))
-        _integer(self.max_calls, "max_calls", 1, 1 << 62)
-        check_count(self.max_concurrency, "max_concurrency", 1, 1000)
-        _store(self, "callback_rate", _number(self.callback_rate, "callback_rate", 0.001, 1e9))
-        _store(self, "callback_bytes", _size_or_none(self.callback_bytes, "callback_bytes"))
-        _integer(self.callback_depth, "callback_depth", 0, 50)
-        _check_functions(self.events, self.on_start)
-        _store(self, "modules", _loaders(self.modules))
-        _store(self, "log_level", _log_level(self.log_level))
+        longest = checks.LONGEST
+        _store(self, "start_timeout", checks.number_or_none(self.start_timeout, "start_timeout", 0.0, longest) or None)
+        for name in ("call_timeout", "idle_timeout"):
+            _store(self, name, checks.number_or_none(getattr(self, name), name, 0.001, longest))
+        checks.count_or_none(self.max_calls, "max_calls", 1, 1 << 62)
+        checks.count(self.max_concurrency, "max_concurrency", 1, 1000)
+        _store(self, "callback_rate", checks.number_or_none(self.callback_rate, "callback_rate", 0.001, 1e9))
+        _store(self, "callback_bytes", checks.size_or_none(self.callback_bytes, "callback_bytes"))
+        checks.count_or_none(self.callback_depth, "callback_depth", 0, 50)
+        checks.functions(self.events, self.on_start)
+        _store(self, "modules", checks.loaders(self.modules))
+        _store(self, "log_level", checks.log_level(self.log_level))
 
     def needs_first_calls(self) -> bool:
         """Whether there is something that each new child has to do before it is anybody's."""
@@ -335,206 +332,3 @@ _PARTS: tuple[tuple[str, type], ...] = (
 
 def _store(target: object, name: str, value: Any) -> None:
     object.__setattr__(target, name, value)
-
-
-def _size_or_none(value: int | str | None, name: str) -> int | None:
-    return None if value is None else parse_size(value, name)
-
-
-def _number(value: float | None, name: str, low: float, high: float) -> float | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise OptionsError(f"{name}: {value!r} is not a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def check_timeout(value: float) -> float:
-    """The ``timeout`` of one call in seconds. Raises OptionsError for what is no time."""
-    _number(value, "timeout", 0.0, LONGEST)
-    return value
-
-
-def merged(keywords: dict[str, Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keyword arguments of a call, with those that ``kwargs`` brings. Raises OptionsError for what is no mapping."""
-    if kwargs is None:
-        return keywords
-    if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
-        raise OptionsError(f"kwargs: expected a dict with names as keys, not {kwargs!r}"[:300])
-    return {**keywords, **kwargs}
-
-
-def split_target(text: str) -> tuple[str, str]:
-    """``"plugin.py:Tools.shrink"`` -> ("plugin.py", "Tools.shrink"). Raises OptionsError where one of them is missing."""
-    path, _, target = text.rpartition(":")
-    if not path or not target:
-        raise OptionsError(f"{text!r} is no target; write it as 'plugin.py:function' or 'module:Class.method'"[:300])
-    return path, target
-
-
-def check_argv(argv: Sequence[str]) -> list[str]:
-    """The arguments of a script. Raises OptionsError for one text alone, which would be taken apart, and for what is none."""
-    if isinstance(argv, str) or not isinstance(argv, Sequence) or not all(isinstance(each, str) for each in argv):
-        raise OptionsError(f'argv: expected a list of texts such as ["--fast"], not {argv!r}'[:300])
-    return [*argv]
-
-
-def check_count(value: int, name: str, low: int, high: int) -> None:
-    """Raises OptionsError for what is no whole number from ``low`` to ``high``."""
-    _integer(_NO_NUMBER if value is None else value, name, low, high)
-
-
-_NO_NUMBER: Any = "None"
-
-
-def _integer(value: int | None, name: str, low: int, high: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high):
-        raise OptionsError(f"{name}: {value!r} is not a whole number from {low} to {high}")
-
-
-def _choice(value: object, name: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise OptionsError(f"{name}: {value!r} is none of {', '.join(map(repr, allowed))}")
-
-
-def _check_functions(events: object, on_start: object) -> None:
-    if on_start is not None and not callable(on_start):
-        raise OptionsError(f"on_start: expected a function without parameters, not {on_start!r}")
-    if events is not None:
-        from pisupervisor.events import IsolationEvents  # only for those who ask for events: it costs 2 ms
-
-        if not isinstance(events, IsolationEvents):
-            raise OptionsError(f"events: expected IsolationEvents(...), not {events!r}")
-
-
-def _check_what_comes_back(options: IsolationOptions) -> None:
-    if options.types != () or options.results not in ("data", "pickle"):
-        from pisupervisor.codecs import check_results, check_types
-
-        check_results(options.results)
-        _store(options, "types", check_types(options.types))
-
-
-def _loaders(value: Any) -> tuple[Any, ...]:
-    loaders = tuple(_sequence(value, "modules"))
-    if loaders:
-        from pisupervisor.modules import check_loader
-
-        loaders = tuple(check_loader(loader) for loader in loaders)
-    return loaders
-
-
-def _sequence(value: Any, name: str) -> Sequence[Any]:
-    if isinstance(value, (str, bytes, os.PathLike)) or not isinstance(value, Sequence):
-        raise OptionsError(f"{name}: expected a list, not {value!r}")
-    return value
-
-
-def _strings(value: Any, name: str) -> tuple[str, ...]:
-    items = tuple(_sequence(value, name))
-    if not all(isinstance(item, str) and item for item in items):
-        raise OptionsError(f"{name}: expected non-empty strings, not {items!r}")
-    return items
-
-
-def _path(path: Any, name: str) -> str:
-    """Raises OptionsError for what no file can be called."""
-    try:
-        text = os.fspath(path)
-        encoded = os.fsencode(text)
-    except (TypeError, UnicodeError):
-        raise OptionsError(f"{name}: expected a path, not {path!r}") from None
-    if not isinstance(text, str) or not text or b"\0" in encoded:
-        raise OptionsError(f"{name}: expected a path, not {path!r}")
-    return text
-
-
-def _check_profile(profile: Any) -> None:
-    """Whether it can be one; what is in it is looked at when it is used."""
-    # Whoever has one has imported it; another thread may be just about to.
-    kind = getattr(sys.modules.get("pisupervisor.launch.seccomp"), "SeccompProfile", type(None))
-    if not isinstance(profile, (str, os.PathLike, type(None), kind)):
-        raise ProfileError(f"seccomp: expected a name, a path or a SeccompProfile, not {profile!r}"[:300])
-
-
-def _environment(value: Mapping[str, str]) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise OptionsError(f"environment: expected a mapping, not {value!r}")
-    for key, text in value.items():
-        if not (isinstance(key, str) and isinstance(text, str)) or not key or "=" in key or "\0" in key + text:
-            raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable")
-        try:
-            os.fsencode(key + text)
-        except UnicodeError:
-            raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable") from None
-    return dict(value)
-
-
-def _existing(paths: Any, name: str) -> tuple[str, ...]:
-    found = tuple(os.path.abspath(_path(path, name)) for path in _sequence(paths, name))
-    for path in found:
-        if not os.path.exists(path):
-            raise OptionsError(f"{name}: {path} does not exist")
-    return found
-
-
-def _group(path: Any) -> str | None:
-    if path is None:
-        return None
-    try:
-        group = os.path.normpath(os.fspath(path))
-    except TypeError:
-        raise OptionsError(f"cgroup: expected a path such as '/sys/fs/cgroup/mine', not {path!r}") from None
-    if not isinstance(group, str) or not os.path.isfile(f"{group}/cgroup.controllers"):
-        raise OptionsError(f"cgroup: {path} is no group of cgroup v2; make one, as root: mkdir /sys/fs/cgroup/mine")
-    return group
-
-
-def _bind(entry: Any, name: str) -> tuple[str, str]:
-    source, target = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
-    try:
-        source = os.path.abspath(os.fspath(source))
-        target = source if target is None else os.path.normpath(os.fspath(target))
-    except TypeError:
-        raise OptionsError(f"{name}: expected a path or (host path, path in the child), not {entry!r}") from None
-    if not os.path.exists(source):
-        raise OptionsError(f"{name}: {source} does not exist on the host")
-    if not target.startswith("/") or target in _OURS or target.startswith(("/proc/", "/dev/", "//")):
-        raise OptionsError(f"{name}: cannot show anything at {target!r} in the child")
-    return source, target
-
-
-def _rootfs(path: Any) -> str | None:
-    if path is None:
-        return None
-    root = os.path.realpath(_path(path, "rootfs"))
-    if not os.path.isdir(root) or root == "/":
-        raise OptionsError(f"rootfs: {root} is no folder with a root file system in it")
-    return root
-
-
-def _places(paths: Any) -> tuple[str, ...]:
-    found = tuple(_sequence(paths, "overlay"))
-    for place in found:
-        normal = isinstance(place, str) and place.startswith("/") and os.path.normpath(place) == place
-        if not normal or place.startswith("//") or "/" + place.split("/")[1] in _NO_OVERLAY or ":" in place:
-            raise OptionsError(f"overlay: {place!r} is no folder in the child that can be written to")
-        if any(other != place and place.startswith(other + "/") for other in found) or found.count(place) > 1:
-            raise OptionsError(f"overlay: {place!r} is named twice, or lies below another one")
-    return found
-
-
-_NO_OVERLAY = frozenset(("/", "/proc", "/dev", "/tmp", "/sys", "/py", "/pis"))
-_OURS = frozenset(("/", "/proc", "/dev", "/tmp", "/usr", "/etc", "/sys", "/py", "/pis"))
-
-
-def _log_level(value: str | None) -> str:
-    level = value or os.environ.get("PISUPERVISOR_LOG_LEVEL") or "WARNING"
-    level = level.upper() if isinstance(level, str) else level
-    _choice(level, "log_level", ("DEBUG", "INFO", "WARNING", "ERROR"))
-    return level
-
-
-def host_python() -> str:
-    """The interpreter this application runs on (the base one below a venv), as an absolute path."""
-    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)

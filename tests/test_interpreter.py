@@ -12,8 +12,7 @@ import pytest
 from test_planning import HOME, SYSTEM
 
 from pisupervisor.errors import LaunchError, OptionsError
-from pisupervisor.launch.interpreter import find_interpreter
-from pisupervisor.options import host_python
+from pisupervisor.launch.interpreter import find_interpreter, host_python
 
 
 def script(path: Path, text: str) -> str:

@@ -21,7 +21,8 @@ from pisupervisor import (
     Security,
     SerializationError,
 )
-from pisupervisor.options import PROTECTIONS, host_python
+from pisupervisor.launch.interpreter import host_python
+from pisupervisor.options import PROTECTIONS
 
 pytestmark = [pytest.mark.linux, pytest.mark.matrix]
 INSIDE = Path(__file__).with_name("inside.py")

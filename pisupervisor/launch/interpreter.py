@@ -6,7 +6,6 @@ import os
 import sys
 
 from pisupervisor.errors import LaunchError, OptionsError
-from pisupervisor.options import host_python
 from pisupervisor.records import dataclass
 
 OLDEST = (3, 9)
@@ -53,6 +52,11 @@ class Interpreter:
             return None
         elsewhere = self.relocated or (self.rootfs is not None and self.prefix != "/usr")
         return self.inside(folder) if shared and elsewhere else None
+
+
+def host_python() -> str:
+    """The interpreter this application runs on (the base one below a venv), as an absolute path."""
+    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
 
 
 def find_interpreter(python: str | None) -> Interpreter:

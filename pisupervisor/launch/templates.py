@@ -11,9 +11,9 @@ import sys
 import threading
 
 from pisupervisor.errors import IsolatorClosed
-from pisupervisor.launch.interpreter import Interpreter, find_interpreter
+from pisupervisor.launch.interpreter import Interpreter, find_interpreter, host_python
 from pisupervisor.launch.zygote import PACKAGE, Zygote, host_failure
-from pisupervisor.options import IsolationOptions, host_python
+from pisupervisor.options import IsolationOptions
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

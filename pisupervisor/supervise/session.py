@@ -11,6 +11,7 @@ import threading
 import time
 
 from pihost import wire
+from pisupervisor.checks import check_timeout
 from pisupervisor.errors import (
     CallError,
     CallTimeout,
@@ -25,7 +26,6 @@ from pisupervisor.link.calls import Attached, Payload, body_of, pack_code, unpac
 from pisupervisor.link.connection import Answer, Broken, Connection, DeadlinePassed, LinkClosed, NeverSent
 from pisupervisor.link.serializer import build, decode_plain
 from pisupervisor.link.sources import Code
-from pisupervisor.options import check_timeout
 from pisupervisor.records import NamedTuple
 from pisupervisor.results import ExitReason, Usage
 from pisupervisor.supervise.blocking import Begun, Blocking, Message, run_through

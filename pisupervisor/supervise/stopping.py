@@ -6,9 +6,9 @@ import _signal as signal
 import time
 
 from pihost import wire
+from pisupervisor.checks import LONGEST
 from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, OptionsError
 from pisupervisor.link.connection import DeadlinePassed, LinkClosed
-from pisupervisor.options import LONGEST
 from pisupervisor.results import ExitInfo, ExitReason
 from pisupervisor.supervise import replacing
 from pisupervisor.supervise.child import END_GRACE, Child
