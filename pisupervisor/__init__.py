@@ -15,11 +15,11 @@ TYPE_CHECKING = False  # typing itself costs 6 ms; type checkers know this name
 if TYPE_CHECKING:
     from typing import Any
 
-    from pisupervisor.aio import (
+    from pisupervisor.aio import AsyncProcessIsolator as AsyncProcessIsolator
+    from pisupervisor.aio_objects import (
         AsyncIsolatedMethod as AsyncIsolatedMethod,
         AsyncIsolatedObject as AsyncIsolatedObject,
         AsyncIsolatedStream as AsyncIsolatedStream,
-        AsyncProcessIsolator as AsyncProcessIsolator,
     )
     from pisupervisor.codecs import Serializer as Serializer, TypeCodec as TypeCodec
     from pisupervisor.errors import (
@@ -90,7 +90,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "aio": ("AsyncIsolatedMethod", "AsyncIsolatedObject", "AsyncIsolatedStream", "AsyncProcessIsolator"),
+    "aio": ("AsyncProcessIsolator",),
+    "aio_objects": ("AsyncIsolatedMethod", "AsyncIsolatedObject", "AsyncIsolatedStream"),
     "codecs": ("Serializer", "TypeCodec"),
     "errors": (
         "CallError", "CallTimeout", "ChildTerminated", "CompileError", "CpuLimitExceeded", "FeatureUnavailable",

@@ -11,17 +11,18 @@ import asyncio
 import functools
 import inspect
 import os
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from pisupervisor.aio_objects import AsyncIsolatedMethod, AsyncIsolatedObject, AsyncIsolatedStream, AsyncPipeline
+from pisupervisor.aio_workers import Workers, run_in
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.serializer import build
-from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
+from pisupervisor.objects import IsolatedStream
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage
 from pisupervisor.supervise.aio_link import LoopLink, until
@@ -32,8 +33,6 @@ if TYPE_CHECKING:
     from pisupervisor.link.connection import Connection
     from pisupervisor.supervise.child import Child
     from pisupervisor.supervise.lifecycle import State
-    from pisupervisor.supervise.pipeline import Pipeline
-    from pisupervisor.supervise.session import Session
 
 Made = TypeVar("Made", bound="AsyncProcessIsolator")
 _KNOWN = 1000
@@ -51,10 +50,9 @@ class AsyncProcessIsolator:
     def __init__(self, isolator: ProcessIsolator, calls: Worker) -> None:
         """Use ``create``."""
         self._isolator = isolator
-        self._calls = _Workers("pisupervisor-async", isolator._session, isolator.options.max_concurrency, calls)
-        self._rest = _Workers(
-            "pisupervisor-async-rest", None, 1 << 16
-        )  # of calls that the loop has begun; of callbacks' calls
+        self._calls = Workers("pisupervisor-async", isolator._session, isolator.options.max_concurrency, calls)
+        # of calls that the loop has begun; of callbacks' calls
+        self._rest = Workers("pisupervisor-async-rest", None, 1 << 16)
         self._control: Worker | None = None
         self._link: LoopLink | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -71,7 +69,7 @@ class AsyncProcessIsolator:
     async def _create(cls, options: IsolationOptions | None, changes: dict[str, Any]) -> Self:
         calls = Worker("pisupervisor-async")
         try:
-            isolator = await _wait(calls, ProcessIsolator.create, options, **changes)
+            isolator = await run_in(calls, ProcessIsolator.create, options, **changes)
         except BaseException:
             calls.end()  # a child that comes too late is closed by the collector
             raise
@@ -189,7 +187,7 @@ class AsyncProcessIsolator:
         """See ``ProcessIsolator.wait_for_exit``. Waits in a thread that is there for this alone."""
         waiter = Worker("pisupervisor-async-wait")
         try:
-            info: ExitInfo = await _wait(waiter, self._isolator.wait_for_exit, timeout)
+            info: ExitInfo = await run_in(waiter, self._isolator.wait_for_exit, timeout)
             return info
         finally:
             waiter.end()
@@ -198,13 +196,15 @@ class AsyncProcessIsolator:
         """See ``ProcessIsolator.close``. Ends its threads, too."""
         control, self._control = self._control or Worker("pisupervisor-async-control"), None
         try:
-            await asyncio.shield(_wait(control, self._isolator.close))
+            await asyncio.shield(run_in(control, self._isolator.close))
         finally:
             control.end()
             self._calls.end()
             self._rest.end()
             if self._link is not None:
                 self._link.close()
+
+    # --- looking ----------------------------------------------------------------------------------------------
 
     async def resource_usage(self) -> Usage:
         """See ``ProcessIsolator.resource_usage``."""
@@ -289,7 +289,7 @@ class AsyncProcessIsolator:
                     value = session.end_short(short, text)
         except (asyncio.CancelledError, GeneratorExit) as cancelled:  # or closed in the middle: nothing is awaited here
             self._close_link()
-            short.child.kill(ExitReason.KILLED, "the call was cancelled")
+            _kill(short.child)
             self._rest.add(session.finish, short, cancelled)
             raise
         except Exception as raised:
@@ -318,43 +318,10 @@ class AsyncProcessIsolator:
         self._isolator._keeper.check_open()
         if self._control is None:
             self._control = Worker("pisupervisor-async-control")
-        return await _wait(self._control, method, *args)
+        return await run_in(self._control, method, *args)
 
     def _awaited(self, value: Any) -> Any:
         return AsyncIsolatedStream(self, value) if isinstance(value, IsolatedStream) else value
-
-
-class AsyncIsolatedObject:
-    """An object in the child: ``await obj.add(2)``, or ``await obj.invoke("add", 2)``. See ``IsolatedObject``."""
-
-    def __init__(self, isolator: AsyncProcessIsolator, handle: IsolatedObject) -> None:
-        self._isolator, self._handle = isolator, handle
-
-    async def invoke(self, name: str, /, *args: Any, **keywords: Any) -> Any:
-        """See ``IsolatedObject.invoke``."""
-        return await self._isolator._plain(name, self._handle.invoke, name, *args, **keywords)
-
-    def find_method(self, name: str) -> Callable[..., Any]:
-        """See ``IsolatedObject.find_method``."""
-        return functools.partial(self.invoke, name)
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_"):
-            raise AttributeError(f"{name!r}: call what is private with invoke({name!r}, ...)")
-        return self.find_method(name)
-
-    def release(self) -> None:
-        """See ``IsolatedObject.release``."""
-        self._handle.release()
-
-    def __reduce__(self) -> Any:
-        return self._handle.__reduce__()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_error: object) -> None:
-        self.release()
 
 
 class Creating(Coroutine[Any, Any, Made]):
@@ -385,111 +352,6 @@ class Creating(Coroutine[Any, Any, Made]):
             await self._made.close()
 
 
-class AsyncIsolatedMethod:
-    """See ``IsolatedMethod``."""
-
-    def __init__(self, isolator: AsyncProcessIsolator, handle: IsolatedMethod) -> None:
-        self._isolator, self._handle = isolator, handle
-
-    def __call__(self, *args: Any, **keywords: Any) -> Coroutine[Any, Any, Any]:
-        return self._isolator._plain(self._handle, self._handle, *args, **keywords)
-
-    async def invoke(self, obj: AsyncIsolatedObject, /, *args: Any, **keywords: Any) -> Any:
-        """See ``IsolatedMethod.invoke``."""
-        handle = getattr(obj, "_handle", obj)  # what is no handle is told as the plain class tells it
-        return await self._isolator._plain(self._handle, self._handle.invoke, handle, *args, **keywords)
-
-
-class AsyncIsolatedStream:
-    """The items of a generator in the child, for ``async for``. See ``IsolatedStream``."""
-
-    def __init__(self, isolator: AsyncProcessIsolator, stream: IsolatedStream) -> None:
-        self._isolator, self._stream = isolator, stream
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        if self._stream._object._number is None:
-            raise StopAsyncIteration
-        try:
-            step = await self._isolator._plain(IsolatedStream, self._stream.ask)
-        except BaseException:
-            self._stream.close()  # a generator that has raised is over
-            raise
-        try:
-            return self._stream.take(step)
-        except StopIteration:
-            raise StopAsyncIteration from None
-
-    @property
-    def value(self) -> Any:
-        """What the generator returned at its end."""
-        return self._stream.value
-
-    async def aclose(self) -> None:
-        """Let go of the generator, which ends it."""
-        self._stream.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_error: object) -> None:
-        await self.aclose()
-
-
-class AsyncPipeline:
-    """The results of ``map``, for ``async for``."""
-
-    def __init__(self, isolator: AsyncProcessIsolator, begin: Callable[[], Pipeline]) -> None:
-        self._isolator, self._begin = isolator, begin
-        self._results: Pipeline | None = None
-        self._ready: deque[Any] = deque()
-        self._error: BaseException | None = None
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        if not self._ready and self._error is None:
-            values, self._error = await self._isolator._call(self._take)
-            self._ready.extend(values)
-        if self._ready:
-            return self._ready.popleft()
-        error, self._error = self._error, StopIteration()
-        if isinstance(error, StopIteration):
-            raise StopAsyncIteration
-        raise error or StopAsyncIteration
-
-    def _take(self) -> tuple[list[Any], BaseException | None]:
-        values: list[Any] = []
-        try:
-            if self._results is None:
-                self._results = self._begin()
-            values.append(next(self._results))
-            while self._results.has_next():
-                values.append(next(self._results))
-        except Exception as error:
-            return values, error
-        return values, None
-
-    async def aclose(self) -> None:
-        """See ``Pipeline.close``."""
-        if self._results is not None:
-            self._results.close()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_error: object) -> None:
-        await self.aclose()
-
-
-async def _wait(worker: Worker, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
-    """In that thread. Cancelled: taken back if it waits, its work killed if it runs."""
-    return await asyncio.wrap_future(worker.add(method, args, keywords))
-
-
 def _kill(child: Child) -> None:
     child.kill(ExitReason.KILLED, "the call was cancelled")
 
@@ -497,44 +359,6 @@ def _kill(child: Child) -> None:
 def _acting(caller: int, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
     with acting_for(caller):
         return method(*args, **keywords)
-
-
-class _Workers:
-    """Threads, made as they are needed, up to ``most``; each takes one call after another."""
-
-    def __init__(self, name: str, session: Session | None, most: int, first: Worker | None = None) -> None:
-        self._name, self._session, self._most = name, session, most
-        self._load: dict[Worker, int] = {} if first is None else {first: 0}
-
-    def _pick(self) -> Worker:
-        worker = min(self._load, key=self._load.__getitem__, default=None)
-        if worker is None or (self._load[worker] and len(self._load) < self._most):
-            worker = Worker(f"{self._name}-{len(self._load) + 1}", self._session)
-            self._load[worker] = 0
-        return worker
-
-    async def run(
-        self, method: Callable[..., Any], /, *args: Any, cancel: Callable[[], object] | None = None, **keywords: Any
-    ) -> Any:
-        """The result, from one of them. Cancelled: taken back if it waits, its work killed if it runs."""
-        worker = self._pick()
-        self._load[worker] += 1
-        try:
-            return await _wait(worker, method, *args, **keywords)
-        except (asyncio.CancelledError, GeneratorExit):
-            if cancel is not None:
-                cancel()
-            raise
-        finally:
-            self._load[worker] -= 1
-
-    def add(self, method: Callable[..., Any], /, *args: Any) -> None:
-        """Nobody waits for it."""
-        self._pick().add(method, args, {})
-
-    def end(self) -> None:
-        for worker in self._load:
-            worker.end()
 
 
 def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:

@@ -1,0 +1,147 @@
+"""Handles to what lives in a child, awaited: the ``objects`` of ``AsyncProcessIsolator``, and the results of its ``map``."""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Self
+
+from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
+
+if TYPE_CHECKING:
+    from pisupervisor.aio import AsyncProcessIsolator
+    from pisupervisor.supervise.pipeline import Pipeline
+
+
+class AsyncIsolatedObject:
+    """An object in the child: ``await obj.add(2)``, or ``await obj.invoke("add", 2)``. See ``IsolatedObject``."""
+
+    def __init__(self, isolator: AsyncProcessIsolator, handle: IsolatedObject) -> None:
+        self._isolator, self._handle = isolator, handle
+
+    async def invoke(self, name: str, /, *args: Any, **keywords: Any) -> Any:
+        """See ``IsolatedObject.invoke``."""
+        return await self._isolator._plain(name, self._handle.invoke, name, *args, **keywords)
+
+    def find_method(self, name: str) -> Callable[..., Any]:
+        """See ``IsolatedObject.find_method``."""
+        return functools.partial(self.invoke, name)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        if name.startswith("_"):
+            raise AttributeError(f"{name!r}: call what is private with invoke({name!r}, ...)")
+        return self.find_method(name)
+
+    def release(self) -> None:
+        """See ``IsolatedObject.release``."""
+        self._handle.release()
+
+    def __reduce__(self) -> Any:
+        return self._handle.__reduce__()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        self.release()
+
+
+class AsyncIsolatedMethod:
+    """See ``IsolatedMethod``."""
+
+    def __init__(self, isolator: AsyncProcessIsolator, handle: IsolatedMethod) -> None:
+        self._isolator, self._handle = isolator, handle
+
+    def __call__(self, *args: Any, **keywords: Any) -> Coroutine[Any, Any, Any]:
+        return self._isolator._plain(self._handle, self._handle, *args, **keywords)
+
+    async def invoke(self, obj: AsyncIsolatedObject, /, *args: Any, **keywords: Any) -> Any:
+        """See ``IsolatedMethod.invoke``."""
+        handle = getattr(obj, "_handle", obj)  # what is no handle is told as the plain class tells it
+        return await self._isolator._plain(self._handle, self._handle.invoke, handle, *args, **keywords)
+
+
+class AsyncIsolatedStream:
+    """The items of a generator in the child, for ``async for``. See ``IsolatedStream``."""
+
+    def __init__(self, isolator: AsyncProcessIsolator, stream: IsolatedStream) -> None:
+        self._isolator, self._stream = isolator, stream
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if self._stream._object._number is None:
+            raise StopAsyncIteration
+        try:
+            step = await self._isolator._plain(IsolatedStream, self._stream.ask)
+        except BaseException:
+            self._stream.close()  # a generator that has raised is over
+            raise
+        try:
+            return self._stream.take(step)
+        except StopIteration:
+            raise StopAsyncIteration from None
+
+    @property
+    def value(self) -> Any:
+        """What the generator returned at its end."""
+        return self._stream.value
+
+    async def aclose(self) -> None:
+        """Let go of the generator, which ends it."""
+        self._stream.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.aclose()
+
+
+class AsyncPipeline:
+    """The results of ``map``, for ``async for``."""
+
+    def __init__(self, isolator: AsyncProcessIsolator, begin: Callable[[], Pipeline]) -> None:
+        self._isolator, self._begin = isolator, begin
+        self._results: Pipeline | None = None
+        self._ready: deque[Any] = deque()
+        self._error: BaseException | None = None
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        if not self._ready and self._error is None:
+            values, self._error = await self._isolator._call(self._take)
+            self._ready.extend(values)
+        if self._ready:
+            return self._ready.popleft()
+        error, self._error = self._error, StopIteration()
+        if isinstance(error, StopIteration):
+            raise StopAsyncIteration
+        raise error or StopAsyncIteration
+
+    def _take(self) -> tuple[list[Any], BaseException | None]:
+        values: list[Any] = []
+        try:
+            if self._results is None:
+                self._results = self._begin()
+            values.append(next(self._results))
+            while self._results.has_next():
+                values.append(next(self._results))
+        except Exception as error:
+            return values, error
+        return values, None
+
+    async def aclose(self) -> None:
+        """See ``Pipeline.close``."""
+        if self._results is not None:
+            self._results.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_error: object) -> None:
+        await self.aclose()
