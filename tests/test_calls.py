@@ -640,14 +640,16 @@ def test_leaving_ends_the_call_not_the_child(source: str) -> None:
     ],
 )
 def test_a_timeout_kills_whatever_it_is(target: str, arguments: tuple[Any, ...]) -> None:
+    ends_itself = target == "close_link"  # and is not to be overtaken, where a first call takes half a second
+    timeout = 20.0 if ends_itself else 0.5
     with nothing_left(), ProcessIsolator.create() as isolator:
         zygote, pid = zygote_of(isolator), isolator.pid
         started = time.monotonic()
         with pytest.raises((CallTimeout, ChildTerminated)) as caught:
-            isolator.invoke_method(INSIDE, target, *arguments, timeout=0.5)
+            isolator.invoke_method(INSIDE, target, *arguments, timeout=timeout)
         took = time.monotonic() - started
-        assert isinstance(caught.value, ChildTerminated if target == "close_link" else TimeoutError)
-        assert took < 1.5
+        assert isinstance(caught.value, ChildTerminated if ends_itself else TimeoutError)
+        assert took < timeout + 1.0
         assert descendants(zygote) == [], "the whole family is gone"
         assert isolator.invoke(lambda: "next") == "next"
         assert isolator.pid != pid
