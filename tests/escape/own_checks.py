@@ -143,4 +143,40 @@ OWN: dict[str, dict[str, object]] = {
         "needs": ["seccomp"], "source": "core-scheduling.rst (5.14): a cookie of one's own, without privilege",
         "code": "deny(lambda:sc(157,62,1,0,0,0),'EINVAL')",
     },
+    "O24": {
+        "title": "huge pages of the machine's pool", "mechanism": "seccomp: no MAP_HUGETLB, no MFD_HUGETLB",
+        "needs": ["seccomp"], "source": "hugetlb.rst: counted by a controller of their own, by no memory limit",
+        "code": "deny(lambda:mmap.mmap(-1,2<<20,flags=0x40022),'EPERM'); deny(lambda:os.memfd_create('x',4),'EPERM')",
+    },
+    "O25": {
+        "title": "protocols that nobody needs here", "mechanism": "seccomp: TCP, UDP and ICMP alone",
+        "needs": ["seccomp"],
+        "source": "net-pf-2-proto-132: sctp, dccp, l2tp, smc are loaded for whoever asks; CVE-2025-40257 (MPTCP)",
+        "code": "for f in (2,10):\n    for t,p in ((1,262),(1,256),(2,136),(1,132),(5,132),(6,33),(2,115),(2,58)):\n"
+        "        deny(lambda:socket.socket(f,t,p),'EAFNOSUPPORT')",
+    },
+    "O26": {
+        "title": "the machine's memory for filters, by those on system calls", "mechanism": "seccomp: no further filters",
+        "needs": ["seccomp"], "source": "as O20: 23 MB of machine code by 58 processes, counted to no group",
+        "code": "f=ctypes.create_string_buffer(struct.pack('HBBI',6,0,0,0x7fff0000))\n"
+        "p=ctypes.create_string_buffer(struct.pack('HxxxxxxQ',1,ctypes.addressof(f)))\n"
+        "deny(lambda:sc(157,22,2,ctypes.addressof(p)),'EINVAL'); deny(lambda:sc(317,1,0,ctypes.addressof(p)),'EPERM')",
+    },
+    "O27": {
+        "title": "kernel memory for NUMA policies", "mechanism": "seccomp: a kernel without NUMA", "needs": ["seccomp"],
+        "source": "mbind(2): 576 bytes a policy, one for each second page, counted to no group",
+        "code": "m=mmap.mmap(-1,8192); a=ctypes.addressof(ctypes.c_char.from_buffer(m)); n=ctypes.c_ulong(1)\n"
+        "for call in ((237,a,4096,2,ctypes.byref(n),64,0),(238,2,ctypes.byref(n),64),(239,0,0,0,0,0)):\n"
+        "    deny(lambda:sc(*call),'ENOSYS')",
+    },
+    "O28": {
+        "title": "whether others have the same page", "mechanism": "seccomp: no MADV_MERGEABLE", "needs": ["seccomp"],
+        "source": "ksm.rst; Suzaki et al., EuroSec 2011; Razavi et al., Flip Feng Shui, USENIX Security 2016",
+        "code": "m=mmap.mmap(-1,8192); deny(lambda:m.madvise(12),'EINVAL')",
+    },
+    "O29": {
+        "title": "protocols of the kernel's own on top of TCP", "mechanism": "seccomp: no TCP_ULP", "needs": ["seccomp"],
+        "source": "CVE-2025-39682, CVE-2025-39946 (kernel TLS)",
+        "code": "s=socket.socket()\nfor u in (b'tls',b'espintcp',b'smc'): deny(lambda:s.setsockopt(6,31,u),'EPERM')",
+    },
 }  # fmt: skip

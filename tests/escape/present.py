@@ -93,6 +93,24 @@ def _core_scheduling() -> str:
     return "" if here else "the kernel has no core scheduling, or the machine one thread a core"
 
 
+def _huge() -> str:
+    try:
+        os.close(os.memfd_create("huge", 4))
+    except OSError:
+        return "the kernel has no huge pages with descriptors"
+    return ""
+
+
+def _protocols() -> str:
+    for kind, protocol in ((socket.SOCK_STREAM, 262), (socket.SOCK_DGRAM, 136)):
+        try:
+            socket.socket(socket.AF_INET, kind, protocol).close()
+        except OSError:
+            continue
+        return ""
+    return "the kernel has neither MPTCP nor UDP-Lite"
+
+
 def _setuid_su() -> str:
     try:
         return "" if os.stat("/usr/bin/su").st_mode & 0o4000 else "/usr/bin/su is not setuid"
@@ -139,6 +157,10 @@ _PROBES: dict[str, Callable[[], str]] = {
     "O16": _system_call("fanotify_init", -1, 0),
     "O17": _urgent,
     "O22": _core_scheduling,
+    "O24": _huge,
+    "O25": _protocols,
+    "O27": _system_call("get_mempolicy", 0, 0, 0, 0, 0),
+    "O28": _one_of(["/sys/kernel/mm/ksm/run"]),
     "N08": _one_of([f"/run/{box.PROBE}.sock"]),
     "N10": _queue,
     "N11": _one_of([f"/dev/shm/{box.PROBE}"]),

@@ -581,6 +581,22 @@ def test_names_of_processes_that_are_no_text(isolator: ProcessIsolator, name: by
     assert has_signal_pending(pid) is False
 
 
+@pytest.mark.parametrize(("profile", "least"), [("default", 2000), ("strict", 0)])
+def test_locks_on_parts_of_files_that_nobody_counts(profile: str, least: int) -> None:
+    """SECURITY.md says so: sqlite needs them, their memory (192 bytes each) counts to no group, and "strict" lets none pass."""
+    code = """
+file, taken = open("/tmp/locked", "wb"), 0
+try:
+    while taken < 2000:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK if taken % 2 else fcntl.F_SETLK, struct.pack("hhqqi", fcntl.F_WRLCK, 0, taken * 2, 1, 0))
+        taken += 1
+except PermissionError: pass
+taken
+"""
+    with ProcessIsolator.create(limits=limits(), security=Security(seccomp=profile)) as isolator:
+        assert attack(isolator, code) == least
+
+
 def test_used_up_descriptors_spoil_no_reply(isolator: ProcessIsolator) -> None:
     code = "kept = []\ntry:\n    while True: kept.append(os.open('/dev/null', 0))\nexcept OSError: pass\n5"
     assert attack(isolator, code) == 5
