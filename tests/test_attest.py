@@ -10,8 +10,8 @@ from test_planning import child, features
 
 from pisupervisor.errors import LaunchError
 from pisupervisor.launch import attest
-from pisupervisor.launch.attest import Readings
-from pisupervisor.launch.planning import NAMESPACE_LINKS, limits_text
+from pisupervisor.launch.attest import Readings, limits_text
+from pisupervisor.launch.features import NAMESPACE_LINKS
 from pisupervisor.options import PROTECTIONS, IsolationOptions, Limits, Security
 from pisupervisor.results import Applied
 

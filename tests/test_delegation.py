@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pisupervisor.errors import FeatureUnavailable, OptionsError
-from pisupervisor.launch import kernels, planning
+from pisupervisor.launch import kernels, requirements
 from pisupervisor.limits import cgroups, delegation, systemd, v2, v2_files
 from pisupervisor.limits.cgroups import CgroupHost, GroupLimits, Place
 from pisupervisor.limits.cpuset import CpuSet
@@ -187,7 +187,7 @@ def test_swap_needs_no_memory_limit_but_the_kernels_accounting() -> None:
 def test_no_delegation_is_one_cause_and_one_command() -> None:
     where = host("nothing is delegated", systemd.start_delegated(1000), swap_on=False)
     with pytest.raises(FeatureUnavailable) as caught:
-        planning.lacking_limits(IsolationOptions(), where)
+        requirements.lacking_limits(IsolationOptions(), where)
     text = str(caught.value)
     assert text.count("nothing is delegated") == 1
     assert text.count("systemd-run --user --scope -p Delegate=yes -- COMMAND") == 1

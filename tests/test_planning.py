@@ -10,8 +10,8 @@ import pytest
 
 from pihost import mounts, syscalls
 from pisupervisor.errors import FeatureUnavailable, OptionsError
-from pisupervisor.launch import planning
-from pisupervisor.launch.features import NAMESPACES, Features
+from pisupervisor.launch import attest, landlock, planning, requirements, root
+from pisupervisor.launch.features import NAMESPACE_LINKS, NAMESPACES, Features
 from pisupervisor.launch.interpreter import Interpreter
 from pisupervisor.limits.detect import CONTROLLERS, CgroupHost, Place
 from pisupervisor.options import PROTECTIONS, Filesystem, IsolationOptions, Limits, Security
@@ -50,65 +50,65 @@ def child(options: IsolationOptions, interpreter: Interpreter = SYSTEM, **change
 # --- what must be there ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "link"), planning.NAMESPACE_LINKS.items())
+@pytest.mark.parametrize(("name", "link"), NAMESPACE_LINKS.items())
 def test_a_missing_namespace_is_named(name: str, link: str) -> None:
     lacking = features(namespaces=frozenset(NAMESPACES) - {link})
     with pytest.raises(FeatureUnavailable) as caught:
-        planning.required(IsolationOptions(), lacking)
+        requirements.check_kernel(IsolationOptions(), lacking)
     assert caught.value.feature == name
     assert f"degrade=({name!r},)" in caught.value.remedy
-    planning.required(IsolationOptions(degrade=[name]), lacking)
+    requirements.check_kernel(IsolationOptions(degrade=[name]), lacking)
 
 
 def test_the_hosts_network_needs_no_network_namespace() -> None:
-    planning.required(IsolationOptions(network="host"), features(namespaces=frozenset(NAMESPACES) - {"net"}))
+    requirements.check_kernel(IsolationOptions(network="host"), features(namespaces=frozenset(NAMESPACES) - {"net"}))
 
 
 def test_landlock_that_is_not_there() -> None:
     with pytest.raises(FeatureUnavailable, match="lsm=landlock"):
-        planning.required(IsolationOptions(), features(landlock_abi=0))
-    planning.required(IsolationOptions(degrade=["landlock"]), features(landlock_abi=0))
-    planning.required(IsolationOptions(security=Security(landlock=False)), features(landlock_abi=0))
+        requirements.check_kernel(IsolationOptions(), features(landlock_abi=0))
+    requirements.check_kernel(IsolationOptions(degrade=["landlock"]), features(landlock_abi=0))
+    requirements.check_kernel(IsolationOptions(security=Security(landlock=False)), features(landlock_abi=0))
 
 
 @pytest.mark.parametrize("kernel", ["5.10.0-8-amd64", "4.19.0", "5.4.0-generic", "odd"])
 def test_overlays_that_a_kernel_does_not_let_a_child_mount(kernel: str) -> None:
     options = IsolationOptions(filesystem=Filesystem(overlay=["/srv"]))
     with pytest.raises(FeatureUnavailable, match=r"lets no child mount") as caught:
-        planning.required(options, features(kernel=kernel))
+        requirements.check_kernel(options, features(kernel=kernel))
     assert caught.value.feature == "overlay"
     for newer in ("5.11.0", "5.15.0-91-generic", "6.18.44-fc", "10.0"):
-        planning.required(options, features(kernel=newer))
-    planning.required(IsolationOptions(), features(kernel=kernel))
+        requirements.check_kernel(options, features(kernel=newer))
+    requirements.check_kernel(IsolationOptions(), features(kernel=kernel))
 
 
 def test_everything_there() -> None:
-    planning.required(IsolationOptions(), features())
-    assert planning.lacking_limits(IsolationOptions(), groups()) == {}
+    requirements.check_kernel(IsolationOptions(), features())
+    assert requirements.lacking_limits(IsolationOptions(), groups()) == {}
 
 
 def test_limits_that_no_group_can_hold_are_all_named_at_once() -> None:
     host = groups("no right to make a group there")
     with pytest.raises(FeatureUnavailable) as caught:
-        planning.lacking_limits(IsolationOptions(), host)
+        requirements.lacking_limits(IsolationOptions(), host)
     assert caught.value.feature in ("memory", "cpus", "pids")
     for name in ("memory", "swap", "cpus", "pids"):
         assert name in str(caught.value).partition(": no right to make a group there")[0]
         assert repr(name) in caught.value.remedy
-    accepted = planning.lacking_limits(IsolationOptions(degrade=["memory", "swap", "cpus", "pids"]), host)
+    accepted = requirements.lacking_limits(IsolationOptions(degrade=["memory", "swap", "cpus", "pids"]), host)
     assert set(accepted) == {"memory", "swap", "cpus", "pids"}
 
 
 def test_a_half_degraded_host_names_the_rest() -> None:
     with pytest.raises(FeatureUnavailable) as caught:
-        planning.lacking_limits(IsolationOptions(degrade=["memory", "swap", "cpus"]), groups("no"))
+        requirements.lacking_limits(IsolationOptions(degrade=["memory", "swap", "cpus"]), groups("no"))
     assert caught.value.feature == "pids"
     assert "memory" not in str(caught.value)
 
 
 def test_what_was_not_asked_for_lacks_nothing() -> None:
     options = IsolationOptions(limits=Limits(memory=None, swap=None, cpus=None, pids=None))
-    assert planning.lacking_limits(options, groups("no")) == {}
+    assert requirements.lacking_limits(options, groups("no")) == {}
 
 
 # --- namespaces and ids ------------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def test_a_namespace_less(name: str) -> None:
     everything = child(IsolationOptions()).namespaces
     left_out = child(IsolationOptions(), without=(f"{name} namespace",))
     assert left_out.namespaces == everything & ~planning.CLONE_FLAGS[name]
-    lacking = features(namespaces=frozenset(NAMESPACES) - {planning.NAMESPACE_LINKS[name]})
+    lacking = features(namespaces=frozenset(NAMESPACES) - {NAMESPACE_LINKS[name]})
     assert child(IsolationOptions(), features=lacking).namespaces == left_out.namespaces
 
 
@@ -181,17 +181,17 @@ def test_etc_is_made_up() -> None:
 
 
 def test_the_hosts_network_brings_the_hosts_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning.os.path, "exists", lambda path: True)
-    root = template(IsolationOptions(network="host")).root
-    assert ["bind", "/etc/resolv.conf", "/etc/resolv.conf", mounts.READ_ONLY] in root
-    assert "/etc/hosts" not in [entry[1] for entry in root if entry[0] == "file"]
+    monkeypatch.setattr(root.os.path, "exists", lambda path: True)
+    entries = template(IsolationOptions(network="host")).root
+    assert ["bind", "/etc/resolv.conf", "/etc/resolv.conf", mounts.READ_ONLY] in entries
+    assert "/etc/hosts" not in [entry[1] for entry in entries if entry[0] == "file"]
 
 
 def test_what_belongs_below_tmp_is_put_aside_first(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     options = IsolationOptions(filesystem=Filesystem(read_only=[(str(data), "/tmp/in")], writable=[(str(data), "/w")]))
-    assert sorted(planning.binds(options, SYSTEM)) == [
+    assert sorted(root.binds(options, SYSTEM)) == [
         (str(data), "/pis/aside/1", "/tmp/in", mounts.READ_ONLY), (str(data), "/w", "/w", mounts.WRITABLE),
     ]  # fmt: skip
     shown = [entry[2] for entry in template(options).root if entry[:2] == ["bind", str(data)]]
@@ -205,16 +205,16 @@ def test_what_lies_deeper_comes_later_and_nothing_twice(tmp_path: Path) -> None:
     """Else a writable folder would cover a read-only part of it."""
     part, whole = (str(tmp_path), "/w/part"), (str(tmp_path), "/w")
     options = IsolationOptions(filesystem=Filesystem(read_only=[part], writable=[whole]))
-    assert [final for _, _, final, _ in planning.binds(options, SYSTEM)] == ["/w", "/w/part"]
+    assert [final for _, _, final, _ in root.binds(options, SYSTEM)] == ["/w", "/w/part"]
     options = IsolationOptions(filesystem=Filesystem(read_only=[whole], writable=[whole]))
     with pytest.raises(OptionsError, match="two things are to be shown at /w"):
-        planning.binds(options, SYSTEM)
+        root.binds(options, SYSTEM)
     same = IsolationOptions(import_paths=[tmp_path], filesystem=Filesystem(read_only=[tmp_path]))
-    assert len(planning.binds(same, SYSTEM)) == 1
+    assert len(root.binds(same, SYSTEM)) == 1
 
 
 def test_usr_is_not_shown_twice() -> None:
-    assert planning.binds(IsolationOptions(import_paths=["/usr/lib"]), SYSTEM) == []
+    assert root.binds(IsolationOptions(import_paths=["/usr/lib"]), SYSTEM) == []
 
 
 def test_scratch_has_a_size_and_a_number_of_files() -> None:
@@ -247,7 +247,7 @@ def test_no_rule_allows_what_the_version_does_not_know_or_making_devices(abi: in
     plan = child(IsolationOptions(filesystem=Filesystem(writable=["/opt"])), features=features(landlock_abi=abi))
     for _path, access in plan.landlock:
         assert access & ~plan.landlock_fs == 0
-        assert not access & (planning.MAKE_CHAR | planning.MAKE_BLOCK | planning.IOCTL_DEV)
+        assert not access & (landlock.MAKE_CHAR | landlock.MAKE_BLOCK | landlock.IOCTL_DEV)
 
 
 def test_write_only_where_scratch_or_a_writable_bind_is(tmp_path: Path) -> None:
@@ -256,11 +256,11 @@ def test_write_only_where_scratch_or_a_writable_bind_is(tmp_path: Path) -> None:
         writable=[(str(tmp_path), "/w"), (str(tmp_path / "f"), "/file")], read_only=[(str(tmp_path), "/r")]
     )
     rules = dict(child(IsolationOptions(filesystem=shown)).landlock)
-    assert {path for path, access in rules.items() if access & planning.WRITE_FILE} == {
+    assert {path for path, access in rules.items() if access & landlock.WRITE_FILE} == {
         "/dev", "/tmp", "/dev/shm", "/w", "/file",
     }  # fmt: skip
-    assert rules["/"] == planning.EXECUTE | planning.READ_FILE | planning.READ_DIR
-    assert not rules["/file"] & planning.READ_DIR, "directory rights on a file are EINVAL"
+    assert rules["/"] == landlock.EXECUTE | landlock.READ_FILE | landlock.READ_DIR
+    assert not rules["/file"] & landlock.READ_DIR, "directory rights on a file are EINVAL"
 
 
 @pytest.mark.parametrize("network", ["loopback", "host"])
@@ -302,4 +302,4 @@ def test_the_inside_knows_no_more_than_it_must() -> None:
 
 
 def test_every_limit_that_is_reported_is_a_protection() -> None:
-    assert set(planning.limits_text(Limits())) <= set(PROTECTIONS)
+    assert set(attest.limits_text(Limits())) <= set(PROTECTIONS)

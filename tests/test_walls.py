@@ -16,8 +16,8 @@ import pytest
 from helpers import init_of, start_without, status_of, write, zygote_of
 
 from pisupervisor import Filesystem, IsolationOptions, Limits, ProcessIsolator
+from pisupervisor.launch.features import NAMESPACE_LINKS
 from pisupervisor.launch.ids import BLOCK, BLOCKS, FIRST
-from pisupervisor.launch.planning import NAMESPACE_LINKS
 
 pytestmark = [pytest.mark.linux, pytest.mark.bed]
 INSIDE = Path(__file__).with_name("inside.py")

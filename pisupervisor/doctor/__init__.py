@@ -120,11 +120,11 @@ def missing_here(features: Features) -> dict[str, Finding]:
 
 def _refusal(features: Features, degrade: tuple[str, ...]) -> FeatureUnavailable | None:
     """The next protection that the kernel or libseccomp cannot give."""
-    from pisupervisor.launch import planning
+    from pisupervisor.launch import requirements
     from pisupervisor.launch.seccomp import compile_profile
 
     try:
-        planning.required(IsolationOptions(degrade=degrade), features)
+        requirements.check_kernel(IsolationOptions(degrade=degrade), features)
         if "seccomp" not in degrade:
             compile_profile("default")
     except FeatureUnavailable as error:

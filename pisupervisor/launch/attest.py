@@ -6,8 +6,8 @@ import os
 
 from pihost.plan import ChildPlan
 from pisupervisor.errors import LaunchError
-from pisupervisor.launch.planning import NAMESPACE_LINKS, limits_text
-from pisupervisor.options import IsolationOptions
+from pisupervisor.launch.features import NAMESPACE_LINKS
+from pisupervisor.options import IsolationOptions, Limits
 from pisupervisor.records import NamedTuple
 from pisupervisor.results import Applied
 
@@ -137,6 +137,15 @@ def _limits(
             entry = Applied(asked=asked, holds=False, how=instead.get(name, ""), detail=missing[name])
         applied[name] = entry or Applied(asked=asked, holds=False, how="", detail="not asked for")
     return applied
+
+
+def limits_text(limits: Limits) -> dict[str, Any]:
+    """What was asked for, by protection name, for ``applied``."""
+    return {
+        "memory": limits.memory, "swap": limits.swap, "cpus": limits.cpus, "cpu_weight": limits.cpu_weight,
+        "cpuset": limits.cpuset, "pids": limits.pids, "io": limits.io or None,
+        "io_weight": limits.io_weight, "devices": True,
+    }  # fmt: skip
 
 
 def _landlock(plan: ChildPlan, options: IsolationOptions) -> Applied:

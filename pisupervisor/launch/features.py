@@ -8,7 +8,12 @@ from pihost import syscalls
 from pisupervisor.limits.cgroups import CgroupHost, detect
 from pisupervisor.records import dataclass
 
-NAMESPACES = ("user", "mnt", "pid", "net", "ipc", "uts", "cgroup", "time")
+#: the protection's name -> the kernel's word in /proc/PID/ns
+NAMESPACE_LINKS = {
+    "user": "user", "mount": "mnt", "pid": "pid", "network": "net", "ipc": "ipc", "uts": "uts",
+    "cgroup": "cgroup", "time": "time",
+}  # fmt: skip
+NAMESPACES = tuple(NAMESPACE_LINKS.values())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,18 +65,18 @@ class Template:
 
     def _prepare(self, options: IsolationOptions, program: bytes) -> None:
         # Imported while the interpreter wakes up: 8 ms.
-        from pisupervisor.launch import ids, planning
+        from pisupervisor.launch import ids, planning, requirements, root
         from pisupervisor.launch.attest import read_links
         from pisupervisor.launch.features import probe
         from pisupervisor.limits import cgroups
 
         self.features: Features = probe(self.zygote.pid, options.cgroup)
-        planning.required(options, self.features)
+        requirements.check_kernel(options, self.features)
         subordinate = options.security.subordinate_ids and not self.features.root
-        planning.check_writable(options, self.features, others=subordinate)
+        root.check_writable(options, self.features, others=subordinate)
         if subordinate:
             self._use_subordinate_ids()
-        planning.lacking_limits(options, self.features.cgroups)
+        requirements.lacking_limits(options, self.features.cgroups)
         self.cloudpickle = _cloudpickle_folder() if self.interpreter.version == sys.version_info[:2] else None
         self.plan = planning.template_plan(
             options, self.features, self.interpreter, package=PACKAGE, cloudpickle=self.cloudpickle, program=program,

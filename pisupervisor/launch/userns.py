@@ -50,7 +50,7 @@ def situation() -> Situation:
         status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
     switches = {name: text for name in _SWITCHES if (text := _read(f"/proc/sys/{name.replace('.', '/')}"))}
     lacks = tuple(name for name, number in _ROOTS.items() if not has_capability(number))
-    nested = os.path.isdir("/pis/pihost")  # planning.OURS: where each of our children finds our code
+    nested = os.path.isdir("/pis/pihost")  # root.OURS: where each of our children finds our code
     profile = _read("/proc/self/attr/apparmor/current")
     return Situation(
         os.geteuid(), lacks if os.geteuid() == 0 else (), status.get("Seccomp", "0") != "0", switches, nested,

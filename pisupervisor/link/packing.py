@@ -96,7 +96,7 @@ class Packer:
     def _importable(self) -> Callable[[str], bool]:
         """Whether the child can import a module by name; what it cannot travels by value."""
         if self._known_importable is None:
-            from pisupervisor.launch.planning import import_paths
+            from pisupervisor.launch.root import import_paths
             from pisupervisor.link.arguments import child_importable
 
             known = child_importable(import_paths(self._options, self._template().interpreter))

@@ -14,7 +14,7 @@ from functools import partial
 
 from pihost import wire
 from pisupervisor.errors import LaunchError
-from pisupervisor.launch import attest, planning
+from pisupervisor.launch import attest, planning, requirements
 from pisupervisor.launch.templates import Template
 from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended, host_failure
 from pisupervisor.limits import cgroups, rlimits
@@ -97,7 +97,7 @@ class Birth:
     def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:
         """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
         host = self.template.features.cgroups
-        lacking = planning.lacking_limits(self.options, host)
+        lacking = requirements.lacking_limits(self.options, host)
         if "memory" in lacking and self.options.limits.memory is not None:
             from pisupervisor.supervise import stand_in
 

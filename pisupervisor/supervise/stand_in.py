@@ -12,7 +12,7 @@ import time
 from collections.abc import Collection
 
 from pisupervisor.errors import FeatureUnavailable, IsolationError
-from pisupervisor.launch import planning, userns
+from pisupervisor.launch import requirements, root, userns
 from pisupervisor.limits import census
 from pisupervisor.options import IsolationOptions, Limits
 from pisupervisor.records import NamedTuple
@@ -45,7 +45,7 @@ def watched(options: IsolationOptions, host: CgroupHost) -> tuple[str, ...]:
     """The limits that were asked for, that no group can hold here, and that can be watched instead. Pure."""
     if not set(options.degrade) & set(_WATCHED):
         return ()
-    lacking = planning.lacking_limits(options, host)
+    lacking = requirements.lacking_limits(options, host)
     return tuple(name for name in _WATCHED if name in lacking and getattr(options.limits, name) is not None)
 
 
@@ -119,7 +119,7 @@ class StandIn:
     def __init__(self, child: Child, names: Collection[str]) -> None:
         limits = child.options.limits
         self._child, self._limits, self._names = child, limits, names
-        self._scratch = (*planning.SCRATCH, *child.options.filesystem.overlay)
+        self._scratch = (*root.SCRATCH, *child.options.filesystem.overlay)
         self._budget = Budget(limits.cpus) if "cpus" in names and limits.cpus is not None else None
         self._before: dict[int, census.Held] = {}
         self._then = child.started
