@@ -8,8 +8,6 @@ never stands behind a call. The event loop is never blocked, and cancelling a ta
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 import os
 from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -17,8 +15,16 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pisupervisor.aio_objects import AsyncIsolatedMethod, AsyncIsolatedObject, AsyncIsolatedStream, AsyncPipeline
+from pisupervisor.aio_objects import (
+    AsyncIsolatedMethod,
+    AsyncIsolatedObject,
+    AsyncIsolatedStream,
+    AsyncPipeline,
+    Done,
+    Pids,
+)
 from pisupervisor.aio_workers import Workers, run_in
+from pisupervisor.callbacks import is_coroutine_function
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.serializer import build
@@ -140,17 +146,19 @@ class AsyncProcessIsolator:
         """See ``ProcessIsolator.get_method``."""
         return AsyncIsolatedMethod(self, await self._call(self._isolator.get_method, path, target))
 
-    def register_callback(self, name: str, function: Callable[..., Any], *, expose_errors: bool = False) -> None:
+    def register_callback(self, name: str, function: Callable[..., Any], *, expose_errors: bool = False) -> Done:
         """See ``ProcessIsolator.register_callback``. A plain function runs in a thread, a coroutine function in the running
         loop.
         """
-        if inspect.iscoroutinefunction(function):
+        if is_coroutine_function(function):
             function = _in_loop(function, asyncio.get_running_loop())
         self._isolator.register_callback(name, function, expose_errors=expose_errors)
+        return Done()
 
-    def unregister_callback(self, name: str) -> None:
+    def unregister_callback(self, name: str) -> Done:
         """See ``ProcessIsolator.unregister_callback``."""
         self._isolator.unregister_callback(name)
+        return Done()
 
     def shared_array(self, shape: int | Sequence[int], dtype: Any = "float64") -> Any:
         """See ``ProcessIsolator.shared_array``."""
@@ -215,17 +223,18 @@ class AsyncProcessIsolator:
         """See ``ProcessIsolator.object_count``."""
         return int(await self._call(self._isolator.object_count))
 
-    def pids(self) -> list[int]:
+    def pids(self) -> Pids:
         """See ``ProcessIsolator.pids``."""
-        return self._isolator.pids()
+        return Pids(self._isolator.pids())
 
     def system_calls(self) -> tuple[SystemCall, ...]:
         """See ``ProcessIsolator.system_calls``."""
         return self._isolator.system_calls()
 
-    def set_data(self, name: str, value: Any) -> None:
+    def set_data(self, name: str, value: Any) -> Done:
         """See ``ProcessIsolator.set_data``."""
         self._isolator.set_data(name, value)
+        return Done()
 
     def get_data(self, name: str) -> Any:
         """See ``ProcessIsolator.get_data``."""
@@ -362,7 +371,6 @@ def _acting(caller: int, method: Callable[..., Any], /, *args: Any, **keywords: 
 
 
 def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
-    @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
         token = _within.set(this_caller())  # which the coroutine's context has, too: its calls are this callback's
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Self
 
 from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
@@ -12,6 +12,21 @@ from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
 if TYPE_CHECKING:
     from pisupervisor.aio import AsyncProcessIsolator
     from pisupervisor.supervise.pipeline import Pipeline
+
+
+class Done:
+    """What was done at once and has no result. It can be awaited like the rest of these methods, and need not be."""
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        yield from ()
+
+
+class Pids(list[int]):
+    """The same for process ids."""
+
+    def __await__(self) -> Generator[Any, Any, Self]:
+        yield from ()
+        return self
 
 
 class AsyncIsolatedObject:
@@ -33,9 +48,10 @@ class AsyncIsolatedObject:
             raise AttributeError(f"{name!r}: call what is private with invoke({name!r}, ...)")
         return self.find_method(name)
 
-    def release(self) -> None:
+    def release(self) -> Done:
         """See ``IsolatedObject.release``."""
         self._handle.release()
+        return Done()
 
     def __reduce__(self) -> Any:
         return self._handle.__reduce__()
@@ -53,7 +69,7 @@ class AsyncIsolatedMethod:
     def __init__(self, isolator: AsyncProcessIsolator, handle: IsolatedMethod) -> None:
         self._isolator, self._handle = isolator, handle
 
-    def __call__(self, *args: Any, **keywords: Any) -> Coroutine[Any, Any, Any]:
+    def __call__(self, /, *args: Any, **keywords: Any) -> Coroutine[Any, Any, Any]:
         return self._isolator._plain(self._handle, self._handle, *args, **keywords)
 
     async def invoke(self, obj: AsyncIsolatedObject, /, *args: Any, **keywords: Any) -> Any:

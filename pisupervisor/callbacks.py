@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 from pihost import wire
 from pisupervisor.errors import OptionsError, ProtocolError, SerializationError
@@ -25,6 +26,18 @@ _VALUE, _RAW, _FAILED, _UNKNOWN = b"\0", b"\1", b"\2", b"\3"
 IMPORT = "\0import"  # see pihost.inside.asking
 _LOGS = 10.0  # tracebacks of failed callbacks in a second
 _LOGGED = 16 << 10  # characters of one
+_COROUTINE = 0x80  # inspect.CO_COROUTINE; importing inspect costs 6 ms
+
+
+def is_coroutine_function(function: Any) -> bool:
+    """Whether what it returns is to be awaited: also of partials, methods and objects with an ``async def __call__``."""
+    while isinstance(function, partial):
+        function = function.func
+    for each in (function, type(function).__call__):
+        code = getattr(each, "__code__", None)
+        if code is not None:
+            return bool(code.co_flags & _COROUTINE)
+    return False
 
 
 class Callbacks:
@@ -48,6 +61,8 @@ class Callbacks:
             raise OptionsError(f"a callback needs a name, not {name!r}")
         if not callable(function):
             raise OptionsError(f"callback {name!r}: expected a function, not {function!r}")
+        if is_coroutine_function(function):
+            raise OptionsError(f"callback {name!r}: a coroutine function needs an event loop: use AsyncProcessIsolator")
         with self._lock:
             self._functions = {**self._functions, name: (function, expose_errors)}
 

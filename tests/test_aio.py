@@ -21,6 +21,7 @@ from pisupervisor import (
     ExitReason,
     IsolatorClosed,
     LaunchError,
+    ObjectReleased,
     OptionsError,
     ProcessIsolator,
     ProtocolError,
@@ -125,6 +126,22 @@ def test_calls_of_all_kinds(plugin: Path, tmp_path: Path) -> None:
     run(main)
 
 
+def test_what_is_done_at_once_can_be_awaited_too(plugin: Path) -> None:
+    async def main() -> None:
+        async with AsyncProcessIsolator.create() as isolator:
+            await isolator.register_callback("double", lambda x: 2 * x)
+            assert await isolator.invoke_method(plugin, "ask", "double", 21) == 42
+            await isolator.unregister_callback("double")
+            await isolator.set_data("a", 1)
+            assert (isolator.get_data("a"), await isolator.pids()) == (1, isolator.pids())
+            counter = await isolator.create_object(plugin, "Counter", 5)
+            await counter.release()
+            with pytest.raises(ObjectReleased):
+                await counter.add()
+
+    run(main)
+
+
 def test_submitted_calls_are_tasks(plugin: Path) -> None:
     async def main() -> None:
         async with await AsyncProcessIsolator.create() as isolator:
@@ -159,6 +176,12 @@ def test_streams(plugin: Path) -> None:
     run(main)
 
 
+class Answers:
+    async def __call__(self, x: int) -> int:
+        await asyncio.sleep(0)
+        return x + 3
+
+
 def test_callbacks_run_in_the_loop(plugin: Path) -> None:
     async def main() -> None:
         loop = asyncio.get_running_loop()
@@ -171,6 +194,8 @@ def test_callbacks_run_in_the_loop(plugin: Path) -> None:
         async with await AsyncProcessIsolator.create() as isolator:
             isolator.register_callback("answer", answer)
             isolator.register_callback("plain", lambda x: x + 2)
+            isolator.register_callback("object", Answers())
+            assert await isolator.invoke_method(plugin, "ask", "object", 1) == 4
             assert await isolator.invoke_method(plugin, "ask", "answer", 1) == 2
             assert await isolator.invoke_method(plugin, "ask", "plain", 1) == 3
             isolator.unregister_callback("plain")

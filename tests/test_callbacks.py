@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
@@ -176,6 +177,28 @@ def test_unregistered_is_unknown(isolator: ProcessIsolator, plugin: Path) -> Non
         isolator.invoke_method(plugin, "ask", "now")
     with pytest.raises(OptionsError, match="no callback 'now'"):
         isolator.unregister_callback("now")
+
+
+async def _double(x: int) -> int:
+    return 2 * x
+
+
+class _Doubler:
+    async def __call__(self, x: int) -> int:
+        return 2 * x
+
+    async def double(self, x: int) -> int:
+        return 2 * x
+
+
+@pytest.mark.parametrize(
+    "function",
+    [_double, functools.partial(_double, 1), _Doubler(), _Doubler().double],
+    ids=["def", "partial", "object", "method"],
+)
+def test_coroutine_functions_are_for_an_event_loop(isolator: ProcessIsolator, function: Any) -> None:
+    with pytest.raises(OptionsError, match="use AsyncProcessIsolator"):
+        isolator.register_callback("double", function)
 
 
 def _fail() -> None:
