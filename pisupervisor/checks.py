@@ -101,8 +101,16 @@ def path(value: Any, name: str) -> str:
     return text
 
 
+def absolute(named: str) -> str:
+    """A path from the top. Raises OptionsError where it is relative and the application's working directory is gone."""
+    try:
+        return os.path.abspath(named)
+    except FileNotFoundError:
+        raise OptionsError(f"{named!r} is relative to a working directory that is gone; give it from the top") from None
+
+
 def existing(paths: Any, name: str) -> tuple[str, ...]:
-    found = tuple(os.path.abspath(path(each, name)) for each in sequence(paths, name))
+    found = tuple(absolute(path(each, name)) for each in sequence(paths, name))
     for each in found:
         if not os.path.exists(each):
             raise OptionsError(f"{name}: {each} does not exist")
@@ -112,7 +120,7 @@ def existing(paths: Any, name: str) -> tuple[str, ...]:
 def bind(entry: Any, name: str) -> tuple[str, str]:
     source, target = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
     try:
-        source = os.path.abspath(os.fspath(source))
+        source = absolute(os.fspath(source))
         target = source if target is None else os.path.normpath(os.fspath(target))
     except TypeError:
         raise OptionsError(f"{name}: expected a path or (host path, path in the child), not {entry!r}") from None
@@ -126,7 +134,7 @@ def bind(entry: Any, name: str) -> tuple[str, str]:
 def rootfs(folder: Any) -> str | None:
     if folder is None:
         return None
-    root = os.path.realpath(path(folder, "rootfs"))
+    root = os.path.realpath(absolute(path(folder, "rootfs")))
     if not os.path.isdir(root) or root == "/":
         raise OptionsError(f"rootfs: {root} is no folder with a root file system in it")
     return root

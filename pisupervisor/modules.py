@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from pisupervisor.checks import absolute
 from pisupervisor.errors import OptionsError
 
 MAX_SOURCE = 16 << 20  #: bytes of one module
@@ -63,13 +64,11 @@ def check_loader(loader: object) -> object:
     if callable(loader):
         return loader
     try:
-        path = os.path.abspath(os.fsdecode(os.fsencode(loader)))  # type: ignore[arg-type]
-        os.stat(path)
-    except OSError:
-        raise OptionsError(f"modules: {path} is neither a folder nor a zip") from None
+        named = os.fsdecode(os.fsencode(loader))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise OptionsError(f"modules: expected folders, zips or functions, not {loader!r}") from None
-    if not os.path.isdir(path) and not zipfile.is_zipfile(path):
+    path = absolute(named)
+    if "\0" in path or not (os.path.isdir(path) or zipfile.is_zipfile(path)):
         raise OptionsError(f"modules: {path} is neither a folder nor a zip")
     return path
 

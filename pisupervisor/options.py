@@ -301,7 +301,7 @@ class IsolationOptions:
             raise OptionsError(f"degrade: {', '.join(unknown)} is no protection; known: {', '.join(PROTECTIONS)}")
         if self.python is not None:
             # inside a rootfs too: from its top
-            _store(self, "python", os.path.abspath(checks.path(self.python, "python")))
+            _store(self, "python", checks.absolute(checks.path(self.python, "python")))
         _store(self, "import_paths", checks.existing(self.import_paths, "import_paths"))
         _store(self, "cgroup", checks.cgroup(self.cgroup))
         if not isinstance(self.tenant, (str, type(None))):

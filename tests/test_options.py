@@ -23,11 +23,13 @@ from pisupervisor import (
     ProcessIsolator,
     ProfileError,
     RestartPolicy,
+    SeccompProfile,
     Security,
     Template,
     TypeCodec,
 )
 from pisupervisor.limits.sizes import parse_size
+from pisupervisor.link.sources import CodeReader
 from pisupervisor.options import PROTECTIONS
 
 PARTS = [IsolationOptions(), Limits(), Filesystem(), Security(), RestartPolicy(), IoLimit(device="/", read_bps=1)]
@@ -279,3 +281,23 @@ def test_what_is_no_choice() -> None:
 
 def test_no_user_is_the_usual_one() -> None:
     assert Security(user=None).user == Security().user == 1000
+
+
+def test_relative_paths_where_the_working_directory_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for made in (
+        lambda: IsolationOptions(import_paths=["lib"]),
+        lambda: IsolationOptions(modules=["lib"]),
+        lambda: IsolationOptions(python="venv"),
+        lambda: Filesystem(read_only=["data"]),
+        lambda: Filesystem(rootfs="tree"),
+        lambda: SeccompProfile.from_file("mine.json"),
+        lambda: CodeReader().read("tool.py"),
+    ):
+        with pytest.raises(OptionsError, match="relative to a working directory that is gone"):
+            made()
+    assert IsolationOptions(import_paths=[tmp_path]).import_paths == (str(tmp_path),)
+    assert CodeReader().read("json").key

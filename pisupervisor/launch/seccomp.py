@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import stat
 
+from pisupervisor.checks import absolute
 from pisupervisor.errors import ProfileError
 from pisupervisor.launch import seccomp_cache
 
@@ -61,7 +62,7 @@ class SeccompProfile:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SeccompProfile:
         """The profile in a JSON file, such as Docker's or Podman's own. Raises ProfileError with file and line."""
-        file = os.path.abspath(os.fspath(path))
+        file = absolute(os.fspath(path))
         return cls(_read_source(file), os.path.basename(file), file)
 
     @classmethod
@@ -163,7 +164,7 @@ def _path_of(profile: object) -> str:
     path = os.fspath(profile) if isinstance(profile, (str, os.PathLike)) else None
     if not isinstance(path, str):
         raise ProfileError(f"expected a name, a path or a SeccompProfile, not {profile!r}")
-    return os.path.abspath(path)
+    return absolute(path)
 
 
 def packaged_path(name: str) -> str:

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
+from pisupervisor.checks import absolute
 from pisupervisor.errors import OptionsError
 
 MAX_BYTES = 64 << 20  #: of one file, or of all files of a package or archive, uncompressed
@@ -81,7 +82,7 @@ class CodeReader:
         text = _text(path)
         if not (isinstance(path, os.PathLike) or _looks_like_path(text)):
             return _module(text)
-        where = os.path.abspath(text)
+        where = absolute(text)
         known = self._cache.get(where)
         if known is not None and known.holds():
             return known.code
