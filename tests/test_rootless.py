@@ -282,6 +282,34 @@ def test_big_data_and_open_files(ordinary_user: OrdinaryUser, need: Callable[...
     assert found == {"there": 1 << 20, "back": 1 << 20, "read": "precious", "file": "PermissionError", "pipe": "opened"}
 
 
+def test_what_an_owner_may_do_to_what_is_passed(ordinary_user: OrdinaryUser) -> None:
+    """SECURITY.md says so: a child with the user's own id owns what they pass. It still cannot open the file anew."""
+    source = """
+        def misuse(file, pipe):
+            import os
+            done = []
+            tries = dict(
+                mode=lambda: os.fchmod(file.fileno(), 0o666), times=lambda: os.utime(file.fileno(), (0, 0)),
+                file=lambda: os.open(f"/proc/self/fd/{file.fileno()}", os.O_WRONLY),
+                pipe=lambda: os.open(f"/proc/self/fd/{pipe.fileno()}", os.O_RDONLY | os.O_NONBLOCK),
+            )
+            for name, attempt in tries.items():
+                try:
+                    attempt()
+                except OSError:
+                    continue
+                done.append(name)
+            return done
+        with open("passed", "w") as file:
+            os.chmod("passed", 0o600)
+        reader, writer = os.pipe()
+        with ProcessIsolator.create(DEGRADED) as isolator, open("passed") as file, open(writer, "wb") as pipe:
+            done = isolator.invoke(misuse, file, pipe)
+        tell(done=done, mode=os.stat("passed").st_mode & 0o777)
+    """
+    assert run(ordinary_user, source) == {"done": ["mode", "times", "pipe"], "mode": 0o666}
+
+
 def test_no_child_can_write_the_filters_of_later_ones(ordinary_user: OrdinaryUser) -> None:
     """The cache is trusted because nobody else can write there; a child of an ordinary user has that user's id outside.
     Firejail #7132 was of this kind.
