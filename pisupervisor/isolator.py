@@ -1,4 +1,6 @@
-"""The face: ``ProcessIsolator``, one supervised child and the ways to call into it."""
+"""The face: ``ProcessIsolator``, one supervised child and the ways to call into it. How its owner ends, pauses and sees the child
+is written in ``control``.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ import threading
 import time
 
 from pihost import wire
-from pisupervisor.checks import merged, split_target
+from pisupervisor.checks import check_argv, merged, split_target
+from pisupervisor.control import Control
 from pisupervisor.errors import OptionsError
 from pisupervisor.launch.templates import acquire, release
 from pisupervisor.options import IsolationOptions
@@ -28,11 +31,9 @@ if TYPE_CHECKING:
     from pisupervisor.link.sources import Code
     from pisupervisor.modules import Modules
     from pisupervisor.objects import IsolatedMethod, IsolatedObject
-    from pisupervisor.results import Applied, CallResult, ExitInfo, SystemCall, Usage
-    from pisupervisor.supervise.lifecycle import State
+    from pisupervisor.results import CallResult, ExitInfo
     from pisupervisor.supervise.pipeline import Pipeline
     from pisupervisor.supervise.session import Outcome
-    from pisupervisor.supervise.starting import FirstCall
     from pisupervisor.worker import Worker
 
 _ids = itertools.count(1)
@@ -46,7 +47,7 @@ def _modules(options: IsolationOptions) -> Modules | None:
     return Modules(options.modules)
 
 
-class ProcessIsolator:
+class ProcessIsolator(Control):
     """One confined child and the calls into it. Made by ``create``; a context manager. Any thread may use it.
 
     As many calls run at once as ``options.max_concurrency`` says, by default one; others wait for their turn. After a child
@@ -102,6 +103,14 @@ class ProcessIsolator:
             isolator.close()
             raise
         return isolator
+
+    def _start(self) -> None:
+        from pisupervisor.supervise.starting import first_calls, start
+
+        if self.options.needs_first_calls():
+            self._keeper.first_calls = first_calls(self.options, self._packer, self._reader)
+        with self._keeper.turn:
+            start(self._keeper)
 
     # --- calls ------------------------------------------------------------------------------------------------
 
@@ -168,7 +177,6 @@ class ProcessIsolator:
         it starts are waited for, and its exit handlers run. The child lives on; the ExitInfo is the script's: its exit
         code, stdout and stderr.
         """
-        from pisupervisor.checks import check_argv
         from pisupervisor.link.calls import is_exit_code
         from pisupervisor.results import ExitInfo, ExitReason
 
@@ -229,7 +237,7 @@ class ProcessIsolator:
                 self._worker = Worker(f"pisupervisor-{self.id}", self._session)
             return self._worker.add(method, args, keywords)
 
-    # --- objects and callbacks --------------------------------------------------------------------------------
+    # --- objects, callbacks and data --------------------------------------------------------------------------
 
     def create_object(
         self, code: str | os.PathLike[str] | Callable[..., Any], /, *args: Any, timeout: float | None = None,
@@ -292,6 +300,14 @@ class ProcessIsolator:
         """Raises OptionsError where there is none of that name."""
         self._callbacks.unregister(name)
 
+    def set_data(self, name: str, value: Any) -> None:
+        """Keep something beside this isolator, in the host; it never reaches the child."""
+        self._data[name] = value
+
+    def get_data(self, name: str) -> Any:
+        """What ``set_data`` kept, or None."""
+        return self._data.get(name)
+
     def _keep(self, call: tuple[Any, ...], code: Code | None, timeout: float | None) -> IsolatedObject:
         from pisupervisor.link.calls import is_number
         from pisupervisor.objects import IsolatedObject
@@ -348,89 +364,13 @@ class ProcessIsolator:
 
         return IsolatedStream(self, done.connection, done.value, timeout, types or StreamTypes())
 
-    def _start(self) -> None:
-        if self.options.needs_first_calls():
-            self._keeper.first_calls = self._first_calls()
-        from pisupervisor.supervise.starting import start
-
-        with self._keeper.turn:
-            start(self._keeper)
-
-    def _first_calls(self) -> list[FirstCall]:
-        from pisupervisor.codecs import lesson
-        from pisupervisor.link.calls import pack_call, pack_code
-        from pisupervisor.supervise.starting import FirstCall
-
-        options, calls = self.options, []
-        if options.types or not isinstance(options.results, str):
-            arguments, codes = lesson(options.types, options.results, self._packer, self._reader)
-            packed = tuple((code.key, pack_code(code)) for code in codes)
-            calls.append(FirstCall("types", pack_call("learn", False, arguments), packed))
-        if options.on_start is not None:
-            payload = self._packer.plain_function(options.on_start)
-            calls.append(FirstCall("on_start", pack_call("start", False, payload)))
-        return calls
-
     def _code(self, path: str | os.PathLike[str], target: str) -> Code:
         from pisupervisor.link.sources import check_target
 
         check_target(target)
         return self._reader.read(path)
 
-    # --- life -------------------------------------------------------------------------------------------------
-
-    def exit(self, reason: str | None = None, timeout: float = 5.0) -> ExitInfo:
-        """Have the child leave by itself after the call that runs: its threads are waited for, its exit handlers run.
-        ``reason`` is in the ExitInfo and the events. What has not left after ``timeout`` seconds is killed.
-
-        Where the restart mode is not "always", later calls raise IsolatorClosed until ``restart()``.
-        """
-        from pisupervisor.supervise import stopping
-
-        return stopping.leave(self._keeper, reason, timeout)
-
-    def terminate(self, grace: float = 1.0) -> bool:
-        """SIGTERM to the child's own process, and after ``grace`` seconds SIGKILL to everything in it. True: all is dead.
-
-        A call under way raises ChildTerminated; the next call starts another child.
-        """
-        from pisupervisor.supervise import stopping
-
-        return stopping.terminate(self._keeper, grace)
-
-    def abort(self, reason: str | None = None) -> bool:
-        """SIGABRT to the child's own process; what survives that is killed. Otherwise like ``terminate``."""
-        from pisupervisor.supervise import stopping
-
-        return stopping.abort(self._keeper, reason)
-
-    def restart(self) -> None:
-        """Kill the child, if there is one, and start another, whatever the policy says. Raises what ``create`` raises."""
-        from pisupervisor.supervise import stopping
-
-        stopping.restart(self._keeper)
-
-    def pause(self) -> None:
-        """Freeze every process of the child. Calls wait meanwhile, and their deadlines run on. Raises IsolationError where
-        there is no child.
-        """
-        from pisupervisor.supervise import stopping
-
-        stopping.pause(self._keeper)
-
-    def resume(self) -> None:
-        """Let a paused child run on."""
-        from pisupervisor.supervise import stopping
-
-        stopping.resume(self._keeper)
-
-    def wait_for_exit(self, timeout: float | None = None) -> ExitInfo:
-        """Wait for the exit after which the policy starts no other child, and return how that was; restarts on the way are
-        done here. An exit that has already happened is returned as it is. Raises TimeoutError after ``timeout`` seconds.
-        """
-        from pisupervisor.supervise import stopping
-
-        return stopping.wait_for_exit(self._keeper, timeout)
+    # --- the end ----------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End the child and everything in it, and give back every thread, fd, group and process. Idempotent."""
@@ -458,62 +398,3 @@ class ProcessIsolator:
             return  # when the application ends, all children end with it
         keeper.abandon()  # the last net: nobody called close()
         self._close_worker()
-
-    # --- looking ----------------------------------------------------------------------------------------------
-
-    @property
-    def pid(self) -> int | None:
-        """The payload's process id as the host numbers it, None while there is no child."""
-        self._keeper.notice()
-        child = self._keeper.child
-        return child.pid if child is not None else None
-
-    @property
-    def state(self) -> State:
-        """One of starting ready busy paused stopping backoff stopped failed."""
-        self._keeper.notice()
-        return self._keeper.state
-
-    @property
-    def applied(self) -> Mapping[str, Applied]:
-        """What holds of each protection, as the host read it back when the present (or last) child was started, and how
-        often it has run into its limits since.
-        """
-        child = self._keeper.child
-        if child is None:
-            return self._keeper.applied
-        from pisupervisor.supervise.metrics import with_counts
-
-        return with_counts(child.applied, child.meter.events())
-
-    def resource_usage(self) -> Usage:
-        """What the present child and all it started have used so far; nothing where there is no child."""
-        self._keeper.check_open()
-        self._keeper.notice()
-        child = self._keeper.child
-        if child is None:
-            from pisupervisor.results import Usage
-
-            return Usage()
-        return child.meter.whole_usage()
-
-    def pids(self) -> list[int]:
-        """Every process of the child, as the host numbers them."""
-        self._keeper.check_open()
-        self._keeper.notice()
-        child = self._keeper.child
-        return child.meter.pids() if child is not None else []
-
-    def system_calls(self) -> tuple[SystemCall, ...]:
-        """What a seccomp listener has seen of all children so far, each different call once with its count, of one
-        name at most 64 sets of arguments. Empty where nobody listens (see ``Security.watch``). Also after ``close``.
-        """
-        return self._keeper.log.calls() if self._keeper.log is not None else ()
-
-    def set_data(self, name: str, value: Any) -> None:
-        """Keep something beside this isolator, in the host; it never reaches the child."""
-        self._data[name] = value
-
-    def get_data(self, name: str) -> Any:
-        """What ``set_data`` kept, or None."""
-        return self._data.get(name)

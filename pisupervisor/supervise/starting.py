@@ -20,6 +20,8 @@ from pisupervisor.supervise.child import Child
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pisupervisor.link.arenas import Arenas
+    from pisupervisor.link.packing import Packer
+    from pisupervisor.link.sources import CodeReader
     from pisupervisor.options import IsolationOptions
     from pisupervisor.supervise.keeper import Keeper
 
@@ -34,6 +36,22 @@ class FirstCall(NamedTuple):
     step: str
     body: bytes
     codes: tuple[tuple[str, bytes], ...] = ()
+
+
+def first_calls(options: IsolationOptions, packer: Packer, reader: CodeReader) -> list[FirstCall]:
+    """What ``types``, ``results`` and ``on_start`` ask for."""
+    from pisupervisor.codecs import lesson
+    from pisupervisor.link.calls import pack_call, pack_code
+
+    calls = []
+    if options.types or not isinstance(options.results, str):
+        arguments, codes = lesson(options.types, options.results, packer, reader)
+        packed = tuple((code.key, pack_code(code)) for code in codes)
+        calls.append(FirstCall("types", pack_call("learn", False, arguments), packed))
+    if options.on_start is not None:
+        payload = packer.plain_function(options.on_start)
+        calls.append(FirstCall("on_start", pack_call("start", False, payload)))
+    return calls
 
 
 def start(keeper: Keeper, deadline: float | None = None) -> None:
