@@ -71,8 +71,8 @@ def plugin(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_same_names_and_parameters() -> None:
-    plain = {name for name in vars(ProcessIsolator) if name[0] != "_"}
-    awaited = {name for name in vars(AsyncProcessIsolator) if name[0] != "_"}
+    plain = {name for name in dir(ProcessIsolator) if name[0] != "_"}
+    awaited = {name for name in dir(AsyncProcessIsolator) if name[0] != "_"}
     assert plain - awaited <= {"id", "options"}
     assert awaited - plain <= {"id", "options"}
     for name in ("exit", "terminate", "abort", "wait_for_exit", "register_callback", "create"):
