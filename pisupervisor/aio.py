@@ -82,6 +82,14 @@ class AsyncProcessIsolator:
         calls.session = isolator._session
         return cls(isolator, calls)
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}: {self._isolator._keeper.state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} is one child's master: it cannot be copied, pickled, or sent to a child"
+        )
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -384,6 +384,14 @@ class ProcessIsolator(Control):
             worker.close()
         self._worker = None  # not before: what a signal's handler interrupts is done by the next close
 
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.id}: {self._keeper.state}>"
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} is one child's master: it cannot be copied, pickled, or sent to a child"
+        )
+
     def __enter__(self) -> ProcessIsolator:
         return self
 

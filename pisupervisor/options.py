@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 
 from pisupervisor import checks
 from pisupervisor.errors import OptionsError
 from pisupervisor.limits.cpuset import CpuSet
-from pisupervisor.records import dataclass, field, fields
+from pisupervisor.records import FrozenDict, dataclass, field, fields
 
 TYPE_CHECKING = False  # typing costs 2 ms of a program's start; type checkers know this name
 if TYPE_CHECKING:
@@ -290,7 +289,7 @@ class IsolationOptions:
                 raise OptionsError(f"{name}: expected {kind.__name__}(...), not {getattr(self, name)!r}")
         checks.choice(self.network, "network", ("none", "loopback", "host"))
         _store(self, "types", checks.types(self.types, self.results))
-        _store(self, "environment", MappingProxyType(checks.environment(self.environment)))
+        _store(self, "environment", FrozenDict(checks.environment(self.environment)))
         for name in ("inherit_environment", "preload", "degrade"):
             _store(self, name, checks.strings(getattr(self, name), name))
         for module in self.preload:

@@ -44,6 +44,21 @@ else:
     Protocol = object
 
 
+class FrozenDict(dict[str, str]):
+    """A mapping in a record: not to be changed, and hashed, copied and pickled like the rest of it."""
+
+    def _refuse(self, *_: object, **__: object) -> Any:
+        raise TypeError(f"{type(self).__name__} cannot be changed")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self),)
+
+
 _MISSING = object()
 
 

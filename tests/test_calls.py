@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 import dataclasses
 import enum
 import os
+import pickle
 import signal
 import subprocess
 import sysconfig
@@ -148,6 +150,15 @@ def test_what_are_no_keyword_arguments(shared: ProcessIsolator, plugin: Path, kw
     ):
         with pytest.raises(OptionsError, match="kwargs: expected a dict with names as keys"):
             call()
+
+
+def test_an_isolator_is_no_argument_and_has_no_copy(shared: ProcessIsolator) -> None:
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a ProcessIsolator is one child's master: it cannot be copied"):
+            copied(shared)
+    with pytest.raises(SerializationError, match=r"'shared', used by the function .*a ProcessIsolator is one child's"):
+        shared.invoke(lambda: shared.id)
+    assert shared.invoke(len, "abc") == 3
 
 
 @pytest.mark.parametrize("text", ["plugin.py", ":shrink", "plugin.py:", ""], ids=repr)

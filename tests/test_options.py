@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 from dataclasses import FrozenInstanceError, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,14 @@ from pisupervisor.limits.sizes import parse_size
 from pisupervisor.link.sources import CodeReader
 from pisupervisor.options import PROTECTIONS
 
-PARTS = [IsolationOptions(), Limits(), Filesystem(), Security(), RestartPolicy(), IoLimit(device="/", read_bps=1)]
+PARTS = [
+    IsolationOptions(environment={"A": "b"}),
+    Limits(),
+    Filesystem(),
+    Security(),
+    RestartPolicy(),
+    IoLimit(device="/", read_bps=1),
+]
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: type(part).__name__)
@@ -48,6 +57,28 @@ def test_options_are_keyword_only_and_a_copy_is_equal(part: Any) -> None:
     with pytest.raises(TypeError):
         type(part)("positional")
     assert replace(part) == part
+
+
+@pytest.mark.parametrize("part", PARTS, ids=lambda part: type(part).__name__)
+def test_options_are_copied_and_pickled_and_hashed_like_other_data(part: Any) -> None:
+    for same in (copy.copy(part), copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert (same, hash(same)) == (part, hash(part))
+        with pytest.raises(FrozenInstanceError):
+            setattr(same, dataclasses.fields(part)[0].name, 1)
+    assert dataclasses.asdict(part).keys() == {field.name for field in dataclasses.fields(part)}
+
+
+def test_an_environment_is_frozen_too() -> None:
+    given = {"A": "b"}
+    environment: Any = IsolationOptions(environment=given).environment
+    given["A"] = "c"
+    assert environment == {"A": "b"}
+    with pytest.raises(TypeError, match="cannot be changed"):
+        environment["A"] = "c"
+    with pytest.raises(TypeError, match="cannot be changed"):
+        environment.update(A="c")
+    with pytest.raises(TypeError, match="cannot be changed"):
+        environment |= given
 
 
 def test_replace_makes_a_checked_copy() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from helpers import in_thread, init_of, linux, nothing_left, own_groups, state_of, wait_until, write
+from helpers import in_fork, in_thread, init_of, linux, nothing_left, own_groups, state_of, wait_until, write
 
 from pisupervisor import (
     CallTimeout,
@@ -484,3 +484,12 @@ def _typed(act: Callable[[], object], strange: list[BaseException]) -> None:
         pass
     except BaseException as error:
         strange.append(error)
+
+
+def test_a_fork_of_the_application_does_not_wait_for_what_it_would_never_be_told() -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        assert in_fork(lambda: isolator.wait_for_exit(60)) == "IsolatorClosed"
+        assert in_fork(lambda: isolator) == f"<ProcessIsolator {isolator.id}: ready>"
+        assert isolator.invoke(len, "abc") == 3
+    assert repr(isolator) == f"<ProcessIsolator {isolator.id}: stopped>"
+    isolator.wait_for_exit()

@@ -99,10 +99,13 @@ class Keeper:
 
     def check_open(self) -> None:
         """Raises IsolatorClosed after ``close``, and in a fork of the application."""
-        if os.getpid() != self.owner:
-            raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
+        self.check_owner()
         if self.closed.is_set():
             raise IsolatorClosed("this isolator is closed")
+
+    def check_owner(self) -> None:
+        if os.getpid() != self.owner:
+            raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
 
     def enter(self, event: Event) -> None:
         with self.lock:

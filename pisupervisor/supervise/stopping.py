@@ -118,6 +118,7 @@ def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
     An exit that has happened, or is happening at this moment, is returned as it is: the next call makes it good.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
+    keeper.check_owner()
     child = keeper.child
     if child is None:
         return last_exit(keeper)
