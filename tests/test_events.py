@@ -20,12 +20,15 @@ import pytest
 from helpers import linux, nothing_left, wait_until, zygote_of
 
 from pisupervisor import (
+    CallTimeout,
     ChildTerminated,
+    CpuLimitExceeded,
     ExitReason,
     IsolationEvents,
     LaunchError,
     Limits,
     OptionsError,
+    OutputLimitExceeded,
     ProcessIsolator,
     RestartLimitReached,
     RestartPolicy,
@@ -333,6 +336,25 @@ def test_too_much_output_is_an_event_and_a_flag(told: Told) -> None:
     with ProcessIsolator.create(events=told.events(), limits=Limits(output="1K")) as isolator:
         assert isolator.execute(_write, 1, b"x" * 5000).truncated
         assert told.wait_for("limit").limit == "output"
+
+
+@pytest.mark.parametrize("end", ["os._exit(3)", "time.sleep(60)"])
+def test_so_it_is_when_the_call_then_fails(told: Told, end: str) -> None:
+    with ProcessIsolator.create(events=told.events(), limits=Limits(output="1K")) as isolator:
+        with pytest.raises((OutputLimitExceeded, CallTimeout)) as caught:
+            isolator.run_source(f"import os, time\nos.write(1, bytes(5000))\n{end}", timeout=1)
+        assert caught.value.truncated
+        told.wait_for("exited")
+    assert [event.limit for event in told.of("limit")] == ["output"]
+
+
+def test_used_up_cpu_time_is_an_event_once(told: Told) -> None:
+    """parity: 33"""
+    with ProcessIsolator.create(events=told.events(), limits=Limits(cpu_time=1, cpus=None)) as isolator:
+        with pytest.raises(CpuLimitExceeded):
+            isolator.run_source("while True: pass")
+        told.wait_for("exited")
+    assert [event.limit for event in told.of("limit")].count("cpu_time") == 1
 
 
 # --- handlers ------------------------------------------------------------------------------------------------------

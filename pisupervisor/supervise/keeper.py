@@ -247,7 +247,7 @@ class Keeper:
         if connection is not None:
             connection.give_up()
             connection.forget_arenas()
-        self.teller.ended(child, crash)
+        self.teller.ended(child, crash, truncated=bool(truncated))
         self.wake_watch()
         return info
 
@@ -282,7 +282,7 @@ class Keeper:
         return True
 
     def out_of_cpu_time(self, child: Child, used: float) -> None:
-        self.teller.tell("LimitReached", child.pid, limit="cpu_time", count=1, detail=f"{used:.2f} s used")
+        self.teller.cpu_limit(child, used)
         child.kill(ExitReason.CPU_TIME, f"{used:.2f} s of CPU time used, {self.options.limits.cpu_time:g} s allowed")
 
     def forget_crashes(self) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from pisupervisor.limits.cgroups import GroupEvents
 from pisupervisor.options import IsolationOptions
+from pisupervisor.results import ExitReason
 from pisupervisor.supervise.watch import reached
 
 TYPE_CHECKING = False
@@ -27,6 +28,7 @@ class Teller:
         self._options, self._id, self._settle = options, isolator_id, settle
         self._lock = threading.Lock()
         self._dispatcher: Dispatcher | None = None
+        self._spent: int | None = None  # the pid of whose CPU time was told
         if options.events is not None and options.events.wanted():
             from pisupervisor.supervise.dispatch import Dispatcher
 
@@ -70,11 +72,23 @@ class Teller:
             kept = f"{self._options.limits.output} bytes of a stream were kept"
             self.tell("LimitReached", child.pid, limit="output", count=1, detail=kept)
 
-    def ended(self, child: Child, crash: int = 0) -> None:
+    def cpu_limit(self, child: Child, used: float | None) -> None:
+        """Once, whoever saw it: the kernel ends one process that has used it up, the watch counts all of them."""
+        with self._lock:
+            first, self._spent = self._spent != child.pid, child.pid
+        if first:
+            detail = "all of it was used" if used is None else f"{used:.2f} s used"
+            self.tell("LimitReached", child.pid, limit="cpu_time", count=1, detail=detail)
+
+    def ended(self, child: Child, crash: int = 0, *, truncated: bool = False) -> None:
         """What it wrote last, the limits it reached last, its end."""
         if self._dispatcher is not None and child.pipes is not None:
             self._dispatcher.detach(child.pipes, child.last_lines)
         self.limits(child, child.last_events)
+        if truncated:
+            self.output_limit(child)
+        if child.exit_info is not None and child.exit_info.reason is ExitReason.CPU_TIME:
+            self.cpu_limit(child, child.exit_info.cpu_time)
         self.tell("Exited", child.pid, exit_info=child.exit_info)
         if crash:
             self.tell("ExitedWithError", child.pid, exit_info=child.exit_info, crash=crash)
