@@ -106,6 +106,7 @@ class Zygote:
         self.postponed: tuple[bytes, list[int]] | None = None
         self.network = -1  # namespace that the next child will inherit; -1: none is ready
         self.free_networks: list[int] = []
+        self.untouched: list[bytes] = []  # see ``traces``
         self.network_failed = False
         self.poll = select.poll()
         for fd in (control.fileno(), host):
@@ -148,17 +149,22 @@ class Zygote:
 
     def enter_network(self) -> None:
         """A network namespace for the next child, which inherits it and, from its own user namespace, has no rights
-        over it. Each living child has another one. Without interfaces nobody can leave anything in one, so those of
-        dead children are used again: making one costs 0.4 ms, and the kernel's clean-up as much.
+        over it. Each living child has another one. Without interfaces nobody can leave much in one, so those of dead
+        children that are as they were are used again: making one costs 0.4 ms, the clean-up as much, a look 0.1.
         """
-        if self.free_networks:
+        while self.free_networks:
             self.network = self.free_networks.pop()
             syscalls.setns(self.network, syscalls.CLONE_NEWNET)
-            return
+            if traces() == self.untouched:
+                return
+            os.close(self.network)
+            self.network = -1
         if self.plan.network != "host":
             syscalls.unshare(syscalls.CLONE_NEWNET)
         if self.plan.network == "loopback":
             bring_loopback_up()
+        if self.plan.network == "none":
+            self.untouched = self.untouched or traces()
         self.network = os.open("/proc/self/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     def leave_network(self, network: int) -> None:
@@ -288,6 +294,18 @@ class Zygote:
         os.close(pidfd)
         tell(status, {"gone": [result.si_code, result.si_status] if result else [0, 0]})
         status.close()
+
+
+def traces() -> list[bytes]:
+    """What /proc/self/net tells of who had it: counters of what was sent in vain, labels of IPv6 flows with their text."""
+    found = []
+    for name in ("snmp", "snmp6", "rt6_stats", "ip6_flowlabel"):
+        try:
+            with open(f"/proc/self/net/{name}", "rb", 0) as file:
+                found.append(file.read())
+        except FileNotFoundError:  # a kernel without IPv6
+            continue
+    return found
 
 
 def make_link() -> tuple[int, int]:

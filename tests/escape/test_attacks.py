@@ -806,6 +806,41 @@ port.bind(("0.0.0.0", 4711))
     assert left & {found[0] for found in seen}, "none was used again: nothing was tried"
 
 
+_SENT_IN_VAIN = """
+for family, address in ((2, ("10.1.2.3", 5)), (10, ("fd00::1", 5))):
+    plain = socket.socket(family, 2)
+    for _ in range(99):
+        try: plain.sendto(b"x", address)
+        except OSError: pass
+"""
+_LABELS = """
+kept = socket.socket(10, 2)
+for number in range(1, 20):
+    said = b"left for another" + struct.pack(">I", number) + struct.pack("BBHHHI", 0, 255, 1, 60, 60, 0)
+    libc.setsockopt(kept.fileno(), 41, 32, said, len(said))
+"""
+
+
+@pytest.mark.parametrize("leave", ["", _SENT_IN_VAIN, _LABELS], ids=["nothing", "counters", "labels"])
+def test_a_network_that_tells_of_its_last_child_is_not_used_again(isolator: ProcessIsolator, leave: str) -> None:
+    look = """
+def told(name):
+    try: return open(f"/proc/self/net/{name}").read()
+    except OSError: return ""
+[os.stat("/proc/self/ns/net").st_ino, *(told(name) for name in ("snmp", "snmp6", "netstat", "rt6_stats", "ip6_flowlabel"))]
+"""
+    seen, first, again = set(), attack(isolator, look), 0
+    for _ in range(4):
+        network, *told = attack(isolator, look)
+        assert told == first[1:]
+        again += network in seen
+        seen.add(network)
+        attack(isolator, leave)
+        assert attack(isolator, look)[1:] != told or not leave, "the control: here it tells"
+        isolator.restart()
+    assert (again > 0) == (not leave)
+
+
 @pytest.mark.parametrize("limit", ["CPU", "NOFILE", "AS", "FSIZE", "STACK"])
 def test_pid_1_without_limits_ends_in_time(isolator: ProcessIsolator, limit: str) -> None:
     """The payload may change those of PID 1, which has its id, and make it the last of all: that harms itself alone."""
