@@ -87,7 +87,11 @@ class _Host:
         check_plugin(plugin)
         if context is not None and not isinstance(context, IsolationContext):
             raise OptionsError(f"expected an IsolationContext, not {context!r}")
-        return context if context is not None else IsolationContext()
+        context = context if context is not None else IsolationContext()
+        for name, kind in (("properties", dict), ("arguments", list)):
+            if not isinstance(getattr(context, name, None), kind):
+                raise OptionsError(f"context.{name}: expected a {kind.__name__}, not {getattr(context, name, None)!r}")
+        return context
 
 
 def check_plugin(plugin: Any) -> None:

@@ -177,6 +177,17 @@ def test_what_is_no_context(host: Any) -> None:
         host.execute_plugin(Adder(), {"properties": {}})
 
 
+@pytest.mark.parametrize(
+    ("properties", "arguments", "name"),
+    [(5, [], "properties"), (None, [], "properties"), ([("a", 1)], [], "properties"), ({}, (1,), "arguments"),
+     ({}, "abc", "arguments"), ({}, None, "arguments")],
+)  # fmt: skip
+def test_what_a_context_must_not_hold(host: Any, properties: Any, arguments: Any, name: str) -> None:
+    """The caller's mistake, told before the plugin runs."""
+    with pytest.raises(OptionsError, match=f"context.{name}: expected a"):
+        host.execute_plugin(Adder(), IsolationContext(properties, arguments))
+
+
 @pytest.mark.parametrize("kind", HOSTS)
 def test_a_closed_host_refuses(kind: str) -> None:
     host = HOSTS[kind]()

@@ -185,3 +185,11 @@ def test_a_list_where_an_iterator_was_asked_for_is_checked_too(isolator: Process
     for wrong in ([1], POINT, 5, None):
         with pytest.raises(SerializationError, match="is not a list"):
             isolator.invoke(lambda value: value, wrong, returns=Iterator[Point])
+
+
+@linux
+def test_classes_that_results_were_built_as_can_still_be_sent(isolator: ProcessIsolator) -> None:
+    for value, returns in ((7, Level), ("small", Size), ({"x": 1.0, "y": 2.0}, Point), ({"name": "a", "size": 1}, Row)):
+        built = isolator.invoke(lambda value: value, value, returns=returns)
+        assert isolator.invoke(lambda value: value, built, returns=returns) == built
+        assert isolator.invoke(lambda kind: kind.__name__, returns) == returns.__name__

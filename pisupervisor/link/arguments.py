@@ -203,7 +203,7 @@ def _value_pickler() -> Any:
                     return _reduce_cached(obj)
             elif isinstance(obj, CodeType):
                 return _reduce_code(obj)
-            elif (type(obj).__module__, type(obj).__name__[-4:]) == ("msgspec._core", "Info"):
+            elif type(obj).__module__ == "msgspec._core" and type(obj).__name__.endswith(("Info", "Lookup")):
                 return type(None), ()  # what ``returns=`` made msgspec keep on the class; each side makes its own
             else:
                 reduced = self.sheet.reduce(obj)
