@@ -193,3 +193,19 @@ def test_classes_that_results_were_built_as_can_still_be_sent(isolator: ProcessI
         built = isolator.invoke(lambda value: value, value, returns=returns)
         assert isolator.invoke(lambda value: value, built, returns=returns) == built
         assert isolator.invoke(lambda kind: kind.__name__, returns) == returns.__name__
+
+
+class Custom:
+    pass
+
+
+@linux
+def test_what_comes_as_a_pickle_is_checked_and_built_too() -> None:
+    with ProcessIsolator.create(results="pickle") as isolator:
+        for value, returns in ((5, int), ({"x": 1.0, "y": 2.0}, Point), (Point(1.0, 2.0), Point), (range(3), range)):
+            got = isolator.invoke(lambda value: value, value, returns=returns)
+            assert isinstance(got, returns)
+        assert isinstance(isolator.invoke(lambda: [Custom()], returns=list[Custom])[0], Custom)
+        for value, returns in ((5, str), (5, Custom), ({"x": 1.0}, Point)):
+            with pytest.raises(SerializationError, match="the result is not a"):
+                isolator.invoke(lambda value: value, value, returns=returns)

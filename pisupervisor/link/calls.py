@@ -91,7 +91,7 @@ def unpack_answer(
         from pisupervisor.link.serializer import build
 
         value = _value(answer, reader, arenas)
-        return value if returns is None or reader.pickled else build(value, returns)
+        return value if returns is None else build(value, returns)
     if answer.kind == wire.STREAM:
         if len(answer.body) != 8:
             raise ProtocolError("a stream without a number")
