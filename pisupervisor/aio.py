@@ -32,7 +32,7 @@ from pisupervisor.objects import IsolatedStream
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage
 from pisupervisor.supervise.aio_link import LoopLink, until
-from pisupervisor.supervise.session import Sent
+from pisupervisor.supervise.call import Sent
 from pisupervisor.worker import Worker
 
 if TYPE_CHECKING:

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from pisupervisor.modules import Modules
     from pisupervisor.objects import IsolatedMethod, IsolatedObject
     from pisupervisor.results import CallResult, ExitInfo
+    from pisupervisor.supervise.call import Outcome
     from pisupervisor.supervise.pipeline import Pipeline
-    from pisupervisor.supervise.session import Outcome
     from pisupervisor.worker import Worker
 
 _ids = itertools.count(1)
@@ -62,8 +62,9 @@ class ProcessIsolator(Control):
         from pisupervisor.link.calls import pack_head
         from pisupervisor.link.packing import Packer
         from pisupervisor.link.sources import CodeReader
+        from pisupervisor.supervise.call import Outcome, Sent
         from pisupervisor.supervise.keeper import Keeper
-        from pisupervisor.supervise.session import Outcome, Sent, Session
+        from pisupervisor.supervise.session import Session
 
         self.options = options
         self.id = next(_ids)

@@ -7,7 +7,7 @@ from typing import Any
 
 from pisupervisor.checks import merged
 from pisupervisor.errors import ObjectReleased, OptionsError
-from pisupervisor.supervise.session import Outcome
+from pisupervisor.supervise.call import Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from pisupervisor.link.connection import Connection, Request
 from pisupervisor.link.frames import Answer, Pending, text_of
 from pisupervisor.link.serializer import decode_plain
 from pisupervisor.supervise.blocking import Blocking, Message, exchange, run_through
+from pisupervisor.supervise.call import Call
 from pisupervisor.supervise.exits import termination
-from pisupervisor.supervise.session import Call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

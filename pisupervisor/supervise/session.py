@@ -22,13 +22,24 @@ from pisupervisor.errors import (
     SerializationError,
 )
 from pisupervisor.link.callers import acting_for
-from pisupervisor.link.calls import Attached, Payload, body_of, pack_code, unpack_answer
-from pisupervisor.link.connection import Answer, Broken, Connection, DeadlinePassed, LinkClosed, NeverSent
+from pisupervisor.link.calls import Payload, body_of, pack_code, unpack_answer
+from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.serializer import build, decode_plain
 from pisupervisor.link.sources import Code
-from pisupervisor.records import NamedTuple
 from pisupervisor.results import ExitReason, Usage
 from pisupervisor.supervise.blocking import Begun, Blocking, Message, run_through
+from pisupervisor.supervise.call import (
+    Call,
+    Outcome,
+    Sent,
+    Short,
+    WouldWait,
+    check_value,
+    forget_frames,
+    may_repeat,
+    no_stream,
+    timed_out,
+)
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.keeper import Keeper
@@ -38,74 +49,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pisupervisor.link.calls import StreamTypes
     from pisupervisor.supervise.blocking import Io
 
 
 _loop_callers = itertools.count(-1, -1)  # keys of calls that no thread makes
 _NOT_ASKED = Usage()
 _NOT_WANTED = "the call was cancelled before it ran"
-
-
-class Outcome(NamedTuple):
-    """A call that was answered: its value, the answer's output, what the child had used before and after (where that was
-    captured), and the link it went over.
-    """
-
-    value: Any
-    answer: Answer
-    before: Usage
-    after: Usage
-    connection: Connection
-
-
-class Call(NamedTuple):
-    """What a call needs for each of its tries. ``limit`` is the time it was given, ``deadline`` when that is over;
-    ``only_on`` the link of the child that has the object it is about; ``check`` what an honest child's value is like;
-    ``streams`` whether it may be a generator.
-    """
-
-    body: bytes | Attached
-    code: Code | None
-    limit: float | None
-    deadline: float | None
-    capture: bool
-    returns: Any
-    only_on: Connection | None
-    check: Callable[[Any], bool] | None
-    streams: bool
-    idempotent: bool
-
-    def close(self) -> None:
-        """It will not be tried again: the copies of descriptors that were for the child are closed."""
-        if not isinstance(self.body, bytes):
-            for file in self.body.payload.files:
-                file.close()
-
-
-class Short(NamedTuple):
-    """A plain call that has its turn, and the child and the link that it goes to."""
-
-    call: Call
-    caller: int
-    ident: int
-    child: Child
-    connection: Connection
-
-
-class Sent(NamedTuple):
-    """What an event loop's thread gets: the call is sent, and its answer ``is_next``; or there is more to it. ``types``: what
-    the items of a stream are built as.
-    """
-
-    short: Short
-    is_next: bool
-    error: BaseException | None = None
-    types: StreamTypes | None = None
-
-
-class WouldWait(Exception):
-    """This call cannot be made by an event loop's own thread."""
 
 
 class Session:
@@ -252,7 +201,7 @@ class Session:
                     counted = counted or keeper.begin_call(child)
                     return await self._attempt(call, child, connection, caller, io)
                 except LinkClosed as gone:
-                    _forget_frames(gone)
+                    forget_frames(gone)
                     info = await io.do(keeper.bury, child, truncated=gone.written[2])
                     was_stopped = keeper.stops != stops or keeper.closed.is_set() or caller in self._unwanted
                     if not may_repeat(call, gone, info.reason, was_stopped=was_stopped):
@@ -284,7 +233,7 @@ class Session:
         try:
             return await self._attempt(call, child, connection, caller, io)
         except LinkClosed as gone:
-            _forget_frames(gone)
+            forget_frames(gone)
             raise termination(await io.do(self.keeper.bury, child, truncated=False), gone.written) from None
 
     # --- one try ----------------------------------------------------------------------------------------------
@@ -302,10 +251,10 @@ class Session:
             value = self.value(answer, call, connection)
             return Outcome(value, answer, before, child.meter.usage() if call.capture else _NOT_ASKED, connection)
         except DeadlinePassed as late:
-            _forget_frames(late)
+            forget_frames(late)
             message = f"the call was still running after {call.limit:g} s"
             info = await io.do(keeper.end, child, ExitReason.TIMEOUT, message, truncated=late.written[2])
-            raise _timeout(message, info).with_output(*late.written) from None
+            raise timed_out(message, info).with_output(*late.written) from None
         except ProtocolError as error:
             await io.do(keeper.end, child, ExitReason.PROTOCOL, str(error), truncated=False)
             raise
@@ -345,7 +294,7 @@ class Session:
                 if call.check is not None:
                     raise ProtocolError("a generator, where there can be none")
                 connection.released.append(value)
-                raise SerializationError(_no_stream(call.returns), direction="from child")
+                raise SerializationError(no_stream(call.returns), direction="from child")
             if call.check is not None and answer.kind != wire.STREAM:
                 check_value(value, call.check)
             return value
@@ -401,36 +350,3 @@ class Session:
         """``caller`` begins another call: what was cancelled before is past."""
         with self.keeper.lock:
             self._unwanted.discard(caller)
-
-
-def _no_stream(returns: Any) -> str:
-    if returns is None:
-        return "the call returned a generator; map takes values: return a list, or invoke the function itself"
-    return f"the call returned a generator, not {returns}; ask for returns=Iterator[...]"
-
-
-def check_value(value: Any, check: Callable[[Any], bool]) -> None:
-    """Raises ProtocolError for what no honest child answers to such a call."""
-    if not check(value):
-        raise ProtocolError("an answer that is none to such a call")
-
-
-def may_repeat(call: Call, gone: LinkClosed, reason: ExitReason, *, was_stopped: bool) -> bool:
-    """Whether another child gets a call under which the last one has died. ``was_stopped``: somebody wanted the end of the
-    child, or of this call; else it died of itself, or of what became of another call in it. Pure.
-    """
-    if was_stopped:
-        return False
-    return call.idempotent or (isinstance(gone, NeverSent) and reason is not ExitReason.KILLED)
-
-
-def _forget_frames(error: Broken) -> None:
-    """What the call sent (memory, descriptors) would live as long as the error that is raised in the place of this one."""
-    error.__traceback__ = error.__cause__ = error.__context__ = None
-
-
-def _timeout(message: str, info: Any) -> CallTimeout:
-    why = "" if info.reason is ExitReason.TIMEOUT else f" ({info.describe()})"
-    error = CallTimeout(f"{message}; its child was killed{why}")
-    error.exit_info = info
-    return error
