@@ -11,9 +11,9 @@ from pisupervisor.link.calls import Attached, Payload, body_of
 from pisupervisor.link.connection import Connection, Request
 from pisupervisor.link.frames import Answer, Pending, text_of
 from pisupervisor.link.serializer import decode_plain
-from pisupervisor.supervise.blocking import Blocking, Message, exchange, run_through
 from pisupervisor.supervise.call import Call
 from pisupervisor.supervise.exits import termination
+from pisupervisor.supervise.ways import Message, Way, exchange
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Target:
             connection.released.append(self._number)
 
 
-class Pipeline(Blocking):
+class Pipeline(Way):
     """An iterator over the results. Used by one thread at a time; others may call meanwhile, and the same one between two
     results: its calls come behind those that are under way.
     """
@@ -167,8 +167,7 @@ class Pipeline(Blocking):
         since = self._since if self._flight else time.monotonic()
         deadline = None if self._limit is None else since + self._limit
         call = Call(b"", None, self._limit, deadline, False, None, None, None, False, self._idempotent)
-        done = run_through(self._session.run(call, self))
-        return done.value
+        return self._session.run(call, self).value
 
     def _done(self, head: Item) -> None:
         self._flight.popleft()
@@ -178,7 +177,7 @@ class Pipeline(Blocking):
 
     # --- what the way of a call asks for ----------------------------------------------------------------------
 
-    async def exchange(self, connection: Connection, message: Message) -> Answer:
+    def exchange(self, connection: Connection, message: Message) -> Answer:
         """The answer to the first of the calls."""
         deadline = message.deadline
         if self._broken is not None:

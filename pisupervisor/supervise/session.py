@@ -1,7 +1,7 @@
 """Calls into one isolator's child: whose turn it is, and what a call gets when the child dies under it.
 
-The way of a call is written once, as a coroutine. Whatever may take time on it is asked of ``Io``: ``Blocking`` does it on the
-spot, so that the coroutine never waits and runs through in the calling thread; an event loop has its own (see ``aio_link``).
+There is a short way for the commonest call, and one that all others go, on which whatever may happen is seen to. Both are the
+calling thread's; an event loop goes the short one by itself (see ``aio_link``), and leaves the other to a thread.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from pisupervisor.errors import (
     ProtocolError,
     SerializationError,
 )
-from pisupervisor.link.callers import acting_for
+from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.calls import Payload, body_of, pack_code, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
 from pisupervisor.link.serializer import build, decode_plain
 from pisupervisor.link.sources import Code
 from pisupervisor.results import ExitReason, Usage
-from pisupervisor.supervise.blocking import Begun, Blocking, Message, run_through
 from pisupervisor.supervise.call import (
     Call,
     Outcome,
@@ -43,13 +42,12 @@ from pisupervisor.supervise.call import (
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.keeper import Keeper
+from pisupervisor.supervise.ways import Begun, Message, Way
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
-
-    from pisupervisor.supervise.blocking import Io
 
 
 _loop_callers = itertools.count(-1, -1)  # keys of calls that no thread makes
@@ -68,7 +66,7 @@ class Session:
         self._unwanted: set[int] = set()  # callers whose present call was cancelled while it waited
         self._calls = 0  # that the present child has answered
         self._caller: Child | None = None  # the child they were counted on
-        self._blocking = Blocking()
+        self._way = Way()
         self._loop_thread = 0  # while an event loop's thread makes a call
         options = self.options  # what the short way leaves out
         self._is_simple = (options.max_concurrency, options.max_calls, options.call_timeout, options.results) == (
@@ -82,8 +80,7 @@ class Session:
         """
         if self._loop_thread == threading.get_ident():
             raise WouldWait
-        done: Outcome = run_through(self.run(self.prepare(verb, *arguments, **settings), self._blocking))
-        return done
+        return self.run(self.prepare(verb, *arguments, **settings), self._way)
 
     def call_plain(
         self, call: tuple[Any, ...], head: bytes, arguments: bytes | Payload, code: Code | None = None,
@@ -155,8 +152,7 @@ class Session:
         """The long way of a call that has begun the short one, and has come to that error, or to nothing yet."""
         begun = (short.child, short.connection)
         with acting_for(short.caller):
-            done: Outcome = run_through(self._run_outermost(short.call, short.caller, Begun(short.ident, error), begun))
-            return done
+            return self._run_outermost(short.call, short.caller, Begun(short.ident, error), begun)
 
     def prepare(
         self, verb: str, *arguments: Any, code: Code | None = None, timeout: float | None = None, idempotent: bool = False,
@@ -169,24 +165,24 @@ class Session:
         body = body_of(verb, capture, arguments)
         return Call(body, code, limit, deadline, capture, returns, only_on, check, streams, idempotent)
 
-    async def run(self, call: Call, io: Io) -> Outcome:
-        """The way of one call."""
-        caller = io.caller()
+    def run(self, call: Call, way: Way) -> Outcome:
+        """The long way of one call."""
+        caller = this_caller()
         try:
             if self.keeper.turn.has(caller):
-                return await self._run_from_callback(call, caller, io)
-            return await self._run_outermost(call, caller, io)
+                return self._run_from_callback(call, caller, way)
+            return self._run_outermost(call, caller, way)
         finally:
             if type(call.body) is not bytes:
                 call.close()
 
-    async def _run_outermost(
-        self, call: Call, caller: int, io: Io, begun: tuple[Child, Connection] | None = None
+    def _run_outermost(
+        self, call: Call, caller: int, way: Way, begun: tuple[Child, Connection] | None = None
     ) -> Outcome:
         """``begun``: the turn is taken and the call sent already."""
         keeper = self.keeper
         if begun is None:
-            await self._take_turn(call, caller, io)
+            self._take_turn(call, caller)
         try:
             stops = keeper.stops
             while True:
@@ -194,26 +190,26 @@ class Session:
                 child, connection = (
                     begun
                     or keeper.usable_child()
-                    or await io.do(keeper.ready_child, call.deadline, lambda: caller not in self._unwanted)
+                    or keeper.ready_child(call.deadline, lambda: caller not in self._unwanted)
                 )
                 begun = None
                 try:
                     counted = counted or keeper.begin_call(child)
-                    return await self._attempt(call, child, connection, caller, io)
+                    return self._attempt(call, child, connection, caller, way)
                 except LinkClosed as gone:
                     forget_frames(gone)
-                    info = await io.do(keeper.bury, child, truncated=gone.written[2])
+                    info = keeper.bury(child, truncated=gone.written[2])
                     was_stopped = keeper.stops != stops or keeper.closed.is_set() or caller in self._unwanted
                     if not may_repeat(call, gone, info.reason, was_stopped=was_stopped):
                         raise termination(info, gone.written) from None
                 finally:
                     if counted:
                         keeper.end_call(child)
-                    await self._after(child, io)
+                    self._after(child)
         finally:
             keeper.turn.give(caller)
 
-    async def _run_from_callback(self, call: Call, caller: int, io: Io) -> Outcome:
+    def _run_from_callback(self, call: Call, caller: int, way: Way) -> Outcome:
         """The child waits for a callback's answer, and serves calls meanwhile. It is never replaced in the middle, and the
         time of the outer call is the most that the inner one gets.
         """
@@ -231,21 +227,21 @@ class Session:
         if len(under_way) > self.options.callback_depth:
             raise CallError(f"callbacks and calls are nested more than {self.options.callback_depth} deep")
         try:
-            return await self._attempt(call, child, connection, caller, io)
+            return self._attempt(call, child, connection, caller, way)
         except LinkClosed as gone:
             forget_frames(gone)
-            raise termination(await io.do(self.keeper.bury, child, truncated=False), gone.written) from None
+            raise termination(self.keeper.bury(child, truncated=False), gone.written) from None
 
     # --- one try ----------------------------------------------------------------------------------------------
 
-    async def _attempt(self, call: Call, child: Child, connection: Connection, caller: int, io: Io) -> Outcome:
+    def _attempt(self, call: Call, child: Child, connection: Connection, caller: int, way: Way) -> Outcome:
         """Raises LinkClosed when the child dies of it, else what the call comes to."""
         if call.only_on is not None and call.only_on is not connection:
             raise ObjectReleased("the child in which the object lived has ended")
         keeper = self.keeper
         try:
             before = child.meter.usage() if call.capture else _NOT_ASKED
-            answer = await self._exchange(call, connection, caller, io)
+            answer = self._exchange(call, connection, caller, way)
             if answer.truncated:
                 keeper.teller.output_limit(child)
             value = self.value(answer, call, connection)
@@ -253,26 +249,26 @@ class Session:
         except DeadlinePassed as late:
             forget_frames(late)
             message = f"the call was still running after {call.limit:g} s"
-            info = await io.do(keeper.end, child, ExitReason.TIMEOUT, message, truncated=late.written[2])
+            info = keeper.end(child, ExitReason.TIMEOUT, message, truncated=late.written[2])
             raise timed_out(message, info).with_output(*late.written) from None
         except ProtocolError as error:
-            await io.do(keeper.end, child, ExitReason.PROTOCOL, str(error), truncated=False)
+            keeper.end(child, ExitReason.PROTOCOL, str(error), truncated=False)
             raise
         except (IsolationError, LinkClosed):
             raise  # the call's own outcome
         except BaseException as error:  # such as KeyboardInterrupt: an answer nobody waits for must not come
             why = f"the call was interrupted by {type(error).__name__}"
-            await io.do(keeper.end, child, ExitReason.KILLED, why, truncated=False)
+            keeper.end(child, ExitReason.KILLED, why, truncated=False)
             raise
 
-    async def _exchange(self, call: Call, connection: Connection, caller: int, io: Io) -> Answer:
+    def _exchange(self, call: Call, connection: Connection, caller: int, way: Way) -> Answer:
         if caller in self._unwanted:
             raise IsolatorClosed(_NOT_WANTED)
         chain = self._under_way.get(caller)
         within = connection.in_callback(caller) if chain else 0
         if chain is None:
             chain = self._under_way[caller] = []
-        ident = io.new_ident(connection)
+        ident = way.new_ident(connection)
         chain.append(call)
         try:
             code = call.code
@@ -280,7 +276,7 @@ class Session:
                 connection.send(wire.CODE, pack_code(code), deadline=call.deadline)
                 connection.sent.add(code.key)
             kept = int(self.options.limits.output) if call.capture else None
-            return await io.exchange(connection, Message(call.body, call.deadline, kept, ident, within))
+            return way.exchange(connection, Message(call.body, call.deadline, kept, ident, within))
         finally:
             chain.pop()
             if not chain:
@@ -304,13 +300,13 @@ class Session:
 
     # --- turns ------------------------------------------------------------------------------------------------
 
-    async def _take_turn(self, call: Call, caller: int, io: Io) -> None:
+    def _take_turn(self, call: Call, caller: int) -> None:
         keeper = self.keeper
         keeper.check_open()
         use: Any = "captured" if call.capture else "plain"
         if not keeper.turn.enter(caller, use):
             left = None if call.deadline is None else max(0.0, call.deadline - time.monotonic())
-            if not await io.take_turn(keeper.turn, caller, use, left):
+            if not keeper.turn.take(left, use):
                 raise CallTimeout("other calls were still running at the deadline; this one was not started")
             if keeper.closed.is_set():
                 keeper.turn.give(caller)
@@ -319,7 +315,7 @@ class Session:
             keeper.turn.give(caller)
             raise IsolatorClosed(_NOT_WANTED)
 
-    async def _after(self, child: Child, io: Io) -> None:
+    def _after(self, child: Child) -> None:
         """A try is over: that may have been the child's last."""
         keeper, most = self.keeper, self.options.max_calls
         if most is None:
@@ -330,7 +326,7 @@ class Session:
             if over:
                 keeper.enter_locked("stop")
         if over:
-            await io.do(keeper.end, child, ExitReason.KILLED, f"max_calls={most} calls answered")
+            keeper.end(child, ExitReason.KILLED, f"max_calls={most} calls answered")
 
     # --- from outside -----------------------------------------------------------------------------------------
 

@@ -1,20 +1,14 @@
-"""How a thread does what may take time on the way of a call: on the spot."""
+"""The ways in which a call goes over a child's link: all at once, or in the middle of it already."""
 
 from __future__ import annotations
 
 from pihost import wire
-from pisupervisor.link.callers import this_caller
-from pisupervisor.records import NamedTuple, Protocol
+from pisupervisor.records import NamedTuple
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
-    from typing import Any
-
     from pisupervisor.link.calls import Attached
     from pisupervisor.link.connection import Answer, Connection
-    from pisupervisor.supervise.admission import Use
-    from pisupervisor.supervise.turn import Turn
 
 
 class Message(NamedTuple):
@@ -29,45 +23,19 @@ class Message(NamedTuple):
     within: int
 
 
-class Io(Protocol):
-    """What a call must wait for."""
-
-    def caller(self) -> int:
-        """Who calls: the same for what its callbacks call in turn."""
+class Way:
+    """Sent, and its answer waited for."""
 
     def new_ident(self, connection: Connection) -> int:
         """Of the call that is exchanged next."""
-
-    async def take_turn(self, turn: Turn, caller: int, use: Use, left: float | None) -> bool:
-        """False when that took longer than ``left`` seconds."""
-
-    async def do(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
-        """The result of a function that may take a while."""
-
-    async def exchange(self, connection: Connection, sent: Message) -> Answer:
-        """See ``Connection.call``."""
-
-
-class Blocking(Io):
-    """Nothing is awaited: see ``run_through``."""
-
-    def caller(self) -> int:
-        return this_caller()
-
-    def new_ident(self, connection: Connection) -> int:
         return connection.new_ident()
 
-    async def take_turn(self, turn: Turn, _caller: int, use: Use, left: float | None) -> bool:
-        return turn.take(left, use)
-
-    async def do(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
-        return function(*args, **keywords)
-
-    async def exchange(self, connection: Connection, sent: Message) -> Answer:
+    def exchange(self, connection: Connection, sent: Message) -> Answer:
+        """See ``Connection.call``."""
         return exchange(connection, sent)
 
 
-class Begun(Blocking):
+class Begun(Way):
     """Of a call that is under way already, under that id, or has failed already."""
 
     def __init__(self, ident: int, error: BaseException | None) -> None:
@@ -76,7 +44,7 @@ class Begun(Blocking):
     def new_ident(self, connection: Connection) -> int:
         return self._ident or super().new_ident(connection)
 
-    async def exchange(self, connection: Connection, sent: Message) -> Answer:
+    def exchange(self, connection: Connection, sent: Message) -> Answer:
         self._ident, first = 0, self._ident
         error, self._error = self._error, None
         if error is not None:
@@ -99,12 +67,3 @@ def exchange(connection: Connection, sent: Message) -> Answer:
     if answer.kind != wire.REFUSED:
         connection.arenas().shared.update(memory.number for memory in body.payload.shared)
     return answer
-
-
-def run_through(steps: Coroutine[Any, Any, Any]) -> Any:
-    """The result of a coroutine that never waits."""
-    try:
-        steps.send(None)
-    except StopIteration as done:
-        return done.value
-    raise RuntimeError("a call has waited that must not: please report this")
