@@ -68,7 +68,8 @@ class IdBlock:
         self._size, self._count = size, BLOCKS if count is None else count
         self._lock = threading.Lock()
         self._used: set[int] = set()
-        self._next = 0
+        # Another process may have had this block: what its children left in a shared folder shall not belong to ours.
+        self._next = int.from_bytes(os.urandom(4), "little") % size
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(lock_file, flags, 0o600)
