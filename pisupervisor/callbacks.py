@@ -122,7 +122,10 @@ class Callbacks:
         except Exception as error:
             self._log("a module loader", error)
             return _FAILED + b"the host's loader failed"
-        return _UNKNOWN + b"no loader has it" if found is None else _RAW + found
+        if found is None:
+            return _UNKNOWN + b"no loader has it"
+        self._bytes.spend(len(found))  # which the host read for it, and may have unpacked
+        return _RAW + found
 
     def _log(self, what: str, error: Exception) -> None:
         """Whole, but not for ever: a child may fail a callback ten thousand times a second, and choose what it says."""
@@ -157,6 +160,11 @@ class _Bucket:
                 return False
             self._tokens -= count
             return True
+
+    def spend(self, count: int) -> None:
+        """What is known only afterwards: whoever comes next waits for it."""
+        with self._lock:
+            self._tokens -= count if self._rate is not None else 0
 
 
 def _size(kind: int, body: bytes) -> int:

@@ -14,6 +14,7 @@ from pisupervisor.checks import absolute
 from pisupervisor.errors import OptionsError
 
 MAX_SOURCE = 16 << 20  #: bytes of one module
+_KEPT = 4 << 20  # bytes of a zip's modules
 
 Find = Callable[[str], "Source | None"]
 
@@ -77,7 +78,7 @@ def _finder(loader: object) -> Find:
     if callable(loader):
         return lambda name: _from_function(loader, name)
     path = str(loader)
-    return (lambda name: _from_folder(path, name)) if os.path.isdir(path) else (lambda name: _from_zip(path, name))
+    return (lambda name: _from_folder(path, name)) if os.path.isdir(path) else _Archive(path).find
 
 
 def _places(name: str) -> tuple[tuple[str, bool], ...]:
@@ -107,15 +108,33 @@ def _read_below(folder: str, path: str) -> bytes:
         return file.read(MAX_SOURCE + 1)
 
 
-def _from_zip(archive: str, name: str) -> Source | None:
-    with zipfile.ZipFile(archive) as opened:
-        for place, is_package in _places(name):
-            try:
-                with opened.open(place) as file:
-                    return Source(file.read(MAX_SOURCE + 1), f"{archive}/{place}", is_package)
-            except KeyError:
-                continue
-    return None
+class _Archive:
+    """A zip. Its list of names is read once, and again when the file has changed, and so are sources that are not large: reading
+    them takes the host milliseconds, and a child may ask ten thousand times a second.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._known: tuple[object, frozenset[str], dict[str, Source]] = (None, frozenset(), {})
+
+    def find(self, name: str) -> Source | None:
+        _stamp, names, kept = self._current()
+        place, is_package = next((each for each in _places(name) if each[0] in names), ("", False))
+        if not place or place in kept:
+            return kept.get(place)
+        with zipfile.ZipFile(self._path) as opened, opened.open(place) as file:
+            found = Source(file.read(MAX_SOURCE + 1), f"{self._path}/{place}", is_package)
+        if len(found.text) + sum(len(source.text) for source in kept.values()) <= _KEPT:
+            kept[place] = found
+        return found
+
+    def _current(self) -> tuple[object, frozenset[str], dict[str, Source]]:
+        status = os.stat(self._path)
+        stamp = status.st_ctime_ns, status.st_mtime_ns, status.st_size, status.st_ino
+        if self._known[0] != stamp:
+            with zipfile.ZipFile(self._path) as opened:
+                self._known = stamp, frozenset(opened.namelist()), {}
+        return self._known
 
 
 def _from_function(loader: Callable[[str], object], name: str) -> Source | None:

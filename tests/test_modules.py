@@ -208,3 +208,43 @@ def test_what_was_given_and_what_loaders_know(folder: Path, tmp_path: Path) -> N
         assert isolator.run_source("import json; json.dumps([1])").value == "[1]"
         with pytest.raises(ModuleNotFoundError, match=r"import_paths=.*modules="):
             isolator.invoke(get, "nobody_has_this", "VALUE")
+
+
+def test_a_zip_is_read_once_however_often_a_child_asks(archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And again when it has changed. To read the list of a large one takes the host 10 ms, to ask takes the child nothing."""
+    opened, open_zip = [], zipfile.ZipFile
+
+    def counted(*arguments: Any) -> zipfile.ZipFile:
+        opened.append(arguments)
+        return open_zip(*arguments)
+
+    asks = """
+def ask(name):
+    try: return __import__(name).VALUE
+    except ImportError: return "none"
+    finally: sys.modules.pop(name, None)
+import sys
+[{ask(f"missing{number}") for number in range(300)}, {ask("helper") for _ in range(300)}]
+"""
+    with ProcessIsolator.create(modules=[archive]) as isolator:
+        monkeypatch.setattr(zipfile, "ZipFile", counted)
+        assert isolator.run_source(asks).value == [{"none"}, {42}]
+        assert len(opened) <= 2
+        with open_zip(archive, "w") as changed:
+            changed.writestr("helper.py", "VALUE = 'changed'\n")
+        assert isolator.run_source(asks).value == [{"none"}, {"changed"}]
+        assert 3 <= len(opened) <= 4
+
+
+def test_large_modules_are_paid_for(tmp_path: Path) -> None:
+    """By the child that has the host read and unpack them, with what it may send to the host in a second."""
+    path = tmp_path / "large.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as opened:
+        opened.writestr("large.py", "VALUE = '" + "x" * (5 << 20) + "'\n")
+    again = "import sys, large; del sys.modules['large']; 1"
+    with ProcessIsolator.create(modules=[path], callback_bytes=1) as isolator:
+        assert isolator.run_source(again).value == 1
+        with pytest.raises(ImportError, match="more than 1 bytes"):
+            isolator.run_source(again)
+    with ProcessIsolator.create(modules=[path], callback_bytes=None) as isolator:
+        assert [isolator.run_source(again).value for _ in range(3)] == [1, 1, 1]
