@@ -26,10 +26,10 @@ class Bell:
 
 
 class PollBell:
-    """For a thread that must poll something else meanwhile."""
+    """For a thread that polls something else meanwhile. Safe to ring when it is long gone."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entered when a forgotten isolator is collected under it, and rings
         self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
     def fileno(self) -> int:
@@ -49,4 +49,13 @@ class PollBell:
     def close(self) -> None:
         with self._lock:
             fd, self._fd = self._fd, -1
-        os.close(fd)
+        if fd >= 0:
+            os.close(fd)
+
+    def start(self, thread: threading.Thread) -> None:
+        """That thread, which is woken by this bell. Where there is none to be had, the bell is closed."""
+        try:
+            thread.start()
+        except BaseException:
+            self.close()
+            raise

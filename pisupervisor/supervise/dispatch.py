@@ -15,8 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pisupervisor.events import ErrorLine, Event, IsolationEvents, OutputLine
+from pisupervisor.link.bells import PollBell
 from pisupervisor.supervise.output import Line, OutputPipes
-from pisupervisor.supervise.wake import Wake
 
 _COROUTINE = 0x80  # inspect.CO_COROUTINE
 _FAREWELL = 5.0  # seconds that close() gives the handlers to see the last events
@@ -36,13 +36,9 @@ class Dispatcher:
         self._loop = _running_loop()
         self._closing = threading.Event()
         self._given_up = False
-        self._wake = Wake()
+        self._wake = PollBell()
         self._thread = threading.Thread(target=self._run, name=f"pisupervisor-events-{isolator_id}", daemon=True)
-        try:
-            self._thread.start()
-        except BaseException:
-            self._wake.close()
-            raise
+        self._wake.start(self._thread)
 
     def emit(self, event: Event) -> None:
         """Queue it for its handler. Never waits."""

@@ -17,9 +17,9 @@ from pisupervisor.launch import seccomp_watch
 from pisupervisor.launch.seccomp_rules import ERRNO
 from pisupervisor.launch.seccomp_tree import Decision
 from pisupervisor.launch.seccomp_watch import Answers
+from pisupervisor.link.bells import PollBell
 from pisupervisor.records import replace
 from pisupervisor.results import SystemCall
-from pisupervisor.supervise.wake import Wake
 
 # struct seccomp_notif {id, pid, flags, {nr, arch, instruction_pointer, args[6]}}, struct seccomp_notif_resp
 _ASKED, _ANSWER = struct.Struct("=QIIiIQ6Q"), struct.Struct("=QqiI")
@@ -67,13 +67,9 @@ class Listener:
         self.killed_for: str | None = None  # the call
         self._fd, self._answers, self._log, self._kill = fd, answers, log, kill
         self._closing = threading.Event()
-        self._wake = Wake()
+        self._wake = PollBell()
         self._thread = threading.Thread(target=self._run, name="pisupervisor-seccomp", daemon=True)
-        try:
-            self._thread.start()
-        except BaseException:
-            self._wake.close()
-            raise
+        self._wake.start(self._thread)
 
     def close(self) -> None:
         """The child has ended, or shall: whatever it still asks is answered with ENOSYS by the kernel."""

@@ -6,7 +6,7 @@ import _signal as signal
 import time
 
 from pihost import wire
-from pisupervisor.checks import LONGEST
+from pisupervisor import checks
 from pisupervisor.errors import CallTimeout, IsolationError, IsolatorClosed, OptionsError
 from pisupervisor.link.connection import DeadlinePassed, LinkClosed
 from pisupervisor.results import ExitInfo, ExitReason
@@ -53,9 +53,7 @@ def abort(keeper: Keeper, reason: str | None) -> bool:
 
 def _seconds(value: float, name: str) -> float:
     """Checked before anything is begun."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= LONGEST:
-        raise OptionsError(f"{name}: {value!r} is not a number from 0 to {LONGEST:g}")
-    return float(value)
+    return checks.number(value, name, 0.0, checks.LONGEST)
 
 
 def _text(reason: str | None, default: str) -> str:

@@ -11,9 +11,9 @@ import threading
 import time
 
 from pisupervisor.limits.cgroups import GroupEvents
+from pisupervisor.link.bells import PollBell
 from pisupervisor.options import IsolationOptions
 from pisupervisor.supervise import replacing
-from pisupervisor.supervise.wake import Wake
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -59,15 +59,11 @@ class Watch:
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
-        self._wake = Wake()
+        self._wake = PollBell()
         self._stand_in: tuple[Child, StandIn] | None = None
         self._closing = self._abandoned = False
         self._thread = threading.Thread(target=self._run, name=f"pisupervisor-watch-{keeper.id}", daemon=True)
-        try:
-            self._thread.start()
-        except BaseException:
-            self._wake.close()
-            raise
+        self._wake.start(self._thread)
 
     def wake(self) -> None:
         """There is another child, or none any more."""
