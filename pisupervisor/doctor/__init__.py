@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pisupervisor.errors import FeatureUnavailable, IsolationError, LaunchError, OptionsError
+from pisupervisor.launch.landlock import SCOPES_SINCE, TCP_SINCE
 from pisupervisor.options import PROTECTIONS, IsolationOptions, Limits
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 Verdict = Literal["holds", "degraded", "unproved", "missing", "not asked"]
 _DEFECT = "this is a defect: do not rely on it, and report it with the kernel's version"
-_FULL_LANDLOCK = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +211,10 @@ def _judge(features: Features, name: str, got: list[str], control: list[str], ap
 
 def _full_or_less(features: Features, finding: Finding) -> Finding:
     """Landlock grew: older versions hold, but less."""
-    if finding.name != "landlock" or features.landlock_abi >= _FULL_LANDLOCK:
+    if finding.name != "landlock" or features.landlock_abi >= SCOPES_SINCE:
         return finding
-    less = "no scopes for abstract sockets and signals" + ("" if features.landlock_abi >= 4 else ", no rules for TCP")
+    tcp = "" if features.landlock_abi >= TCP_SINCE else ", no rules for TCP"
+    less = f"no scopes for abstract sockets and signals{tcp}"
     cause = f"this kernel's Landlock is version {features.landlock_abi}: {less}; namespaces hold these by themselves"
     return Finding(
         name=finding.name, verdict="degraded", how=finding.how, proof=finding.proof, cause=cause,

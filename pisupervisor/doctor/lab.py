@@ -21,12 +21,12 @@ from pisupervisor.doctor.probes import Probe
 from pisupervisor.errors import ChildTerminated, LaunchError, OptionsError
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.launch.features import Features
+from pisupervisor.launch.landlock import SCOPES_SINCE
 from pisupervisor.limits.blockdev import block_device
 from pisupervisor.options import Filesystem, IsolationOptions, Limits, RestartPolicy, Security
 from pisupervisor.results import Applied
 from pisupervisor.template import Template
 
-SCOPES_SINCE = 6  # the version of Landlock that can keep a process from abstract sockets outside
 _PATIENCE = 10.0  # seconds for one probe; the slowest takes half a second
 _INSIDE = "/doctor"  # where the child sees what the probes need
 _SERVER = """

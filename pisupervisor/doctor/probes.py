@@ -1,7 +1,7 @@
 """The probes of ``pisupervisor doctor``, as data: what is tried in a child, and in what control it must get through.
 
 A source ends with ``got``, a list of what it could do. Empty: it was stopped. It runs behind the constants of the
-scene (see ``lab.Scene``), whose names are in capitals.
+scene (see ``Lab.constants``), whose names are in capitals.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1, 2, 4, 8
 MAKE_CHAR, MAKE_BLOCK, REFER, TRUNCATE, IOCTL_DEV = 1 << 6, 1 << 11, 1 << 13, 1 << 14, 1 << 15
 _FILE_RIGHTS = {1: (1 << 13) - 1, 2: (1 << 14) - 1, 3: (1 << 15) - 1, 5: (1 << 16) - 1}
 _READ = EXECUTE | READ_FILE | READ_DIR
-_TCP_SINCE, _TCP = 4, 3  # bind, connect
-_SCOPES_SINCE, _SCOPES = 6, 3  # abstract sockets, signals
+TRUNCATE_SINCE, TCP_SINCE, SCOPES_SINCE = 3, 4, 6  # versions
+_TCP, _SCOPES = 3, 3  # bind and connect; abstract sockets and signals
 
 
 def ruleset(options: IsolationOptions, abi: int) -> dict[str, Any]:
@@ -24,8 +24,8 @@ def ruleset(options: IsolationOptions, abi: int) -> dict[str, Any]:
     inside could mount then.
     """
     abi, nesting = abi if options.security.landlock else 0, options.security.nesting
-    net = _TCP if abi >= _TCP_SINCE and options.network == "none" else 0
-    scopes = _SCOPES if abi >= _SCOPES_SINCE else 0
+    net = _TCP if abi >= TCP_SINCE and options.network == "none" else 0
+    scopes = _SCOPES if abi >= SCOPES_SINCE else 0
     if nesting and not net and not scopes:
         abi = 0  # nothing is left for it to hold
     return {
@@ -44,7 +44,10 @@ def rules(options: IsolationOptions, abi: int) -> list[list[Any]]:
     if not abi:
         return []
     full = file_rights(abi) & ~(MAKE_CHAR | MAKE_BLOCK | IOCTL_DEV)
-    found: list[list[Any]] = [["/", _READ], ["/dev", READ_FILE | WRITE_FILE | (TRUNCATE if abi >= 3 else 0)]]
+    found: list[list[Any]] = [
+        ["/", _READ],
+        ["/dev", READ_FILE | WRITE_FILE | (TRUNCATE if abi >= TRUNCATE_SINCE else 0)],
+    ]
     found += [[place, full] for place in (*SCRATCH, *options.filesystem.overlay)]
     for source, target in options.filesystem.shown("writable"):
         rights = full if os.path.isdir(source) else full & (EXECUTE | WRITE_FILE | READ_FILE | TRUNCATE)
