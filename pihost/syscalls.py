@@ -135,6 +135,7 @@ def move_mount(tree: int, target: int) -> None:
 
 def sethostname(name: str) -> None:
     _check(_libc.sethostname(name.encode(), len(name.encode())), "sethostname")
+    _check(_libc.setdomainname(b"(none)", 6), "setdomainname")  # NIS's, of which a new namespace has a copy
 
 
 def set_ids(uid: int, gid: int) -> None:

@@ -30,7 +30,8 @@ PACKAGED = ("default", "strict", "permissive")
 #: what a launch does that no profile of ours lets through (clone3 is for cgroups, of which a child has none to give)
 NESTING = (
     "chroot", "clone", "landlock_add_rule", "landlock_create_ruleset", "landlock_restrict_self", "mount",
-    "mount_setattr", "open_tree", "move_mount", "pivot_root", "seccomp", "sethostname", "setns", "umount2", "unshare",
+    "mount_setattr", "open_tree", "move_mount", "pivot_root", "seccomp", "setdomainname", "sethostname", "setns",
+    "umount2", "unshare",
 )  # fmt: skip
 
 _MAX_SOURCE = 1 << 20  # Docker's own profile has 17 KB; what is larger than this is no profile

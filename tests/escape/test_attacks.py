@@ -806,6 +806,22 @@ port.bind(("0.0.0.0", 4711))
     assert left & {found[0] for found in seen}, "none was used again: nothing was tried"
 
 
+def test_the_hosts_domain_is_not_told() -> None:
+    """A new UTS namespace is a copy: of the name that is set in it, and of NIS's domain, which uname(2) tells as well."""
+    source = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parents[2])]!r}
+from pisupervisor import ProcessIsolator
+uname = "import ctypes; told = ctypes.create_string_buffer(390); ctypes.CDLL(None).uname(told); told.raw"
+with ProcessIsolator.create(degrade=("memory", "swap", "cpus", "pids", "devices")) as isolator:
+    print(b"of.the.host" in isolator.run_source(uname).value, b"(none)" in isolator.run_source(uname).value)
+"""
+    named = 'echo of.the.host > /proc/sys/kernel/domainname && exec "$@"'
+    inside = ["unshare", "--uts", "sh", "-c", named, "sh", sys.executable, "-c", source]
+    done = subprocess.run(inside, capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == "False True\n", done.stderr
+
+
 _SENT_IN_VAIN = """
 for family, address in ((2, ("10.1.2.3", 5)), (10, ("fd00::1", 5))):
     plain = socket.socket(family, 2)
