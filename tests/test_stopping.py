@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers import in_fork, in_thread, init_of, linux, nothing_left, own_groups, state_of, wait_until, write
@@ -19,6 +21,7 @@ from pisupervisor import (
     IsolationError,
     IsolatorClosed,
     Limits,
+    OptionsError,
     ProcessIsolator,
     RestartPolicy,
 )
@@ -493,3 +496,12 @@ def test_a_fork_of_the_application_does_not_wait_for_what_it_would_never_be_told
         assert isolator.invoke(len, "abc") == 3
     assert repr(isolator) == f"<ProcessIsolator {isolator.id}: stopped>"
     isolator.wait_for_exit()
+
+
+@pytest.mark.parametrize("timeout", [-1, "1", math.inf, math.nan, True], ids=repr)
+def test_what_is_no_time_to_wait(timeout: Any) -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        for act in (isolator.wait_for_exit, isolator.terminate, lambda timeout: isolator.exit(timeout=timeout)):
+            with pytest.raises(OptionsError, match="is not a number from 0 to"):
+                act(timeout)
+        assert isolator.invoke(len, "abc") == 3

@@ -115,7 +115,7 @@ def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
 
     An exit that has happened, or is happening at this moment, is returned as it is: the next call makes it good.
     """
-    deadline = None if timeout is None else time.monotonic() + timeout
+    deadline = None if timeout is None else time.monotonic() + _seconds(timeout, "timeout")
     keeper.check_owner()
     child = keeper.child
     if child is None:
