@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pisupervisor.results import CallResult, ExitInfo
     from pisupervisor.supervise.call import Outcome
     from pisupervisor.supervise.pipeline import Pipeline
-    from pisupervisor.worker import Worker
+    from pisupervisor.worker import Crew
 
 _ids = itertools.count(1)
 
@@ -68,8 +68,8 @@ class ProcessIsolator(Control):
 
         self.options = options
         self.id = next(_ids)
-        self._worker: Worker | None = None
-        self._worker_lock = threading.Lock()
+        self._crew: Crew | None = None
+        self._crew_lock = threading.Lock()
         try:
             self._keeper = Keeper(options, template, self.id, without)
         except BaseException:
@@ -225,18 +225,20 @@ class ProcessIsolator(Control):
         return Pipeline(self._session, target, payloads, limit, in_flight, idempotent, finish)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> IsolationFuture:
-        """``invoke`` without waiting: a future. Its ``cancel()`` kills the work if it runs already."""
+        """``invoke`` without waiting: a future. Its ``cancel()`` kills the work if it runs already. As many run at once as
+        ``options.max_concurrency`` says, the others wait in the order in which they came.
+        """
         return self.submit_call(self.invoke, function, *args, **keywords)
 
     def submit_call(self, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> IsolationFuture:
         """Any of the calls above without waiting: ``isolator.submit_call(isolator.invoke_method, "a.py", "f", 1)``."""
-        from pisupervisor.worker import Worker
+        from pisupervisor.worker import Crew
 
-        with self._worker_lock:
+        with self._crew_lock:
             self._keeper.check_open()
-            if self._worker is None:
-                self._worker = Worker(f"pisupervisor-{self.id}", self._session)
-            return self._worker.add(method, args, keywords)
+            if self._crew is None:
+                self._crew = Crew(f"pisupervisor-{self.id}", self._session, self.options.max_concurrency)
+            return self._crew.add(method, args, keywords)
 
     # --- objects, callbacks and data --------------------------------------------------------------------------
 
@@ -376,14 +378,14 @@ class ProcessIsolator(Control):
     def close(self) -> None:
         """End the child and everything in it, and give back every thread, fd, group and process. Idempotent."""
         self._keeper.close()
-        self._close_worker()
+        self._close_crew()
 
-    def _close_worker(self) -> None:
-        with self._worker_lock:
-            worker = self._worker
-        if worker is not None and os.getpid() == self._keeper.owner:
-            worker.close()
-        self._worker = None  # not before: what a signal's handler interrupts is done by the next close
+    def _close_crew(self) -> None:
+        with self._crew_lock:
+            crew = self._crew
+        if crew is not None and os.getpid() == self._keeper.owner:
+            crew.close()
+        self._crew = None  # not before: what a signal's handler interrupts is done by the next close
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}: {self._keeper.state}>"
@@ -406,4 +408,4 @@ class ProcessIsolator(Control):
         if keeper is None or keeper.closed.is_set() or sys.is_finalizing():
             return  # when the application ends, all children end with it
         keeper.abandon()  # the last net: nobody called close()
-        self._close_worker()
+        self._close_crew()

@@ -1,4 +1,6 @@
-"""A thread that runs submitted calls, in order. An isolator has one from its first ``submit`` to its ``close``."""
+"""Threads that run submitted calls, in order. An isolator has as many as calls run side by side in its child, made as they
+are needed from its first ``submit`` on, until its ``close``.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,14 @@ Calls = queue.SimpleQueue[Any]  # of (future, method, arguments, keywords), and 
 
 class Worker:
     """``session`` is that of the isolator that makes the calls: it is told before each one, and ends what is cancelled.
-    Without one, a call under way cannot be ended.
+    Without one, a call under way cannot be ended. ``calls``: a queue that several take from.
     """
 
-    def __init__(self, name: str, session: Session | None = None, *, start: bool = True) -> None:
+    def __init__(
+        self, name: str, session: Session | None = None, *, start: bool = True, calls: Calls | None = None
+    ) -> None:
         self.session = session
-        self._queue: Calls = queue.SimpleQueue()
+        self._queue: Calls = queue.SimpleQueue() if calls is None else calls
         self._lock = threading.Lock()
         self._running: IsolationFuture | None = None
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -82,15 +86,50 @@ class Worker:
         cancel_all(self._queue)
         self._queue.put(None)
 
-    def close(self) -> None:
-        """The same, and wait for it."""
-        self.end()
-        self.join(5.0)
-
     def join(self, timeout: float | None = None) -> None:
         """Wait for the end of the thread, unless it is the one that waits."""
         if threading.current_thread() is not self._thread:
             self._thread.join(timeout)
+
+
+class Crew:
+    """Up to ``most`` workers of one queue: a call that is submitted while all are busy makes another."""
+
+    def __init__(self, name: str, session: Session, most: int) -> None:
+        self._name, self._session, self._most = name, session, most
+        self._queue: Calls = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._open = 0  # calls that are not done
+        self._workers: list[Worker] = []
+
+    def add(self, method: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> IsolationFuture:
+        """Queue one call; its future."""
+        future = IsolationFuture(self._cancel)
+        with self._lock:
+            if len(self._workers) < min(self._most, self._open + 1):
+                name = f"{self._name}-{len(self._workers) + 1}" if self._workers else self._name
+                self._workers.append(Worker(name, self._session, calls=self._queue))
+            self._open += 1
+            self._queue.put((future, method, args, keywords))
+        if self._most > 1:
+            future.add_done_callback(self._done)
+        return future
+
+    def _done(self, _future: Any) -> None:
+        with self._lock:
+            self._open -= 1
+
+    def _cancel(self, future: IsolationFuture) -> None:
+        for worker in self._workers:
+            worker.cancel(future)
+
+    def close(self) -> None:
+        """End the threads after the calls they make; calls that still wait are cancelled."""
+        cancel_all(self._queue)
+        for _ in self._workers:
+            self._queue.put(None)
+        for worker in self._workers:
+            worker.join(5.0)
 
 
 def cancel_all(calls: Calls) -> None:

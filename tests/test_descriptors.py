@@ -239,7 +239,7 @@ def test_a_protocol_of_their_own_over_a_socket_pair(isolator: ProcessIsolator) -
         theirs.close()
         ours.shutdown(socket.SHUT_RDWR)
         assert call.result(10) == 7
-        isolator._close_worker()
+        isolator._close_crew()
 
 
 @linux

@@ -13,9 +13,11 @@ import pytest
 from helpers import linux, nothing_left, wait_until
 
 from pisupervisor import (
+    CallCancelled,
     CallTimeout,
     ChildTerminated,
     ExitReason,
+    IsolatorClosed,
     Limits,
     OptionsError,
     ProcessIsolator,
@@ -108,6 +110,50 @@ def test_by_default_they_do_not_and_no_thread_is_made() -> None:
     with ProcessIsolator.create() as isolator:
         assert seconds_for(*[lambda: isolator.invoke(sleep, 0.3)] * 2) > 0.5
         assert isolator.run_source("import os; len(os.listdir('/proc/self/task'))").value == 1
+
+
+def submitted(isolator: ProcessIsolator, seconds: float, calls: int) -> float:
+    started = time.monotonic()
+    for future in [isolator.submit(time.sleep, seconds) for _ in range(calls)]:
+        future.result()
+    return time.monotonic() - started
+
+
+@pytest.mark.alone
+def test_submitted_calls_overlap_as_far_as_was_asked_for() -> None:
+    """parity: 19"""
+    with nothing_left(), ProcessIsolator.create(max_concurrency=2) as isolator:
+        isolator.submit(time.sleep, 0.0).result()
+        assert submitted(isolator, 0.5, 2) < 0.9
+        assert submitted(isolator, 0.3, 3) > 0.5, "three at once, where two were allowed"
+    with ProcessIsolator.create() as isolator:
+        assert submitted(isolator, 0.3, 2) > 0.5
+
+
+def test_submitted_calls_are_taken_back_one_by_one() -> None:
+    with nothing_left(), ProcessIsolator.create(max_concurrency=3, restart=AT_ONCE) as isolator:
+        long = [isolator.submit(time.sleep, 60) for _ in range(3)]
+        waiting = [isolator.submit(pow, 2, number) for number in range(3)]
+        assert wait_until(lambda: all(future.running() for future in long))
+        assert waiting[1].cancel()
+        assert long[1].cancel()
+        for future in (long[0], long[2]):  # their child was killed for the other's sake
+            with pytest.raises(ChildTerminated):
+                future.result(10)
+        assert (waiting[0].result(10), waiting[2].result(10)) == (1, 4)
+        last = [isolator.submit(time.sleep, 60) for _ in range(7)]
+        assert wait_until(lambda: sum(future.running() for future in last) == 3)
+        isolator.close()
+        assert all(future.done() for future in last)
+        kinds = {type(at_once(future.result)[0]) for future in last}
+        assert kinds <= {ChildTerminated, IsolatorClosed, CallCancelled}, kinds
+
+
+def test_a_short_call_does_not_wait_behind_a_long_one() -> None:
+    with ProcessIsolator.create(max_concurrency=2, restart=AT_ONCE) as isolator:
+        long = isolator.submit(time.sleep, 60)
+        assert [isolator.submit(pow, 2, number).result(10) for number in range(20)][-1] == 1 << 19
+        assert long.running()
 
 
 def test_captured_calls_run_one_at_a_time() -> None:

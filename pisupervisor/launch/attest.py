@@ -151,8 +151,9 @@ def limits_text(limits: Limits) -> dict[str, Any]:
 def _landlock(plan: ChildPlan, options: IsolationOptions) -> Applied:
     # The kernel shows Landlock nowhere in /proc: the launch stops if restricting fails, and that is the proof there is.
     holds = plan.landlock_abi > 0 and "landlock" not in plan.without
-    detail = f"ABI {plan.landlock_abi}, {len(plan.landlock)} rules" if holds else "this kernel has none"
     asked = options.security.landlock
+    missing = "this kernel has none" if asked else "not asked for"
+    detail = f"ABI {plan.landlock_abi}, {len(plan.landlock)} rules" if holds else missing
     if asked and options.security.nesting:
         asked = plan.landlock_abi > 0
         rest = "TCP and scopes as else" if asked else "and this kernel's Landlock has no others"
