@@ -244,19 +244,22 @@ class ProcessIsolator(Control):
 
     def create_object(
         self, code: str | os.PathLike[str] | Callable[..., Any], /, *args: Any, timeout: float | None = None,
-        kwargs: Mapping[str, Any] | None = None, **keywords: Any,
+        idempotent: bool = False, kwargs: Mapping[str, Any] | None = None, **keywords: Any,
     ) -> IsolatedObject:  # fmt: skip
         """Make an object that lives in the child: ``create_object("plugin.py", "Counter", 5)``, with a class or a function
         that makes the object as the target, or ``create_object(Counter, 5)`` for a class or function sent by value.
+        ``idempotent``: should the child die meanwhile, the object is made in another.
         """
         keywords = merged(keywords, kwargs)
         if callable(code):
-            return self._keep(("create by value", self._packer.function(code, args, keywords)), None, timeout)
+            call: tuple[Any, ...] = ("create by value", self._packer.function(code, args, keywords))
+            return self._keep(call, None, timeout, idempotent)
         if not args or not isinstance(args[0], str):
             raise OptionsError('create_object: name a class too, as in create_object("plugin.py", "Counter", 5)')
         target, *rest = args
         read = self._code(code, target)
-        return self._keep(("create", read.key, target, self._packer.arguments(tuple(rest), keywords)), read, timeout)
+        call = ("create", read.key, target, self._packer.arguments(tuple(rest), keywords))
+        return self._keep(call, read, timeout, idempotent)
 
     def copy_object(self, value: Any, *, timeout: float | None = None) -> IsolatedObject:
         """A copy of ``value`` that lives in the child."""
@@ -311,11 +314,13 @@ class ProcessIsolator(Control):
         """What ``set_data`` kept, or None."""
         return self._data.get(name)
 
-    def _keep(self, call: tuple[Any, ...], code: Code | None, timeout: float | None) -> IsolatedObject:
+    def _keep(
+        self, call: tuple[Any, ...], code: Code | None, timeout: float | None, idempotent: bool = False
+    ) -> IsolatedObject:
         from pisupervisor.link.calls import is_number
         from pisupervisor.objects import IsolatedObject
 
-        done = self._session.call(*call, code=code, timeout=timeout, check=is_number)
+        done = self._session.call(*call, code=code, timeout=timeout, idempotent=idempotent, check=is_number)
         return IsolatedObject(self, done.connection, done.value)
 
     # --- one call ---------------------------------------------------------------------------------------------

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from pisupervisor.link.connection import Connection
     from pisupervisor.link.sources import Code
 
-_OPTIONS = ("timeout", "returns", "kwargs")
-
 
 class IsolatedObject:
     """An object in the child. ``obj.add(2)`` or ``obj.invoke("add", 2)`` call its methods; names that begin with an
@@ -35,9 +33,14 @@ class IsolatedObject:
 
     def invoke(
         self, name: str, /, *args: Any, timeout: float | None = None, returns: Any = None,
+        idempotent: bool = False,  # noqa: ARG002
         kwargs: Mapping[str, Any] | None = None, **keywords: Any,
     ) -> Any:  # fmt: skip
-        """Call the method ``name``, private ones too. Raises what ``invoke_method`` raises, and ObjectReleased."""
+        """Call the method ``name``, private ones too. Raises what ``invoke_method`` raises, and ObjectReleased.
+        ``idempotent`` changes nothing here: an object ends with its child, and no call on it can be repeated.
+        """
+        if not isinstance(name, str):
+            raise OptionsError(f"expected the name of a method, not {name!r}"[:300])
         number = self._live()
         arguments = self._isolator._packer.arguments(args, merged(keywords, kwargs))
         return self._isolator._invoke(
@@ -189,9 +192,10 @@ class IsolatedMethod:
 
     def invoke(
         self, obj: IsolatedObject, /, *args: Any, timeout: float | None = None, returns: Any = None,
+        idempotent: bool = False,  # noqa: ARG002
         kwargs: Mapping[str, Any] | None = None, **keywords: Any,
     ) -> Any:  # fmt: skip
-        """Call it with an object of the child as its first argument."""
+        """Call it with an object of the child as its first argument; see ``IsolatedObject.invoke``."""
         if not isinstance(obj, IsolatedObject):
             raise OptionsError(f"expected an IsolatedObject, not {obj!r}; call the method itself for anything else")
         isolator = self._isolator

@@ -301,3 +301,37 @@ def test_objects_end_with_their_child(plugin: Path) -> None:
         assert isolator.object_count() == 0 or gc.collect() is not None
         counter.release()
     counter.release()
+
+
+def test_names_that_belong_to_the_call(isolator: ProcessIsolator, plugin: Path) -> None:
+    options = {"timeout": 1, "returns": 2, "idempotent": 3, "kwargs": 4}
+    with isolator.create_object(plugin, "Counter", idempotent=True) as counter:
+        assert counter.many(1, timeout=5, returns=list, idempotent=True) == [[1], {}]
+        assert counter.many(kwargs=options) == [[], options]
+        many = isolator.get_method(plugin, "Counter.many")
+        assert many.invoke(counter, 1, timeout=5, returns=list, idempotent=True) == [[1], {}]
+        assert many.invoke(counter, kwargs=options) == [[], options]
+        for wrong in (5, None, b"add"):
+            with pytest.raises(OptionsError, match="expected the name of a method"):
+                counter.invoke(wrong)  # type: ignore[arg-type]
+
+
+def test_an_object_that_may_be_made_twice_is_made_where_the_child_lives_on(tmp_path: Path) -> None:
+    plugin = write(
+        tmp_path,
+        "plugin.py",
+        """
+        import os, pihost
+
+        def make():
+            if pihost.call_host("first"):
+                os._exit(3)
+            return [1, 2]
+        """,
+    )
+    with ProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+        answers = [True, False, True]
+        isolator.register_callback("first", lambda: answers.pop(0))
+        assert isolator.create_object(plugin, "make", idempotent=True).invoke("__len__") == 2
+        with pytest.raises(ChildTerminated):
+            isolator.create_object(plugin, "make")
