@@ -7,7 +7,7 @@ import random
 import pytest
 
 from pisupervisor.errors import IsolationError
-from pisupervisor.link.readers import Readers
+from pisupervisor.link.leader import Leader
 from pisupervisor.supervise.admission import Admission, Ticket
 from pisupervisor.supervise.turn import Turn
 
@@ -94,45 +94,45 @@ def test_a_turn_is_not_taken_twice() -> None:
     assert turn.take(0)
 
 
-# --- readers -----------------------------------------------------------------------------------------------------
+# --- leader ------------------------------------------------------------------------------------------------------
 
 
 def test_one_reads_and_the_next_follows() -> None:
-    readers = Readers()
-    assert readers.may_read("a")
-    assert readers.may_read("a")
-    assert not readers.may_read("b")
-    assert not readers.may_read("c")
-    assert readers.leave("b") is None  # a reads on
-    assert readers.leave("a") == "c"
-    assert readers.may_read("c")
-    assert readers.leave("c") is None
+    leader = Leader()
+    assert leader.may_read("a")
+    assert leader.may_read("a")
+    assert not leader.may_read("b")
+    assert not leader.may_read("c")
+    assert leader.leave("b") is None  # a reads on
+    assert leader.leave("a") == "c"
+    assert leader.may_read("c")
+    assert leader.leave("c") is None
 
 
 def test_who_was_woken_and_goes_passes_it_on() -> None:
-    readers = Readers()
-    assert readers.may_read("a")
-    readers.may_read("b")
-    readers.may_read("c")
-    assert readers.leave("a") == "b"
-    assert readers.leave("b") == "c", "b was woken to read, was interrupted, and c sleeps for ever"
+    leader = Leader()
+    assert leader.may_read("a")
+    leader.may_read("b")
+    leader.may_read("c")
+    assert leader.leave("a") == "b"
+    assert leader.leave("b") == "c", "b was woken to read, was interrupted, and c sleeps for ever"
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_somebody_always_reads_or_is_woken(seed: int) -> None:
-    chance, readers = random.Random(seed), Readers()
+    chance, leader = random.Random(seed), Leader()
     asleep: set[int] = set()
     awake: set[int] = set()
     for key in range(300):
         awake.add(key)
         for one in tuple(awake):
             move = chance.random()
-            if move < 0.5 and not readers.may_read(one):
+            if move < 0.5 and not leader.may_read(one):
                 awake.discard(one)
                 asleep.add(one)
             elif move > 0.8:
                 awake.discard(one)
-                woken = readers.leave(one)
+                woken = leader.leave(one)
                 if woken is not None:
                     asleep.discard(woken)  # type: ignore[arg-type]
                     awake.add(woken)  # type: ignore[arg-type]

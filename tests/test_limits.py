@@ -675,9 +675,8 @@ class TestEnding:
     def test_remove_leaves_nothing_and_may_be_repeated(self, host: CgroupHost) -> None:
         before = set(os.listdir("/proc/self/fd"))
         group = create_group(host, GroupLimits(memory=64 * MIB, pids=16, cpus=1.0), group_name(1))
-        assert (
-            len(group.attach_fds) == len(own_groups(host)) == (6 if host.kills else 7)
-        )  # v2 counts CPU time, and kills
+        hierarchies = 6 if host.kills else 7  # v2 counts CPU time, and kills
+        assert len(group.attach_fds) == len(own_groups(host)) == hierarchies
         assert all(not os.get_inheritable(fd) for fd in group.attach_fds)
         group.close_attach_fds()
         group.close_attach_fds()

@@ -27,9 +27,8 @@ SHELL = [
     "scripts/container-test",     ".ci/run",
     *sorted(str(path.relative_to(TOP)) for path in (TOP / "scripts/lib").rglob("*.sh")),
 ]  # fmt: skip
-EXAMPLES = sorted(
-    str(file.relative_to(TOP)) for file in (TOP / "examples").rglob("*.py") if "deploy" not in file.parts
-)  # deploy holds an application, which knows us
+# deploy holds an application, which knows us
+EXAMPLES = sorted(str(file.relative_to(TOP)) for file in (TOP / "examples").rglob("*.py") if "deploy" not in file.parts)
 
 
 def load(path: str) -> ModuleType:

@@ -12,10 +12,8 @@ from functools import lru_cache
 
 from pisupervisor.limits import directories
 
-_MARKS = (
-    "user.delegate",
-    "trusted.delegate",
-)  # of the system's systemd: 251 and newer; older, and for root's eyes only
+#: of the system's systemd: 251 and newer; older, and for root's eyes only
+_MARKS = ("user.delegate", "trusted.delegate")
 _PATIENCE = 5.0  # seconds; it answers in 10 ms
 _NAME, _PATH = "org.freedesktop.systemd1", "/org/freedesktop/systemd1"
 _INSTALL = "pip install 'pisupervisor[systemd]'"

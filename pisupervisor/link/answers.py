@@ -14,7 +14,7 @@ from pisupervisor.link.bells import Bell, PollBell
 from pisupervisor.link.callers import this_caller
 from pisupervisor.link.channel import Channel, DeadlinePassed, LinkClosed, NeverSent
 from pisupervisor.link.frames import QUESTIONS, Answer, Pending
-from pisupervisor.link.readers import Readers
+from pisupervisor.link.leader import Leader
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Answers(Channel):
         self._in_callbacks: dict[int, list[int]] = {}  # by thread, the ids of their calls
         self._unowned: list[Pending] = []  # that ask something, and whose caller is not there: whoever reads sees to it
         self._held = 0  # bytes of answers that nobody has asked for yet
-        self._readers = Readers() if shared else None
-        self._lock = threading.Lock()  # of the readers
+        self._leader = Leader() if shared else None
+        self._lock = threading.Lock()  # of the leader, and of the arenas
         self._is_broken = False
         self._make_arenas = make_arenas
         self._arenas: Arenas | None = None
@@ -59,7 +59,7 @@ class Answers(Channel):
         if pending.text is not None:
             return Answer(wire.RESULT, wire.pack_text(pending.text))
         try:
-            if self._readers is not None:
+            if self._leader is not None:
                 self._wait_with_others(pending, deadline, captured)
             while pending.answer is None:
                 if pending.asked is not None:
@@ -101,11 +101,11 @@ class Answers(Channel):
 
     def _may_read(self, pending: Pending) -> bool:
         with self._lock:
-            return self._readers is not None and self._readers.may_read(pending)
+            return self._leader is not None and self._leader.may_read(pending)
 
     def _leave(self, pending: Pending) -> None:
         with self._lock:
-            successor = self._readers.leave(pending) if self._readers is not None else None
+            successor = self._leader.leave(pending) if self._leader is not None else None
         if isinstance(successor, Pending):
             successor.ring()
 
@@ -143,7 +143,7 @@ class Answers(Channel):
 
     def dispatch_what_is_there(self, *, read: bool = False) -> None:
         """What was read together with the last answer; ``read``: and what can be read without waiting."""
-        if self._readers is not None:
+        if self._leader is not None:
             return  # whoever reads does that
         if read:
             said = self.receive_at_once()
@@ -159,7 +159,7 @@ class Answers(Channel):
 
     def _make_room(self, deadline: float | None) -> None:
         """The child may be stuck in turn with answers to calls that others wait for: they are read meanwhile."""
-        if self._readers is not None or not self.calls:
+        if self._leader is not None or not self.calls:
             super()._make_room(deadline)
         elif self._poll(select.POLLOUT | select.POLLIN, deadline) & select.POLLIN:
             self.dispatch_what_is_there(read=True)

@@ -145,7 +145,7 @@ class Connection(Answers):
     # --- a call whose output is captured ----------------------------------------------------------------------
 
     def _call_captured(self, request: Request, deadline: float | None, output: int, ident: int) -> Answer:
-        bell = PollBell() if self._readers is not None else None
+        bell = PollBell() if self._leader is not None else None
         pending = Pending(ident or self.new_ident(), self.largest, bell)
         try:
             with Output(output) as captured:
@@ -169,7 +169,7 @@ class Connection(Answers):
             self._outputs.pop()
             self._displaced = True
         captured.drain()
-        if request.within or self._readers is not None:  # somebody goes on at once
+        if request.within or self._leader is not None:  # somebody goes on at once
             self._restore_stdio(deadline)
         stdout, stderr, truncated = captured.written()
         return answer._replace(stdout=stdout, stderr=stderr, truncated=truncated)
@@ -207,7 +207,7 @@ class Connection(Answers):
         return self.calls.get(ident) or self.calls.setdefault(ident, Pending(ident, self.largest, self.new_bell()))
 
     def new_bell(self) -> Bell | None:
-        return None if self._readers is None else Bell()
+        return None if self._leader is None else Bell()
 
     def new_ident(self) -> int:
         """Random: an answer given before its call cannot guess it. Drawn by the dozen, a system call each is half a

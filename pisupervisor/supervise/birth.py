@@ -30,9 +30,8 @@ if TYPE_CHECKING:
 
     from pisupervisor.supervise.listener import Listener, Log
 
-LAUNCH_GRACE = (
-    0.2  # seconds to end, for what belongs to a launch that failed: a zygote that hangs must not hold the caller
-)
+#: seconds to end, for what belongs to a launch that failed: a zygote that hangs must not hold the caller
+LAUNCH_GRACE = 0.2
 _LOOK_AROUND = 20  # ms until a launch sees that it was stopped
 _CREDENTIALS = struct.Struct("3i")
 _numbers = itertools.count(1)

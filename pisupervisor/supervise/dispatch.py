@@ -113,9 +113,8 @@ class Dispatcher:
 
     def _call(self, handler: Callable[[Event], object], event: Event) -> None:
         if self._loop is not None and self._loop.is_running() and _is_coroutine_function(handler):
-            self._complete_in_loop(
-                lambda: handler(event)
-            )  # made there: a loop that ends before leaves nothing unawaited
+            # Made there: a loop that ends before leaves nothing unawaited.
+            self._complete_in_loop(lambda: handler(event))
             return
         result = handler(event)
         if not hasattr(result, "__await__"):

@@ -141,9 +141,8 @@ def try_bare(check: str, who: tuple[str, ...], inherits: bool, around: box.Outsi
 def smallest(check: str, around: box.Outside) -> tuple[str, ...]:
     """Layers that hold it together: it gets out without them, and no more when one of them is there. Empty: none do."""
     off = tuple(LAYERS)
-    if (
-        try_one(check, off, around) != OUT
-    ):  # a layer that is off may also hold: ids that nothing maps make no user namespace
+    # A layer that is off may also hold: ids that nothing maps make no user namespace.
+    if try_one(check, off, around) != OUT:
         pairs = [("seccomp", layer) for layer in off if layer != "seccomp"]
         return next((pair for pair in pairs if try_one(check, pair, around) == OUT), ())
     for layer in LAYERS:

@@ -1,4 +1,4 @@
-"""Who reads a link that several threads wait on: one of them, for all. Pure; whoever acts on it holds a lock."""
+"""Leader and followers: of several threads that wait on one link, one reads for all. Pure; whoever acts on it holds a lock."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
 
-class Readers:
+class Leader:
     """Callers come (``may_read``, as often as they like) and go (``leave``, once, whatever happened to them)."""
 
     def __init__(self) -> None:
