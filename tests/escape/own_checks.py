@@ -149,11 +149,11 @@ OWN: dict[str, dict[str, object]] = {
         "code": "deny(lambda:mmap.mmap(-1,2<<20,flags=0x40022),'EPERM'); deny(lambda:os.memfd_create('x',4),'EPERM')",
     },
     "O25": {
-        "title": "protocols that nobody needs here", "mechanism": "seccomp: TCP, UDP and ICMP alone",
+        "title": "protocols that nobody needs here", "mechanism": "seccomp: no multipath TCP, SMC, SCTP, DCCP, L2TP",
         "needs": ["seccomp"],
         "source": "net-pf-2-proto-132: sctp, dccp, l2tp, smc are loaded for whoever asks; CVE-2025-40257 (MPTCP)",
-        "code": "for f in (2,10):\n    for t,p in ((1,262),(1,256),(2,136),(1,132),(5,132),(6,33),(2,115),(2,58)):\n"
-        "        deny(lambda:socket.socket(f,t,p),'EAFNOSUPPORT')",
+        "code": "for f in (2,10):\n    for t,p in ((1,262),(1,256),(1,132),(5,132),(6,33),(2,115)):\n"
+        "        deny(lambda:socket.socket(f,t,p),'EPROTONOSUPPORT')",
     },
     "O26": {
         "title": "the machine's memory for filters, by those on system calls", "mechanism": "seccomp: no further filters",

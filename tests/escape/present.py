@@ -101,14 +101,12 @@ def _huge() -> str:
     return ""
 
 
-def _protocols() -> str:
-    for kind, protocol in ((socket.SOCK_STREAM, 262), (socket.SOCK_DGRAM, 136)):
-        try:
-            socket.socket(socket.AF_INET, kind, protocol).close()
-        except OSError:
-            continue
-        return ""
-    return "the kernel has neither MPTCP nor UDP-Lite"
+def _multipath() -> str:
+    try:
+        socket.socket(socket.AF_INET, socket.SOCK_STREAM, 262).close()
+    except OSError:
+        return "the kernel has no multipath TCP"
+    return ""
 
 
 def _setuid_su() -> str:
@@ -158,7 +156,7 @@ _PROBES: dict[str, Callable[[], str]] = {
     "O17": _urgent,
     "O22": _core_scheduling,
     "O24": _huge,
-    "O25": _protocols,
+    "O25": _multipath,
     "O27": _system_call("get_mempolicy", 0, 0, 0, 0, 0),
     "O28": _one_of(["/sys/kernel/mm/ksm/run"]),
     "N08": _one_of([f"/run/{box.PROBE}.sock"]),
