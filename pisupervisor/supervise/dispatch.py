@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from pisupervisor.callbacks import is_coroutine_function
 from pisupervisor.events import ErrorLine, Event, IsolationEvents, OutputLine
 from pisupervisor.link.bells import PollBell
 from pisupervisor.supervise.output import Line, OutputPipes
 
-_COROUTINE = 0x80  # inspect.CO_COROUTINE
 _FAREWELL = 5.0  # seconds that close() gives the handlers to see the last events
 _LINES_PER_SECOND = 20_000  # a line costs its host some 5 us: at most a tenth of a core
 
@@ -112,7 +112,7 @@ class Dispatcher:
         self._settle(event)
 
     def _call(self, handler: Callable[[Event], object], event: Event) -> None:
-        if self._loop is not None and self._loop.is_running() and _is_coroutine_function(handler):
+        if self._loop is not None and self._loop.is_running() and is_coroutine_function(handler):
             # Made there: a loop that ends before leaves nothing unawaited.
             self._complete_in_loop(lambda: handler(event))
             return
@@ -164,15 +164,6 @@ def _hand_over(task: Any, future: Any) -> None:
         future.set_exception(task.exception())
     else:
         future.set_result(task.result())
-
-
-def _is_coroutine_function(handler: Any) -> bool:
-    """As ``inspect`` says it, which is not imported for that."""
-    while hasattr(handler, "func"):  # functools.partial
-        handler = handler.func
-    method = vars(type(handler)).get("__call__")  # of an object that is called like a function
-    code = getattr(handler, "__code__", None) or getattr(method, "__code__", None)
-    return code is not None and bool(code.co_flags & _COROUTINE)
 
 
 def _running_loop() -> Any:
