@@ -50,7 +50,7 @@ from pisupervisor.supervise import child as child_module
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.keeper import Keeper
 from pisupervisor.supervise.starting import FirstCall
-from pisupervisor.worker import Worker
+from pisupervisor.worker import Crew
 
 pytestmark = linux
 
@@ -685,7 +685,7 @@ def test_an_interrupted_close_is_completed_by_the_next(monkeypatch: pytest.Monke
         isolator = ProcessIsolator.create()
         assert isolator.submit(int, "7").result() == 7
         with monkeypatch.context() as patch:
-            patch.setattr(Worker, "end", _interrupted)
+            patch.setattr(Crew, "close", _interrupted)
             with pytest.raises(KeyboardInterrupt):
                 isolator.close()
         isolator.close()
