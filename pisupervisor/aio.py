@@ -33,6 +33,7 @@ from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage
 from pisupervisor.supervise.aio_link import LoopLink, until
 from pisupervisor.supervise.call import Sent
+from pisupervisor.template import chosen
 from pisupervisor.worker import Worker
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class AsyncProcessIsolator:
     async def _create(cls, options: IsolationOptions | None, changes: dict[str, Any]) -> Self:
         calls = Worker("pisupervisor-async")
         try:
-            isolator = await run_in(calls, ProcessIsolator.create, options, **changes)
+            isolator = await run_in(calls, _created, asyncio.get_running_loop(), options, changes)
         except BaseException:
             calls.end()  # a child that comes too late is closed by the collector
             raise
@@ -367,6 +368,19 @@ class Creating(Coroutine[Any, Any, Made]):
     async def __aexit__(self, *_error: object) -> None:
         if self._made is not None:
             await self._made.close()
+
+
+def _created(
+    loop: asyncio.AbstractEventLoop, options: IsolationOptions | None, changes: dict[str, Any]
+) -> ProcessIsolator:
+    """In a thread; handlers of events that are coroutine functions run in the loop all the same."""
+    options = chosen(options, changes)
+    if options.events is None:
+        return ProcessIsolator.create(options)
+    from pisupervisor.supervise.dispatch import handlers_in
+
+    with handlers_in(loop):
+        return ProcessIsolator.create(options)
 
 
 def _kill(child: Child) -> None:

@@ -19,6 +19,7 @@ from pisupervisor import (
     CallTimeout,
     ChildTerminated,
     ExitReason,
+    IsolationEvents,
     IsolatorClosed,
     LaunchError,
     ObjectReleased,
@@ -29,6 +30,7 @@ from pisupervisor import (
     RestartPolicy,
     SerializationError,
 )
+from pisupervisor.events import Event
 from pisupervisor.supervise.aio_link import LoopLink
 from pisupervisor.supervise.keeper import Keeper
 
@@ -174,6 +176,45 @@ def test_streams(plugin: Path) -> None:
             assert stream.value == "over"
 
     run(main)
+
+
+def test_coroutine_functions_as_handlers_run_in_the_loop() -> None:
+    """parity: 36"""
+    seen: list[tuple[str, bool]] = []
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+
+        async def handler(event: Event) -> None:
+            await asyncio.sleep(0.01)
+            seen.append((event.kind, asyncio.get_running_loop() is loop))
+
+        events = IsolationEvents(started=handler, stdout=handler, exited=handler)
+        async with AsyncProcessIsolator.create(events=events) as isolator:
+            await isolator.invoke(os.write, 1, b"a line\n")
+            while len(seen) < 2:
+                await asyncio.sleep(0.01)
+
+    run(main)
+    assert seen == [("started", True), ("stdout", True), ("exited", True)]
+
+
+def test_a_handler_in_the_loop_may_close_its_isolator() -> None:
+    async def main() -> float:
+        closed = asyncio.Event()
+
+        async def handler(event: Event) -> None:
+            await isolator.close()
+            closed.set()
+
+        isolator = await AsyncProcessIsolator.create(events=IsolationEvents(exit_with_error=handler))
+        with pytest.raises(ChildTerminated):
+            await isolator.invoke(os._exit, 3)
+        started = time.monotonic()
+        await closed.wait()
+        return time.monotonic() - started
+
+    assert run(main) < 4
 
 
 class Answers:

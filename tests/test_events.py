@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 
 import pytest
 from helpers import linux, nothing_left, wait_until, zygote_of
@@ -393,6 +394,18 @@ def test_a_coroutine_function_runs_in_the_loop_of_its_isolator() -> None:
 
     asyncio.run(main())
     assert seen == [("started", True), ("exited", True)]
+
+
+def test_a_mock_as_a_handler() -> None:
+    """Which has every attribute that it is asked for."""
+    handler, awaited = Mock(), AsyncMock()
+
+    async def main() -> None:
+        isolator = ProcessIsolator.create(events=IsolationEvents(started=handler, exited=awaited))
+        await asyncio.to_thread(isolator.close)
+
+    asyncio.run(main())
+    assert [call.args[0].kind for call in (handler.call_args, awaited.await_args)] == ["started", "exited"]
 
 
 def test_a_coroutine_function_without_a_loop() -> None:

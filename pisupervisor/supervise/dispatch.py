@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from pisupervisor.callbacks import is_coroutine_function
@@ -33,9 +35,10 @@ class Dispatcher:
         self._queue: deque[Event] = deque()
         self._outputs: dict[OutputPipes, int] = {}  # pipes -> the child's pid
         self._quiet_until = 0.0  # no line is read before
-        self._loop = _running_loop()
+        self._loop = _handlers_loop.get() or _running_loop()
         self._closing = threading.Event()
         self._given_up = False
+        self._hurry = False  # close() is called by the loop: what runs in that cannot be waited for
         self._wake = PollBell()
         self._thread = threading.Thread(target=self._run, name=f"pisupervisor-events-{isolator_id}", daemon=True)
         self._wake.start(self._thread)
@@ -64,6 +67,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """End the thread when it has told all. Handlers that take too long for that are told no more."""
+        self._hurry |= self._loop is not None and _running_loop() is self._loop
         self._closing.set()
         self._wake.ring()
         if not self.is_own_thread():
@@ -127,11 +131,14 @@ class Dispatcher:
             asyncio.run(_awaited(lambda: result))
 
     def _complete_in_loop(self, make: Callable[[], Any]) -> None:
-        """In the loop of whoever created the isolator; close() may be called from there, so it is not waited for then."""
+        """In the loop of whoever created the isolator. Not waited for where close() is called from there, and no longer
+        where it is called meanwhile: perhaps by this very handler.
+        """
         from concurrent.futures import CancelledError, Future
 
         future: Future[Any] = Future()
         tasks = []  # a loop holds its tasks but weakly
+        was_closing = self._closing.is_set()
 
         def begin() -> None:
             task = self._loop.create_task(_awaited(make))
@@ -142,7 +149,9 @@ class Dispatcher:
             self._loop.call_soon_threadsafe(begin)
         except RuntimeError:
             return  # it was closed in this moment
-        while not future.done() and not self._closing.is_set() and self._loop.is_running():
+        while not future.done() and self._loop.is_running():
+            if self._hurry or self._given_up or self._closing.is_set() != was_closing:
+                break
             try:
                 future.exception(0.05)
             except TimeoutError:
@@ -164,6 +173,19 @@ def _hand_over(task: Any, future: Any) -> None:
         future.set_exception(task.exception())
     else:
         future.set_result(task.result())
+
+
+_handlers_loop: ContextVar[Any] = ContextVar("_handlers_loop", default=None)
+
+
+@contextmanager
+def handlers_in(loop: Any) -> Iterator[None]:
+    """What this thread creates meanwhile has that event loop for its handlers."""
+    token = _handlers_loop.set(loop)
+    try:
+        yield
+    finally:
+        _handlers_loop.reset(token)
 
 
 def _running_loop() -> Any:
