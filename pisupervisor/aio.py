@@ -47,7 +47,7 @@ _within: ContextVar[int] = ContextVar("_within", default=0)  # the caller whose 
 
 
 class AsyncProcessIsolator:
-    """One confined child and the calls into it, from coroutines of one event loop. Made by ``await create()``, or
+    """One confined child and the calls into it, from coroutines of one event loop at a time. Made by ``await create()``, or
     ``async with create()``.
 
     Methods, parameters and errors are those of ``ProcessIsolator``. Callbacks may be coroutine functions, which run in
@@ -322,10 +322,10 @@ class AsyncProcessIsolator:
         return self._awaited(self._isolator._result(done, short.call.limit, types))
 
     def _link_to(self, connection: Connection) -> LoopLink:
-        link = self._link
-        if link is None or link.fd < 0 or link.connection is not connection:
+        link, loop = self._link, asyncio.get_running_loop()
+        if link is None or link.fd < 0 or link.connection is not connection or link.loop is not loop:
             self._close_link()
-            link = self._link = LoopLink(connection, asyncio.get_running_loop())
+            link = self._link = LoopLink(connection, loop)
         return link
 
     def _close_link(self) -> None:

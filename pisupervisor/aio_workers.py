@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from contextvars import copy_context
 from typing import TYPE_CHECKING, Any
 
 from pisupervisor.worker import Worker
@@ -38,7 +39,8 @@ class Workers:
         worker = self._pick()
         self._load[worker] += 1
         try:
-            return await run_in(worker, method, *args, **keywords)
+            # In the task's context, as ``asyncio.to_thread`` does it: callbacks run in there.
+            return await run_in(worker, copy_context().run, method, *args, **keywords)
         except (asyncio.CancelledError, GeneratorExit):
             if cancel is not None:
                 cancel()

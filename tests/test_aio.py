@@ -8,6 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Generator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,51 @@ def test_a_handler_in_the_loop_may_close_its_isolator() -> None:
         return time.monotonic() - started
 
     assert run(main) < 4
+
+
+def test_one_loop_after_another(plugin: Path) -> None:
+    """A program of several ``asyncio.run``, as scripts and notebooks have them."""
+
+    async def call(isolator: AsyncProcessIsolator) -> None:
+        for _ in range(3):  # the second one is made by the loop itself
+            assert await isolator.invoke_method(plugin, "double", 21) == 42
+
+    with nothing_left():
+        loop = asyncio.new_event_loop()
+
+        async def create() -> AsyncProcessIsolator:
+            return await AsyncProcessIsolator.create()
+
+        isolator = asyncio.run(create())
+        asyncio.run(call(isolator))
+        loop.run_until_complete(call(isolator))
+        asyncio.run(call(isolator))
+        loop.run_until_complete(call(isolator))
+        loop.close()
+        asyncio.run(isolator.close())
+
+
+REQUEST: ContextVar[str] = ContextVar("REQUEST", default="none")
+
+
+def test_callbacks_see_the_context_of_the_task_that_called(plugin: Path) -> None:
+    async def answer(_x: int) -> str:
+        return REQUEST.get()
+
+    async def call(isolator: AsyncProcessIsolator, name: str, request: str) -> None:
+        REQUEST.set(request)
+        for _ in range(3):
+            assert await isolator.invoke_method(plugin, "ask", name, 1) == request
+
+    async def main() -> None:
+        async with AsyncProcessIsolator.create() as isolator:
+            isolator.register_callback("awaited", answer)
+            isolator.register_callback("plain", lambda _x: REQUEST.get())
+            for name in ("awaited", "plain"):
+                await asyncio.gather(*[call(isolator, name, f"request {number}") for number in range(3)])
+        assert REQUEST.get() == "none"
+
+    run(main)
 
 
 class Answers:

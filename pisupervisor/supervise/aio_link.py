@@ -81,7 +81,7 @@ class LoopLink:
     """One child's link on a loop. Only one call at a time is waited for here."""
 
     def __init__(self, connection: Connection, loop: asyncio.AbstractEventLoop) -> None:
-        self.connection, self._loop = connection, loop
+        self.connection, self.loop = connection, loop
         # The other may be closed by a thread, and its number used anew. -1 when this one is closed.
         self.fd = os.dup(connection.link.fileno())
         self._reply: Reply | None = None
@@ -95,7 +95,7 @@ class LoopLink:
 
     def wait(self) -> Reply:
         """What comes next, b"" at the end. TimeoutError: nothing has come for a while."""
-        self._reply, self._rounds = Reply(self._loop), 0
+        self._reply, self._rounds = Reply(self.loop), 0
         return self._reply
 
     def close(self) -> None:
@@ -103,7 +103,8 @@ class LoopLink:
         fd, self.fd, self._reply = self.fd, -1, None
         if fd >= 0:
             self._timer.cancel()
-            self._loop.remove_reader(fd)
+            if not self.loop.is_closed():
+                self.loop.remove_reader(fd)
             os.close(fd)
 
     def _readable(self) -> None:
@@ -128,7 +129,7 @@ class LoopLink:
             return
         if self._rounds > 1 and reply is not None:
             reply.fail(TimeoutError())
-        self._timer = self._loop.call_later(_PATIENCE, self._look)
+        self._timer = self.loop.call_later(_PATIENCE, self._look)
 
 
 async def until(deadline: float, reply: Reply) -> bytes:
