@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 
     from pisupervisor.cli import Outcome
 
-#: C0 (but tab and newline), DEL, C1, and the marks that reorder text: what a terminal obeys instead of showing.
-_OBEYED = [*range(9), *range(11, 32), *range(127, 160), 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+#: C0 (but tab and newline), DEL, C1, and the marks that reorder text or begin a line: what a terminal obeys instead of showing.
+_OBEYED = [*range(9), *range(11, 32), *range(127, 160), 0x61C, 0x200E, 0x200F]
+_OBEYED += [*range(0x2028, 0x202F), *range(0x2066, 0x206A)]
 _ESCAPES = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _OBEYED}
 _DEEPEST = 200  # levels; what a child may send is not deeper, and json refuses about 1000
 

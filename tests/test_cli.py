@@ -400,7 +400,7 @@ def test_a_reader_that_leaves_is_no_traceback(plugin: str) -> None:
 def test_escaping() -> None:
     assert escaped("a\tb\nc") == "a\tb\nc"
     assert escaped("\x00\x07\r\x1b\x7f\x85\x9b") == "\\x00\\x07\\x0d\\x1b\\x7f\\x85\\x9b"
-    assert escaped("grüße ☃ \u202e\u2066") == "grüße ☃ \\u202e\\u2066"
+    assert escaped("grüße ☃ \u202e\u2066\u061c\u2029") == "grüße ☃ \\u202e\\u2066\\u061c\\u2029"
 
 
 def test_plain_values() -> None:

@@ -366,6 +366,9 @@ def test_a_childs_text_cannot_steer_a_terminal() -> None:
     error = remote_error({**GOOD, "message": "a\x1b[2Jb\r\nc\td\x9b", "traceback": "\x1b]0;owned\x07"})
     assert error.message == "a\\x1b[2Jb\\x0d\nc\td\\x9b"
     assert error.remote_traceback == "\\x1b]0;owned\\x07"
+    assert remote_error({**GOOD, "message": "a\u202eb\u200f\u061c\u2028c"}).message == "a\\u202eb\\u200f\\u061c\\u2028c"
+    named = remote_error({**GOOD, "module": "__main__", "type": "E\nERROR: all is lost"})
+    assert named.type_name == "E\\nERROR: all is lost", "a name is one line of whatever log it is written to"
 
 
 def test_names_are_never_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,7 +45,7 @@ _BUILTINS: tuple[type[Exception], ...] = (
 # A terminal obeys these: a child's text may not move the cursor of whoever reads the host's log.
 CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"} | {
     code: f"\\u{code:04x}"
-    for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # they reorder what is read
+    for code in (0x61C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # new lines, and other orders
 }
 
 
@@ -115,7 +115,7 @@ def _checked(payload: object) -> dict[str, Any]:
 
 
 def _qualified(fields: dict[str, Any]) -> str:
-    module, name = _text(fields, "module", MAX_NAME), _text(fields, "type", MAX_NAME)
+    module, name = (_text(fields, part, MAX_NAME).replace("\n", "\\n") for part in ("module", "type"))
     return name if module in ("builtins", "__main__") else f"{module}.{name}"
 
 
