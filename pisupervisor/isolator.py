@@ -129,7 +129,9 @@ class ProcessIsolator(Control):
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._code(path, target)
-        call = ("method", code.key, target, self._packer.arguments(args, merged(keywords, kwargs)))
+        if kwargs is not None:
+            keywords = merged(keywords, kwargs)
+        call = ("method", code.key, target, self._packer.arguments(args, keywords))
         return self._invoke(call, None, code, timeout, returns, idempotent)
 
     def invoke(
