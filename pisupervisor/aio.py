@@ -91,6 +91,15 @@ class AsyncProcessIsolator:
             f"a {type(self).__name__} is one child's master: it cannot be copied, pickled, or sent to a child"
         )
 
+    def __del__(self) -> None:
+        """The last net: nobody called close(). The child ends with the isolator in here."""
+        for threads in (getattr(self, "_calls", None), getattr(self, "_rest", None), getattr(self, "_control", None)):
+            if threads is not None:
+                threads.end()
+        link = getattr(self, "_link", None)
+        if link is not None:
+            link.forget()
+
     async def __aenter__(self) -> Self:
         return self
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Coroutine, Generator
 from contextvars import ContextVar
@@ -694,3 +696,18 @@ def test_map(plugin: Path) -> None:
             assert pairs == [(n, n) for n in range(20)]
 
     run(main)
+
+
+def test_what_is_forgotten_leaves_nothing_behind(plugin: Path) -> None:
+    async def main() -> None:
+        isolator = await AsyncProcessIsolator.create()
+        for _ in range(3):
+            assert await isolator.invoke_method(plugin, "double", 21) == 42
+        await isolator.resource_usage()  # by a thread of another kind
+
+    with nothing_left():
+        before = open_fds()
+        asyncio.run(main())
+        gc.collect()
+        assert wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("pisupervisor")])
+        assert wait_until(lambda: open_fds() == before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import sys
@@ -248,3 +249,34 @@ def test_large_modules_are_paid_for(tmp_path: Path) -> None:
             isolator.run_source(again)
     with ProcessIsolator.create(modules=[path], callback_bytes=None) as isolator:
         assert [isolator.run_source(again).value for _ in range(3)] == [1, 1, 1]
+
+
+def test_code_that_is_shown_cannot_be_written_whatever_its_mode(folder: Path, tmp_path: Path) -> None:
+    """parity: 86"""
+    path = folder / "helper.py"
+    folder.chmod(0o777)
+    path.chmod(0o666)
+    source = path.read_text()
+
+    def write_to(name: str, flags: int) -> int:
+        import os
+
+        try:
+            os.close(os.open(name, flags, 0o666))
+        except OSError as error:
+            return error.errno or 0
+        return 0
+
+    with ProcessIsolator.create(import_paths=[folder]) as isolator:
+        assert isolator.invoke_method("helper", "fail.__qualname__.upper") == "FAIL"
+        for name, flags in (
+            (path, os.O_WRONLY | os.O_TRUNC),
+            (path, os.O_RDWR),
+            (folder / "new.py", os.O_WRONLY | os.O_CREAT),
+        ):
+            assert isolator.invoke(write_to, str(name), flags) == errno.EROFS
+        with pytest.raises(OSError) as caught:
+            isolator.invoke(os.unlink, str(path))
+        assert caught.value.errno == errno.EROFS
+    assert path.read_text() == source
+    assert not (folder / "new.py").exists()

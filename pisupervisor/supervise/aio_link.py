@@ -107,6 +107,17 @@ class LoopLink:
                 self.loop.remove_reader(fd)
             os.close(fd)
 
+    def forget(self) -> None:
+        """``close`` from wherever the collector runs."""
+        try:
+            here = asyncio.get_running_loop() is self.loop
+        except RuntimeError:
+            here = False
+        if here or not self.loop.is_running():
+            self.close()
+        else:
+            self.loop.call_soon_threadsafe(self.close)
+
     def _readable(self) -> None:
         reply = self._reply
         if reply is None or reply._error is not None:
