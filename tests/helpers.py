@@ -96,6 +96,11 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
+def living(pid: int) -> list[int]:
+    """Those of its descendants that are no zombies: who is dead may wait for a zygote that the machine has no time for."""
+    return [one for one in descendants(pid) if state_of(one) not in ("", "Z")]
+
+
 def parent_of(pid: int | str) -> int:
     """0 when there is no such process."""
     return int((stat_of(pid) or ["", "0"])[1])

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import descendants, nothing_left, resident, wait_until, write, zygote_of
+from helpers import living, nothing_left, resident, wait_until, write, zygote_of
 
 import pisupervisor
 from pisupervisor import (
@@ -661,7 +661,7 @@ def test_a_timeout_kills_whatever_it_is(target: str, arguments: tuple[Any, ...])
         took = time.monotonic() - started
         assert isinstance(caught.value, ChildTerminated if ends_itself else TimeoutError)
         assert took < timeout + 1.0
-        assert descendants(zygote) == [], "the whole family is gone"
+        assert living(zygote) == [], "the whole family is gone"
         assert isolator.invoke(lambda: "next") == "next"
         assert isolator.pid != pid
 

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -56,7 +57,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.linux
 @pytest.mark.root
 @pytest.mark.bed
-def test_everything_holds_here_and_each_control_got_through() -> None:
+def test_everything_holds_here_and_each_control_got_through(need: Callable[..., None]) -> None:
+    need("landlock")
     done = run("--json")
     told = json.loads(done.stdout)
     assert (done.returncode, told["works"], told["obstacle"], done.stderr) == (0, True, "", "")

@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from helpers import DEGRADE
 
 pytestmark = [pytest.mark.linux, pytest.mark.root, pytest.mark.matrix]
 
@@ -23,7 +24,7 @@ import os, signal, sys, time
 sys.path.insert(0, {str(TOP)!r})  # also where it is not installed, and the working directory is another
 {textwrap.dedent(before)}
 from pisupervisor import ProcessIsolator
-with ProcessIsolator.create() as isolator:
+with ProcessIsolator.create(degrade={DEGRADE}) as isolator:
     assert {CALL} == "[1]"
 {textwrap.indent(textwrap.dedent(after), "    ")}
 print("still here")

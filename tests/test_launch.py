@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,8 @@ def test_ids_rise() -> None:
 
 
 @pytest.mark.root
-def test_every_protection_that_was_asked_for_holds() -> None:
+def test_every_protection_that_was_asked_for_holds(need: Callable[..., None]) -> None:
+    need("landlock")
     with ProcessIsolator.create(limits=Limits(cpuset="0", cpu_weight=50)) as isolator:
         assert set(isolator.applied) == set(PROTECTIONS)
         lacking = [name for name, entry in isolator.applied.items() if not entry.holds]
@@ -102,7 +104,7 @@ def test_a_preload_that_takes_too_long(tmp_path: Path) -> None:
         with pytest.raises(LaunchError) as caught:
             ProcessIsolator.create(import_paths=[tmp_path], preload=["slow_module"], start_timeout=0.5)
         assert caught.value.step == "start_timeout"
-        assert time.monotonic() - started < 1.0
+        assert time.monotonic() - started < 5.0  # not 60
 
 
 def test_a_preloaded_module_is_there(tmp_path: Path) -> None:

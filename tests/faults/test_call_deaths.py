@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import descendants, nothing_left, state_of, wait_until, zygote_of
+from helpers import descendants, living, nothing_left, state_of, wait_until, zygote_of
 from zoo import (
     AT_ONCE,
     DEATHS,
@@ -110,7 +110,7 @@ def test_what_does_not_die_is_killed_at_the_deadline(stubborn: str, place: str) 
             CALLS[place](made, stubborn)
         assert caught.value.exit_info is not None
         assert caught.value.exit_info.reason is ExitReason.TIMEOUT
-        assert descendants(zygote_of(made)) == []
+        assert living(zygote_of(made)) == []
         assert lives_on(made)
 
 
@@ -214,7 +214,7 @@ def test_a_child_that_leaves_with_a_family() -> None:
         with pytest.raises(ChildTerminated) as caught:
             made.run_source(source)
         assert (caught.value.exit_info.exit_code, caught.value.exit_info.reason) == (3, ExitReason.EXITED)
-        assert descendants(zygote) == []
+        assert living(zygote) == []
 
 
 def test_a_payload_that_uses_up_its_descriptors() -> None:
