@@ -110,6 +110,13 @@ def _nproc_apart() -> str:
     return "" if at_least(kernel, 5, 14) else f"Linux {kernel} counts RLIMIT_NPROC over all user namespaces"
 
 
+def _memory_peak() -> str:
+    from pisupervisor.limits.rlimits import at_least
+
+    kernel = os.uname().release
+    return "" if not _v1() or at_least(kernel, 5, 19) else f"Linux {kernel} does not tell the peak of a v2 group"
+
+
 def _v1() -> str:
     from pisupervisor.limits.detect import detect
 
@@ -262,6 +269,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "own_machine": _own_machine,
     "nproc_apart": _nproc_apart,
     "v1": _v1,
+    "memory_peak": _memory_peak,
     "v2": _v2,
     "v2_io": _v2_io,
     "v2_cpuset": _v2_cpuset,

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -366,10 +366,11 @@ def test_output_of_an_error_is_lost_but_the_error_is_not(shared: ProcessIsolator
 
 
 @pytest.mark.alone
-def test_usage_is_told(shared: ProcessIsolator) -> None:
+def test_usage_is_told(shared: ProcessIsolator, need: Callable[..., None]) -> None:
     done = shared.execute(f"{INSIDE}:burn", 0.1)
     usage = done.usage
     assert 0.8 * done.value <= (usage.cpu_time or 0) < done.value + 0.1, "what the child says that it has used"
+    need("memory_peak")
     assert (usage.peak_memory or 0) > 1 << 20
 
 

@@ -200,8 +200,8 @@ def test_a_stop_overtakes_a_waiting_restart() -> None:
         time.sleep(0.1)
         started = time.monotonic()
         assert isolator.terminate()
-        assert isinstance(future.exception(1), IsolatorClosed)
-        assert time.monotonic() - started < 1
+        assert isinstance(future.exception(10), IsolatorClosed)
+        assert time.monotonic() - started < 10  # not 60
         assert isolator.state == "stopped"
 
 
