@@ -117,6 +117,13 @@ def _memory_peak() -> str:
     return "" if not _v1() or at_least(kernel, 5, 19) else f"Linux {kernel} does not tell the peak of a v2 group"
 
 
+def _cgroup_kill() -> str:
+    from pisupervisor.limits.rlimits import at_least
+
+    kernel = os.uname().release
+    return "" if at_least(kernel, 5, 14) else f"Linux {kernel} has no cgroup.kill"
+
+
 def _v1() -> str:
     from pisupervisor.limits.detect import detect
 
@@ -269,6 +276,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "own_machine": _own_machine,
     "nproc_apart": _nproc_apart,
     "v1": _v1,
+    "cgroup_kill": _cgroup_kill,
     "memory_peak": _memory_peak,
     "v2": _v2,
     "v2_io": _v2_io,

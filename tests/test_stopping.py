@@ -430,8 +430,9 @@ def test_a_paused_group_is_killed_as_one(need: Callable[..., None]) -> None:
 
 
 @pytest.mark.root
-def test_a_group_is_killed_as_one() -> None:
+def test_a_group_is_killed_as_one(need: Callable[..., None]) -> None:
     """The same for a child that is not paused."""
+    need("cgroup_kill")
     with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(mode="never")) as isolator:
         child = isolator._keeper.child
         assert child is not None

@@ -38,11 +38,12 @@ HAS = {
     "container-priv": "root,rootless,cgroups,v2,v2_io,v2_cpuset,limits",
 }
 EVERYWHERE = {
-    "userns", "seccomp", "landlock", "landlock_net", "landlock_scopes", "nproc_apart", "memory_peak", "overlay", "own_machine",
+    "userns", "seccomp", "landlock", "landlock_net", "landlock_scopes", "nproc_apart", "cgroup_kill", "memory_peak",
+    "overlay", "own_machine",
 }  # fmt: skip
-#: what a kernel lacks: Landlock came with 5.13, memory.peak with 5.19, its rules for TCP with 6.7, its scopes with 6.12
+#: what a kernel lacks: Landlock came with 5.13, cgroup.kill with 5.14, memory.peak with 5.19, its rules for TCP with 6.7, its scopes with 6.12
 LACKS = {
-    "5.10": {"landlock", "landlock_net", "landlock_scopes", "nproc_apart", "memory_peak"},
+    "5.10": {"landlock", "landlock_net", "landlock_scopes", "nproc_apart", "cgroup_kill", "memory_peak"},
     "6.1": {"landlock_net", "landlock_scopes"},
 }
 #: words that tests skip with and no probe answers to -> the modes that lack it. No word beside these explains a skip.
