@@ -41,7 +41,8 @@ EVERYWHERE = {
     "userns", "seccomp", "landlock", "landlock_net", "landlock_scopes", "nproc_apart", "cgroup_kill", "memory_peak",
     "overlay", "own_machine",
 }  # fmt: skip
-#: what a kernel lacks: Landlock came with 5.13, cgroup.kill with 5.14, memory.peak with 5.19, its rules for TCP with 6.7, its scopes with 6.12
+#: what a kernel lacks: Landlock came with 5.13, its rules for TCP with 6.7, its scopes with 6.12; cgroup.kill with 5.14,
+#: memory.peak with 5.19
 LACKS = {
     "5.10": {"landlock", "landlock_net", "landlock_scopes", "nproc_apart", "cgroup_kill", "memory_peak"},
     "6.1": {"landlock_net", "landlock_scopes"},
