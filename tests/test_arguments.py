@@ -49,6 +49,17 @@ def uses_helper(number: int) -> int:
     return helper(number) + 1
 
 
+class Parcel:
+    def __init__(self, weight: int) -> None:
+        self.weight = weight
+
+    @functools.cached_property
+    def postage(self) -> int:
+        """Of one parcel."""
+        self.weight += 1
+        return self.weight * FACTOR
+
+
 @functools.lru_cache(maxsize=7, typed=True)
 def fibonacci(number: int) -> int:
     return number if number < 2 else fibonacci(number - 1) + fibonacci(number - 2)
@@ -141,6 +152,11 @@ def test_a_cached_function_travels_with_what_it_caches_for(in_child: Any) -> Non
     assert in_child(ask) == "(832040, {'maxsize': 7, 'typed': True})"
     assert dump_call((fibonacci,), {})[1]
     assert b"fibonacci" in dump_call((fibonacci,), {}, importable=child_importable([os.path.dirname(__file__)]))[0]
+
+
+def test_cached_properties_travel_with_their_class(in_child: Any) -> None:
+    ask = dump_function(lambda one: (one.postage, one.postage, Parcel.postage.__doc__), (Parcel(4),), {}, STDLIB_ONLY)
+    assert in_child(ask) == "(50, 50, 'Of one parcel.')"
 
 
 def test_functions_take_their_helpers_and_globals_along(in_child: Any) -> None:

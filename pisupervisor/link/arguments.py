@@ -10,7 +10,7 @@ import _pickle as pickle  # the C part alone: pickle imports re, 4 ms in all
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from functools import _CacheInfo, _lru_cache_wrapper, cache
+from functools import _CacheInfo, _lru_cache_wrapper, cache, cached_property
 from threading import RLock
 from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 
@@ -205,6 +205,8 @@ def _value_pickler() -> Any:
                 return _reduce_code(obj)
             elif type(obj).__module__ == "msgspec._core" and type(obj).__name__.endswith(("Info", "Lookup")):
                 return type(None), ()  # what ``returns=`` made msgspec keep on the class; each side makes its own
+            elif isinstance(obj, cached_property):
+                return _reduce_property(obj)
             else:
                 reduced = self.sheet.reduce(obj)
                 if reduced is not NotImplemented:
@@ -239,6 +241,12 @@ def _reduce_code(code: CodeType) -> Any:
 def _reduce_cached(cached: Any) -> Any:
     """A function behind ``functools.cache``, its cache empty: pickle and cloudpickle would only name it."""
     return _lru_cache_wrapper, (cached.__wrapped__, *cached.cache_parameters().values(), _CacheInfo), vars(cached)
+
+
+def _reduce_property(cached: Any) -> Any:
+    """Without the lock that it has before Python 3.12, which no pickle can carry."""
+    state = {name: value for name, value in vars(cached).items() if name != "lock"}
+    return type(cached), (cached.func,), state
 
 
 class _Missing(Exception):
