@@ -49,6 +49,21 @@ def uses_helper(number: int) -> int:
     return helper(number) + 1
 
 
+@functools.singledispatch
+def kind_of(value: object) -> str:
+    return "something"
+
+
+@kind_of.register
+def _(value: int) -> str:
+    return f"a number below {FACTOR}"
+
+
+@kind_of.register
+def _(value: Mood) -> str:
+    return "a mood"
+
+
 class Parcel:
     def __init__(self, weight: int) -> None:
         self.weight = weight
@@ -157,6 +172,12 @@ def test_a_cached_function_travels_with_what_it_caches_for(in_child: Any) -> Non
 def test_cached_properties_travel_with_their_class(in_child: Any) -> None:
     ask = dump_function(lambda one: (one.postage, one.postage, Parcel.postage.__doc__), (Parcel(4),), {}, STDLIB_ONLY)
     assert in_child(ask) == "(50, 50, 'Of one parcel.')"
+
+
+def test_a_function_of_several_types_travels_with_all_of_them(in_child: Any) -> None:
+    assert kind_of(5) == "a number below 10"  # which it remembers, weakly
+    ask = dump_function(lambda *values: [kind_of(value) for value in values], (5, "a", Mood.GOOD), {}, STDLIB_ONLY)
+    assert in_child(ask) == "['a number below 10', 'something', 'a mood']"
 
 
 def test_functions_take_their_helpers_and_globals_along(in_child: Any) -> None:

@@ -189,6 +189,8 @@ def _module_of(obj: Any) -> str:
 @cache
 def _value_pickler() -> Any:
     """The class, made when first needed: cloudpickle takes 15 ms to import."""
+    from weakref import WeakKeyDictionary
+
     import cloudpickle
 
     class ValuePickler(cloudpickle.Pickler):  # type: ignore[misc]
@@ -207,6 +209,8 @@ def _value_pickler() -> Any:
                 return type(None), ()  # what ``returns=`` made msgspec keep on the class; each side makes its own
             elif isinstance(obj, cached_property):
                 return _reduce_property(obj)
+            elif type(obj) is WeakKeyDictionary and all(isinstance(key, type) for key in obj):
+                return WeakKeyDictionary, (dict(obj),)  # what a functools.singledispatch function has found so far
             else:
                 reduced = self.sheet.reduce(obj)
                 if reduced is not NotImplemented:
