@@ -38,6 +38,7 @@ class Rebuilder:
         self.max_nesting = max_nesting
         self.reader = reader
         self._arrow_budget: Any = None
+        self._records: Any = None
 
     def value(self, node: Any, depth: int) -> Any:
         """``node`` with all tagged objects built; lists and dicts are changed in place."""
@@ -80,6 +81,13 @@ class Rebuilder:
 
             self._arrow_budget = Budget()
         return self._arrow_budget
+
+    def records(self) -> Any:
+        if self._records is None:
+            from pisupervisor.link.arrays import RecordTypes
+
+            self._records = RecordTypes()
+        return self._records
 
     def finish(self) -> None:
         if any(data is not None for data in self.buffers):
@@ -187,14 +195,14 @@ def _array(rebuilder: Rebuilder, payload: Any) -> Any:
     from pisupervisor.link.arrays import build_array
 
     dtype, shape, where = fields(payload, object, list, object)
-    return build_array(dtype, shape, rebuilder.blob(where))
+    return build_array(dtype, shape, rebuilder.blob(where), rebuilder.records())
 
 
 def _scalar(rebuilder: Rebuilder, payload: Any) -> Any:
     from pisupervisor.link.arrays import build_scalar
 
     dtype, where = fields(payload, object, object)
-    return build_scalar(dtype, rebuilder.blob(where))
+    return build_scalar(dtype, rebuilder.blob(where), rebuilder.records())
 
 
 def _table(rebuilder: Rebuilder, payload: Any) -> Any:
