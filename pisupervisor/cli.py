@@ -1,4 +1,4 @@
-"""The command line: ``pisupervisor run`` and ``pisupervisor doctor``. Thin: arguments in, text and an exit code out."""
+"""The command line: ``pisupervisor run``, ``learn`` and ``doctor``. Thin: arguments in, text and an exit code out."""
 
 from __future__ import annotations
 

@@ -266,25 +266,6 @@ class Keeper:
         child.kill(reason, message)
         return self.bury(child, truncated=truncated)
 
-    def retire(self, child: Child, why: str) -> bool:
-        """End a child that nobody uses; False when a call is under way. The next call starts another."""
-        if not self.turn.take(0):
-            return False
-        try:
-            connection = self.connection
-            if connection is not None and connection.calls:
-                return False  # of a map whose next result nobody has asked for yet
-            if self.child is child and not child.ended:
-                self.enter("stop")
-                self.end(child, ExitReason.KILLED, why)
-        finally:
-            self.turn.give()
-        return True
-
-    def out_of_cpu_time(self, child: Child, used: float) -> None:
-        self.teller.cpu_limit(child, used)
-        child.kill(ExitReason.CPU_TIME, f"{used:.2f} s of CPU time used, {self.options.limits.cpu_time:g} s allowed")
-
     def forget_crashes(self) -> None:
         with self.lock:
             self.crashes.clear()

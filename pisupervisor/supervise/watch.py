@@ -13,6 +13,7 @@ import time
 from pisupervisor.limits.cgroups import GroupEvents
 from pisupervisor.link.bells import PollBell
 from pisupervisor.options import IsolationOptions
+from pisupervisor.results import ExitReason
 from pisupervisor.supervise import replacing
 
 TYPE_CHECKING = False
@@ -142,7 +143,8 @@ class Watch:
         used = child.meter.usage().cpu_time or 0.0
         if used < limits.cpu_time:
             return next_cpu_look(limits.cpu_time, used, limits.cpus)
-        self._keeper.out_of_cpu_time(child, used)
+        self._keeper.teller.cpu_limit(child, used)
+        child.kill(ExitReason.CPU_TIME, f"{used:.2f} s of CPU time used, {limits.cpu_time:g} s allowed")
         return None
 
     def _idle(self, child: Child) -> float | None:
@@ -154,4 +156,20 @@ class Watch:
             return left
         if self._keeper.state == "paused":
             return limit  # who paused it wants it back
-        return None if self._keeper.retire(child, f"idle for {limit:g} s") else limit
+        return None if _retire(self._keeper, child, f"idle for {limit:g} s") else limit
+
+
+def _retire(keeper: Keeper, child: Child, why: str) -> bool:
+    """End a child that nobody uses; False when a call is under way. The next call starts another."""
+    if not keeper.turn.take(0):
+        return False
+    try:
+        connection = keeper.connection
+        if connection is not None and connection.calls:
+            return False  # of a map whose next result nobody has asked for yet
+        if keeper.child is child and not child.ended:
+            keeper.enter("stop")
+            keeper.end(child, ExitReason.KILLED, why)
+    finally:
+        keeper.turn.give()
+    return True
