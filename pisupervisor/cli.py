@@ -27,6 +27,7 @@ protection is missing, 127 target not found, 1 exception, 2 bad usage, 130 inter
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line ``argv`` (default: sys.argv) and return its exit code. Raises SystemExit(2) for bad usage."""
+    _have_streams()
     own, arguments = _split(sys.argv[1:] if argv is None else argv)
     parsed = _parser().parse_args(own)
     if arguments and parsed.command == "doctor":
@@ -40,9 +41,18 @@ def main(argv: list[str] | None = None) -> int:
         return _run(parsed, arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # who read our output has gone; the interpreter would complain again when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # who reads our output has gone, or has no room for it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter would complain when it flushes
+        if not isinstance(error, BrokenPipeError):
+            print(f"pisupervisor: error: {error}", file=sys.stderr)
         return FAILED
+
+
+def _have_streams() -> None:
+    """Whoever starts us with stdout or stderr closed does not want to read them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
 
 
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:

@@ -394,6 +394,22 @@ def test_a_reader_that_leaves_is_no_traceback(plugin: str) -> None:
     assert done.stderr == b""
 
 
+@pytest.mark.linux
+@pytest.mark.root
+@pytest.mark.parametrize(
+    ("streams", "code", "said"),
+    [
+        (">&- 2>&-", 7, ""),
+        (">&-", 7, ""),
+        ("> /dev/full", 1, "pisupervisor: error: [Errno 28] No space left on device\n"),
+    ],
+)
+def test_output_that_nobody_can_read(plugin: str, streams: str, code: int, said: str) -> None:
+    command = f"{sys.executable} -m pisupervisor run {plugin}:code {streams} -- 7"
+    done = subprocess.run(["/bin/sh", "-c", command], cwd=TOP, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)
+
+
 # --- pure ------------------------------------------------------------------------------------------------------------
 
 
