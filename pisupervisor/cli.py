@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from pisupervisor.isolator import ProcessIsolator
     from pisupervisor.options import IsolationOptions
@@ -180,6 +180,8 @@ def split_code(code: str) -> tuple[str, str | None]:
 
 
 def _outcome_of(parsed: argparse.Namespace, file: str, target: str | None, arguments: list[str]) -> Outcome:
+    from pathlib import Path
+
     from pisupervisor.errors import IsolationError
     from pisupervisor.isolator import ProcessIsolator
 
@@ -187,7 +189,7 @@ def _outcome_of(parsed: argparse.Namespace, file: str, target: str | None, argum
     try:
         with ProcessIsolator.create(_options(parsed)) as isolator, _report(parsed, isolator):
             if target is None:
-                return _script_outcome(_repeated(parsed.restart, _script(isolator, file, arguments)))
+                return _script_outcome(isolator.run_script(Path(file), arguments, idempotent=parsed.restart))
             path = os.path.abspath(file) if os.path.isfile(file) else file  # a bare name would be taken for a module's
             return _returned(isolator.execute(f"{path}:{target}", *arguments, idempotent=parsed.restart))
     except IsolationError as error:
@@ -222,24 +224,6 @@ def _options(parsed: argparse.Namespace) -> IsolationOptions:
         restart=RestartPolicy(mode="on-failure" if parsed.restart else "never"), call_timeout=parsed.timeout,
         degrade=parsed.degrade, import_paths=parsed.import_path, python=parsed.python,
     )  # fmt: skip
-
-
-def _script(isolator: ProcessIsolator, file: str, arguments: list[str]) -> Callable[[], ExitInfo]:
-    from pathlib import Path
-
-    return lambda: isolator.run_script(Path(file), arguments)
-
-
-def _repeated(again: bool, call: Callable[[], ExitInfo]) -> ExitInfo:
-    """``run_script`` has no ``idempotent``: call it until the child survives, or the restart policy gives up."""
-    from pisupervisor.errors import ChildTerminated
-
-    while True:
-        try:
-            return call()
-        except ChildTerminated:
-            if not again:
-                raise
 
 
 def _returned(result: CallResult) -> Outcome:

@@ -163,7 +163,9 @@ class ProcessIsolator(Control):
             ("function", self._packer.function(function, args, keywords)), None, timeout, returns, idempotent
         )
 
-    def run_source(self, source: str, *, timeout: float | None = None, returns: Any = None) -> CallResult:
+    def run_source(
+        self, source: str, *, timeout: float | None = None, returns: Any = None, idempotent: bool = False
+    ) -> CallResult:
         """Run a snippet in a namespace that is kept between calls; ``value`` is that of the last expression, or None.
 
         Raises CompileError with the line when it does not compile, RemoteError when it raises, OptionsError for what is
@@ -171,11 +173,12 @@ class ProcessIsolator(Control):
         """
         if not isinstance(source, str):
             raise OptionsError(f"source: expected text, not {source!r}"[:200])
-        return self._captured(("source", source, "<source>"), None, timeout, returns, False)
+        return self._captured(("source", source, "<source>"), None, timeout, returns, idempotent)
 
     def run_script(
-        self, path: str | os.PathLike[str], argv: Sequence[str] = (), *, timeout: float | None = None
-    ) -> ExitInfo:
+        self, path: str | os.PathLike[str], argv: Sequence[str] = (), *, timeout: float | None = None,
+        idempotent: bool = False,
+    ) -> ExitInfo:  # fmt: skip
         """Run a file like ``python tool.py --fast``: ``argv`` without the name, which is ``path`` as it is given. Threads that
         it starts are waited for, and its exit handlers run. The child lives on; the ExitInfo is the script's: its exit
         code, stdout and stderr.
@@ -185,7 +188,7 @@ class ProcessIsolator(Control):
 
         code = self._reader.read(path)
         call = ("script", code.key, [os.fspath(path), *check_argv(argv)])
-        result = self._captured(call, code, timeout, None, False, is_exit_code)
+        result = self._captured(call, code, timeout, None, idempotent, is_exit_code)
         return ExitInfo(
             exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,
             cpu_time=result.usage.cpu_time, peak_memory=result.usage.peak_memory, stderr_tail=result.stderr[-4096:],

@@ -891,3 +891,18 @@ def test_a_fork_of_user_code_does_not_answer_twice(shared: ProcessIsolator) -> N
     assert shared.run_source("import os\nos.fork() >= 0").value is True
     assert shared.run_source("2").value == 2
     assert subprocess.run(["true"], check=True).returncode == 0
+
+
+def test_snippets_and_scripts_are_repeated_where_they_may_be(tmp_path: Path) -> None:
+    source = "import os, pihost\nif pihost.call_host('first'): os._exit(3)\n"
+    script = write(tmp_path, "tool.py", source + "print('done')\n")
+    with ProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+        answers = [True, False, True, False, True, True]
+        isolator.register_callback("first", lambda: answers.pop(0))
+        assert isolator.run_source(source + "'done'", idempotent=True).value == "done"
+        info = isolator.run_script(script, idempotent=True)
+        assert (info.exit_code, info.stdout) == (0, "done\n")
+        for call in (lambda: isolator.run_source(source), lambda: isolator.run_script(script)):
+            with pytest.raises(ChildTerminated):
+                call()
+    assert answers == []
