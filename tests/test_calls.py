@@ -692,6 +692,17 @@ def test_timeouts_never_count_as_crashes() -> None:
         assert isolator.invoke(lambda: 1) == 1
 
 
+def test_nor_does_a_launch_that_the_caller_had_no_time_for() -> None:
+    with ProcessIsolator.create(restart=RestartPolicy(max_restarts=1, backoff=0)) as isolator:
+        told = []
+        for _ in range(8):
+            with pytest.raises(CallTimeout) as caught:
+                isolator.invoke(time.sleep, 60, timeout=0.001)  # a launch takes longer
+            told.append(str(caught.value))
+        assert any("while another child was being started" in text for text in told)
+        assert isolator.invoke(lambda: 1) == 1
+
+
 def test_waiting_for_ones_turn_is_part_of_the_timeout() -> None:
     with ProcessIsolator.create() as isolator:
         future, pid = isolator.submit(time.sleep, 0.6), isolator.pid

@@ -51,12 +51,12 @@ def _wait_out(keeper: Keeper, delay: float, stops: int, wanted: Callable[[], boo
 
 
 def start_another(keeper: Keeper, deadline: float | None = None) -> None:
-    """Launch the next child, now. A launch that fails counts as a crash."""
+    """Launch the next child, now. A launch that fails counts as a crash, but not where the caller had no time for it."""
     keeper.enter("restart")
     try:
         starting.start(keeper, deadline)
     except LaunchError as error:
-        if deadline is not None and error.step == "start_timeout" and time.monotonic() >= deadline:
+        if starting.was_too_late(error, deadline):
             raise CallTimeout("the deadline passed while another child was being started") from error
         raise
     if keeper.last_exit is not None:

@@ -71,12 +71,17 @@ def start(keeper: Keeper, deadline: float | None = None) -> None:
         if not keeper.without:
             spare.opened(child.template, keeper.options)
     except BaseException as error:
-        _start_failed(keeper, child, error, stops)
+        _start_failed(keeper, child, error, stops, is_late=was_too_late(error, deadline))
         raise
     if keeper.options.debug:
         line = f"pisupervisor: child {child.pid} is stopped before user code; debug it, then: kill -CONT {child.pid}\n"
         sys.stderr.write(line)
         sys.stderr.flush()
+
+
+def was_too_late(error: BaseException, deadline: float | None) -> bool:
+    """Whether it was the caller's time that did not suffice: that says nothing against the child."""
+    return deadline is not None and getattr(error, "step", "") == "start_timeout" and time.monotonic() >= deadline
 
 
 def _arenas(options: IsolationOptions) -> Arenas:
@@ -102,7 +107,7 @@ def _launch(keeper: Keeper, deadline: float | None) -> Child:
     return child
 
 
-def _start_failed(keeper: Keeper, child: Child | None, error: BaseException, stops: int) -> None:
+def _start_failed(keeper: Keeper, child: Child | None, error: BaseException, stops: int, *, is_late: bool) -> None:
     """Nothing is left of the launch. Raises IsolatorClosed where it was stopped: that came first."""
     if child is not None:
         if keeper.child is child:
@@ -112,7 +117,7 @@ def _start_failed(keeper: Keeper, child: Child | None, error: BaseException, sto
         keeper.launching = None
         overtaken = keeper.stops != stops or keeper.closed.is_set() or getattr(error, "step", "") == "stopped"
         crash = 0
-        if isinstance(error, IsolationError) and keeper.last_exit is not None and not overtaken:
+        if isinstance(error, IsolationError) and keeper.last_exit is not None and not (overtaken or is_late):
             crash = keeper.add_crash()
         due = keeper.options.restart.mode != "never" or keeper.state != "starting"
         keeper.enter_locked("launch_failed" if due else "ended")
