@@ -78,15 +78,26 @@ def in_mounts(user: OrdinaryUser, before: str, source: str) -> subprocess.Comple
     )  # fmt: skip
 
 
+FRESH_PROC = """
+import subprocess, sys
+mount = "mount -t proc -o subset=pid proc /proc"
+sys.exit(subprocess.call(["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "sh", "-c", mount]))
+"""
+
+
 @pytest.mark.matrix
 def test_a_masked_proc(ordinary_user: OrdinaryUser) -> None:
-    """As container engines do: something is mounted over a part of /proc, and the kernel then refuses a fresh one."""
+    """As container engines do: something is mounted over a part of /proc, and most kernels then refuse a fresh one."""
     if (
         tried := subprocess.run(["unshare", "--mount", "true"], capture_output=True, text=True, check=False)
     ).returncode:
         pytest.skip(f"mounts: {tried.stderr.strip()}")
     mask = "mount --bind /dev/null /proc/version"
-    same_remedy(last_line(in_mounts(ordinary_user, mask, ATTEMPT + BOTH)), "mounts", "systempaths=unconfined")
+    found = last_line(in_mounts(ordinary_user, mask, ATTEMPT + BOTH))
+    if in_mounts(ordinary_user, mask, FRESH_PROC).returncode == 0:  # Linux 7.3: of one that shows processes alone
+        assert (found[0], found[1][1]) == ({"value": 42}, "holds")
+        return
+    same_remedy(found, "mounts", "systempaths=unconfined")
     undone = in_mounts(ordinary_user, f"{mask} && umount /proc/version", ATTEMPT + "print(json.dumps(attempt()))")
     assert last_line(undone) == {"value": 42}
 
