@@ -24,6 +24,7 @@ from pisupervisor import (
     ChildTerminated,
     IsolationError,
     IsolationEvents,
+    IsolationFuture,
     IsolatorClosed,
     LaunchError,
     Limits,
@@ -101,8 +102,12 @@ def captured(isolator: ProcessIsolator, number: int) -> bool:
 
 
 def submitted(isolator: ProcessIsolator, number: int) -> bool:
+    return bool(result_of(isolator, isolator.submit(operator.neg, number)) == -number)
+
+
+def result_of(isolator: ProcessIsolator, future: IsolationFuture) -> Any:
     try:
-        return bool(isolator.submit(operator.neg, number).result(CALL_TIMEOUT + LATE) == -number)
+        return future.result(CALL_TIMEOUT + LATE)
     except CallCancelled as error:
         if not isolator._keeper.closed.is_set():  # nobody here cancels: only a close takes back what waits
             raise
@@ -130,7 +135,7 @@ def paused(isolator: ProcessIsolator, number: int) -> bool:
         isolator.resume()
     except IsolationError:
         pass  # killed meanwhile; what became of the call is asked below
-    return future.result(CALL_TIMEOUT + LATE) is None
+    return result_of(isolator, future) is None
 
 
 def eat(isolator: ProcessIsolator, _number: int) -> bool:
