@@ -153,12 +153,12 @@ class Zygote:
         children that are as they were are used again: making one costs 0.4 ms, the clean-up as much, a look 0.1.
         """
         while self.free_networks:
-            self.network = self.free_networks.pop()
-            syscalls.setns(self.network, syscalls.CLONE_NEWNET)
-            if traces() == self.untouched:
+            syscalls.setns(self.free_networks[-1], syscalls.CLONE_NEWNET)
+            is_untouched, network = traces() == self.untouched, self.free_networks.pop()  # a look may fail: it is first
+            if is_untouched:
+                self.network = network
                 return
-            os.close(self.network)
-            self.network = -1
+            os.close(network)
         if self.plan.network != "host":
             syscalls.unshare(syscalls.CLONE_NEWNET)
         if self.plan.network == "loopback":
