@@ -21,7 +21,16 @@ from helpers import wait_until
 from pihost import syscalls
 from pisupervisor.errors import LaunchError, OptionsError
 from pisupervisor.limits import blockdev, cgroups, directories, v1_files
-from pisupervisor.limits.cgroups import ChildGroup, GroupLimits, create_group, group_name, missing, wanted_limits
+from pisupervisor.limits.cgroups import (
+    ChildGroup,
+    GroupEvents,
+    GroupLimits,
+    GroupUsage,
+    create_group,
+    group_name,
+    missing,
+    wanted_limits,
+)
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.detect import CONTROLLERS, CgroupHost, Place, Probe, describe_host, detect, find_groups
 from pisupervisor.options import IoLimit, Limits
@@ -741,6 +750,92 @@ class TestEnding:
             thread.join()
         assert failures == []
         assert own_groups(host) == []
+
+
+class TestPassedOn:
+    """What another child gets, after the first has died."""
+
+    pytestmark = real
+
+    @pytest.fixture
+    def heirs(self) -> Iterator[list[ChildGroup]]:
+        heirs: list[ChildGroup] = []
+        yield heirs
+        for heir in heirs:
+            assert heir.kill()
+            assert heir.remove()
+
+    def test_it_is_as_good_as_new(self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]) -> None:
+        group = new_group(memory=48 * MIB, swap=0, pids=8, cpus=0.5)
+        assert run(group, lambda: touch(64 * MIB)) == -signal.SIGKILL
+        assert run(group, lambda: forks(40)) == 7
+        assert group.kill()  # pids.max is 0 then, and the quota is lifted
+        places = group.places()
+        group.close_attach_fds()
+        assert group.pass_on(heirs.append)
+        (heir,) = heirs
+        assert heir.places() == places
+        assert heir.events() == heir.refusals() == GroupEvents()
+        usage = heir.usage()
+        assert (usage.cpu_time or 0) < 0.001
+        assert (usage.peak_memory or 0) < 3 * MIB
+        assert all(applied.holds for applied in heir.read_back().values())
+        heir.open_attach_fds()
+        assert run(heir, lambda: forks(40)) == 7
+        assert run(heir, lambda: touch(64 * MIB)) == -signal.SIGKILL
+        assert heir.events().oom_kills == 1
+        assert heir.events().pids_max >= 1
+        assert 24 * MIB < (heir.usage().peak_memory or 0) <= 48 * MIB
+
+    def test_the_old_one_is_as_if_removed(self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]) -> None:
+        group = new_group(pids=8)
+        group.close_attach_fds()
+        assert group.pass_on(heirs.append)
+        heirs[0].open_attach_fds()
+        pid = start(heirs[0], lambda: time.sleep(20))
+        assert (group.pids(), group.usage(), group.events()) == ([], GroupUsage(), GroupEvents())
+        group.kill_at_once()
+        assert group.kill()
+        assert group.remove()
+        assert heirs[0].pids() == [pid]
+        assert heirs[0].kill()
+        assert finish(pid) == -signal.SIGKILL
+
+    def test_not_while_somebody_lives_in_it(
+        self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]
+    ) -> None:
+        group = new_group(pids=8)
+        pid = start(group, lambda: time.sleep(20))
+        group.close_attach_fds()
+        assert not group.pass_on(heirs.append)
+        assert group.pids() == [pid]
+        assert group.kill()
+        assert finish(pid) == -signal.SIGKILL
+
+    def test_not_with_what_another_child_has_left_in_memory(
+        self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]
+    ) -> None:
+        group = new_group(memory=64 * MIB)
+        memory = os.memfd_create("left")  # shared memory is charged to whoever wrote it first, and outlives them
+        try:
+            assert run(group, lambda: os.write(memory, bytes(8 * MIB)) != 8 * MIB) == 0
+            group.close_attach_fds()
+            assert not group.pass_on(heirs.append)
+        finally:
+            os.close(memory)
+        assert group.pass_on(heirs.append)
+
+    def test_a_child_is_born_in_it_although_it_was_killed(
+        self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]
+    ) -> None:
+        group = new_group(pids=8)
+        pid = start(group, lambda: time.sleep(20))
+        group.kill_at_once()
+        assert finish(pid) == -signal.SIGKILL
+        group.close_attach_fds()
+        assert group.pass_on(heirs.append)
+        heirs[0].open_attach_fds()
+        assert run(heirs[0], lambda: 7) == 7
 
 
 class TestFailure:

@@ -9,10 +9,13 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import features
 import pytest
 from helpers import DEGRADE, descendants, in_fork, nothing_left, parent_of, state_of, wait_until, zygote_of
 
 from pisupervisor import (
+    ChildTerminated,
+    ExitReason,
     Filesystem,
     IsolationOptions,
     IsolatorClosed,
@@ -222,6 +225,60 @@ def test_a_child_that_is_debugged_is_never_a_spare() -> None:
 
 
 # --- rough use ---------------------------------------------------------------------------------------------------
+
+
+# --- the group of a dead child -------------------------------------------------------------------------------------
+
+
+def group_of(isolator: ProcessIsolator) -> str:
+    """The memory group of an isolator's child; on v2 its group."""
+    lines = Path(f"/proc/{isolator.pid}/cgroup").read_text().splitlines()
+    return next(line for line in lines if ":memory:" in line or (line.startswith("0::/") and len(lines) == 1))
+
+
+def test_the_next_child_gets_the_group_of_a_dead_one() -> None:
+    features.need("v1")
+    with nothing_left(), ProcessIsolator.create() as keeper:
+        seen = set()
+        for _ in range(6):
+            with ProcessIsolator.create() as isolator:
+                assert isolator.run_source("1").value == 1
+                seen.add(group_of(isolator))
+                assert all(isolator.applied[name].holds for name in ("memory", "swap", "cpus", "pids", "devices"))
+        assert len(seen) < 6
+        assert group_of(keeper) not in seen
+
+
+def test_a_group_tells_nothing_of_who_had_it_before() -> None:
+    """parity: 27"""
+    features.need("limits")
+    limits = Limits(memory="64M", pids=16)
+    with nothing_left(), ProcessIsolator.create(limits=limits) as keeper:
+        for _ in range(3):
+            with ProcessIsolator.create(limits=limits) as bomb, pytest.raises(ChildTerminated) as caught:
+                bomb.run_source("bytearray(1 << 27)")
+            assert caught.value.exit_info.reason is ExitReason.MEMORY
+            with ProcessIsolator.create(limits=limits) as isolator:
+                assert isolator.applied["memory"].reached == isolator.applied["pids"].reached == 0
+                usage = isolator.run_source("1").usage
+                assert (usage.peak_memory or 0) < 40 << 20
+                assert (usage.cpu_time or 0) < 2
+                with pytest.raises(ChildTerminated) as killed:
+                    isolator.run_source("import os; os.kill(os.getpid(), 9)")
+                assert killed.value.exit_info.reason is ExitReason.SIGNALED
+        assert keeper.run_source("1").value == 1
+
+
+def test_a_group_with_other_limits_is_not_handed_out() -> None:
+    features.need("limits")
+    with nothing_left(), Template() as template:
+        with template.create():
+            pass
+        for pids in (11, 12, 11):
+            with ProcessIsolator.create(limits=Limits(memory="96M", pids=pids)) as isolator:
+                assert isolator.applied["memory"].holds
+                assert isolator.applied["pids"].holds
+                assert str(pids) in (isolator.applied["pids"].detail or "")
 
 
 def test_many_threads_at_once() -> None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pisupervisor.launch.features import Features
     from pisupervisor.launch.ids import IdBlock
     from pisupervisor.launch.seccomp_watch import Answers
+    from pisupervisor.limits.cgroups import ChildGroup, GroupLimits
 
     class Spare(Protocol):
         """What a template must know of a spare child."""
@@ -39,6 +40,7 @@ class Template:
         self.users = 0
         self.closed = False
         self.spare: Spare | None = None  # a child made ready while nobody waited; see supervise.spare
+        self.free_group: tuple[GroupLimits, ChildGroup] | None = None  # of a dead child; see supervise.groups
         self.opened_last = False  # whether the last that happened is that an isolator opened
         self.reader: Any = None  # the isolators' CodeReader
         self.ids: IdBlock | None = None
@@ -133,8 +135,11 @@ class Template:
         with self.lock:
             self.closed = True
             spare, self.spare = self.spare, None
+            free, self.free_group = self.free_group, None
         if spare is not None:
             spare.discard("its template was closed")
+        if free is not None:
+            free[1].remove()
         with self.lock:
             self.zygote.close()
             if self.ids is not None:

@@ -15,6 +15,8 @@ from pisupervisor.records import NamedTuple, Protocol
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pisupervisor.limits.cpuset import CpuSet
     from pisupervisor.limits.freezer import Freezer
     from pisupervisor.options import IoLimit, Limits
@@ -51,8 +53,14 @@ class GroupEvents(NamedTuple):
     memory_high: int = 0
 
     def since(self, before: GroupEvents) -> GroupEvents:
-        """The same, less the ``oom_kills`` and ``pids_max`` that were counted before."""
-        return self._replace(oom_kills=self.oom_kills - before.oom_kills, pids_max=self.pids_max - before.pids_max)
+        """The same, less what was counted before."""
+        return GroupEvents(
+            oom_kills=self.oom_kills - before.oom_kills,
+            pids_max=self.pids_max - before.pids_max,
+            throttled=self.throttled - before.throttled,
+            throttled_time=self.throttled_time - before.throttled_time,
+            memory_high=self.memory_high - before.memory_high,
+        )
 
 
 class GroupUsage(NamedTuple):
@@ -91,6 +99,9 @@ class ChildGroup(Protocol):
     """Open ``tasks`` files, to each of which the child writes ``b"0"`` in this order, while single-threaded. With
     ``clone_flags`` the first is the directory of the v2 group that it is born in.
     """
+
+    def open_attach_fds(self) -> None:
+        """Open them, which making a group does, again for one that was passed on. Raises OSError."""
 
     @property
     def clone_flags(self) -> int:
@@ -137,6 +148,11 @@ class ChildGroup(Protocol):
 
     def remove(self) -> bool:
         """Close the fds and remove the directories; True when all is gone. Again is harmless."""
+
+    def pass_on(self, receive: Callable[[ChildGroup], object]) -> bool:
+        """Of a dead child: ``receive`` gets the same directories as a group for another one, which counts from zero; this one
+        is then as if removed. False where that would not be as good as a new one.
+        """
 
 
 def wanted_limits(limits: Limits) -> GroupLimits:

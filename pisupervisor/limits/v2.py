@@ -17,6 +17,9 @@ from pisupervisor.limits.v2_readback import read_back
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pisupervisor.limits.cgroups import ChildGroup
     from pisupervisor.results import Applied
 
 _POLL = 0.0005
@@ -31,7 +34,7 @@ def create(host: CgroupHost, limits: GroupLimits, name: str) -> V2Group:
         _check_cpuset(host, limits.cpuset)
         group.make(base, name)
         group.write([*file_writes(limits, host.memsw), *io_writes(limits), *weight_writes(limits, group.path)])
-        group.open_directory()
+        group.open_attach_fds()
     except OSError as error:
         group.remove()
         message = f"cannot make the cgroup: {error.filename or base}: {error.strerror}"
@@ -83,7 +86,7 @@ class V2Group:
             if self._host.places[controller].usable:
                 directories.write(f"{self.path}/{file}", value)
 
-    def open_directory(self) -> None:
+    def open_attach_fds(self) -> None:
         """Open what clone3 takes. Raises OSError."""
         self.attach_fds = (os.open(self.path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),)
 
@@ -206,6 +209,9 @@ class V2Group:
         except OSError:
             return False  # removed meanwhile, or another kernel
         return True
+
+    def pass_on(self, receive: Callable[[ChildGroup], object]) -> bool:  # noqa: ARG002
+        return False  # nothing sets memory.peak back, before Linux 6.12; and a single directory costs little
 
     def remove(self) -> bool:
         self.close_attach_fds()

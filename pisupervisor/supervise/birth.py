@@ -20,7 +20,7 @@ from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended
 from pisupervisor.limits import cgroups, rlimits
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitReason
-from pisupervisor.supervise import metrics
+from pisupervisor.supervise import groups, metrics
 from pisupervisor.supervise.output import OutputPipes, StderrTail
 from pisupervisor.supervise.reports import Reports, send_kill
 
@@ -102,7 +102,8 @@ class Birth:
 
             stand_in.check_sight(self.options, self.template.features.root, bool(self.template.outside))
         if "limits" not in without and host.directories():
-            self._group = cgroups.create_group(host, cgroups.wanted_limits(self.options.limits), next_name())
+            wanted = cgroups.wanted_limits(self.options.limits)
+            self._group = groups.take(self.template, wanted) or cgroups.create_group(host, wanted, next_name())
         return lacking
 
     def _rlimits(self) -> list[rlimits.Rlimit]:

@@ -18,7 +18,7 @@ from pisupervisor.limits.freezer import Freezer, make_freezer
 from pisupervisor.options import IsolationOptions
 from pisupervisor.records import replace
 from pisupervisor.results import Applied, ExitInfo, ExitReason
-from pisupervisor.supervise import metrics
+from pisupervisor.supervise import groups, metrics
 from pisupervisor.supervise.birth import LAUNCH_GRACE, Birth, next_name
 from pisupervisor.supervise.exits import explain_exit, limits_matter
 from pisupervisor.supervise.output import Line
@@ -210,9 +210,7 @@ class Child(Birth):
             used = self._group.usage()
             if limits_matter(self._ordered[0] if self._ordered else None):
                 events = self._group.events()
-            if not self._group.remove():
-                self._group.kill(max(0.0, deadline - time.monotonic()))
-                self._group.remove()
+            self._part_with(self._group, deadline)
         self.last_events = events
         self.last_lines = self.pipes.finish() if self.pipes is not None else []
         tail = self._output.tail() if self._asked else ""
@@ -228,6 +226,14 @@ class Child(Birth):
         if info.reason is ExitReason.SECCOMP and self.listener is not None:
             info = replace(info, syscall=self.listener.killed_for)
         return info
+
+    def _part_with(self, group: cgroups.ChildGroup, deadline: float) -> None:
+        is_over = self._asked and self._reports.is_gone
+        if is_over and groups.keep(self.template, cgroups.wanted_limits(self.options.limits), group):
+            return
+        if not group.remove():
+            group.kill(max(0.0, deadline - time.monotonic()))
+            group.remove()
 
     # --- pause ------------------------------------------------------------------------------------------------
 
