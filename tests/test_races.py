@@ -214,6 +214,44 @@ def test_a_stopped_zygote_holds_nobody() -> None:
         assert state_of(zygote) in ("", "Z")
 
 
+@contextmanager
+def a_full_zygote() -> Iterator[tuple[ProcessIsolator, int]]:
+    """One that stands still, with no room for another request."""
+    with ProcessIsolator.create() as isolator:
+        zygote = isolator._keeper.template.zygote
+        os.kill(zygote.pid, signal.SIGSTOP)
+        try:
+            with suppress(TimeoutError):
+                while zygote.control.send(b"import sys" + b" sys" * 5000):
+                    pass
+            yield isolator, zygote.pid
+        finally:
+            os.kill(zygote.pid, signal.SIGCONT)
+
+
+@pytest.mark.unhurried
+def test_a_zygote_with_no_room_for_a_request_has_start_timeout_and_no_more() -> None:
+    with nothing_left(), a_full_zygote() as (isolator, _zygote):
+        started = time.monotonic()
+        with pytest.raises(LaunchError, match=r"no answer within start_timeout=0\.3 s") as caught:
+            ProcessIsolator.create(start_timeout=0.3)
+        assert 0.3 <= time.monotonic() - started < 1.0
+        assert caught.value.step == "start_timeout"
+        assert isolator.run_source("1").value == 1  # the living child is none of the zygote's business
+
+
+@pytest.mark.unhurried
+def test_a_zygote_with_no_room_for_a_request_is_waited_for() -> None:
+    """A busy one may take seconds: a network namespace is made behind those that the kernel is taking apart."""
+    with nothing_left(), a_full_zygote() as (_isolator, zygote):
+        waker = threading.Timer(3.0, os.kill, (zygote, signal.SIGCONT))
+        waker.start()
+        with ProcessIsolator.create() as other:
+            assert not waker.is_alive()
+            assert other.run_source("1").value == 1
+        waker.join()
+
+
 # --- a link that somebody else holds ---------------------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ _SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them a
 _CONTROL, _HOST, _LIFELINE = 3, 4, 5
 _GRACE = 2.0  # seconds to hear why it ended
 _UNSHARE_GRACE = 30.0  # seconds for an interpreter to start and make its user namespace, as start_timeout by default
+_ROOM_GRACE = 0.02  # seconds to have room for a request: a zygote that is busy, or stopped, must not hold its host
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
 _REMEDIES = {
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
@@ -66,8 +67,8 @@ class Zygote:
             lifeline_theirs.close()
             os.close(host)
         self.control = ours  # SOCK_SEQPACKET: writing to a dead zygote raises no SIGPIPE
-        # A stopped zygote must not hold its host when the socket is full; a plan with a large environment must fit.
         ours.settimeout(_GRACE)
+        # A plan with a large environment must fit.
         ours.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 1 << 20)
 
     def prepare(self, plan: TemplatePlan, write_maps: Callable[[int], None] | None = None) -> None:
@@ -86,6 +87,7 @@ class Zygote:
                     "environment, import_paths and filesystem together are too large for one plan"
                 ) from None
             # else it has ended already, and the first launch will say why
+        self.control.settimeout(_ROOM_GRACE)
 
     def _has_unshared(self) -> bool:
         """Whether it waits for its maps. False: it says why not, which the first launch will tell. Raises LaunchError."""
@@ -101,17 +103,18 @@ class Zygote:
         finally:
             self.control.settimeout(_GRACE)
 
-    def launch(self, plan: ChildPlan, fds: list[int], *, when_idle: bool = False) -> None:
-        """Ask for a child. ``fds``: its end of the status socket, what it writes to, then its groups' ``tasks`` files.
-        ``when_idle``: nobody waits for it, until ``hurry``.
+    def launch(self, plan: ChildPlan, fds: list[int], *, when_idle: bool = False) -> bool:
+        """Ask for a child; False: there is no room for a request at the moment. ``fds``: its end of the status socket, what it
+        writes to, then its groups' ``tasks`` files. ``when_idle``: nobody waits for it, until ``hurry``.
         """
         if os.getpid() != self.owner:
             raise IsolatorClosed("this isolator belongs to the process that created it, not to a fork of it")
         try:
             rights = (_socket.SOL_SOCKET, _socket.SCM_RIGHTS, struct.pack(f"{len(fds)}i", *fds))
             self.control.sendmsg([b"when idle ", plan.dump()] if when_idle else [plan.dump()], [rights])
+            return True
         except TimeoutError:
-            raise LaunchError("the zygote takes no requests", step="start_timeout", remedy="is it stopped?") from None
+            return False
         except OSError as error:
             raise self.explain_end(error.errno) from error
 
@@ -133,6 +136,7 @@ class Zygote:
         """Why this zygote is gone: its own word, where it still could speak."""
         import json
 
+        self.control.settimeout(_GRACE)
         try:
             # Its end with our plans unread makes the first recv fail (ECONNRESET), before what it still said.
             self.control.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
@@ -142,6 +146,8 @@ class Zygote:
                     return failure(message)
         except (OSError, ValueError):
             pass
+        finally:
+            self.control.settimeout(_ROOM_GRACE)
         from pisupervisor.launch import userns
 
         remedy = f"see what the interpreter says on stderr: {sys.executable} -I -S {PACKAGE}/__main__.py"

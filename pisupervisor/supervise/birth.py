@@ -59,7 +59,7 @@ class Birth:
         self._ordered: tuple[ExitReason, str] | None = None  # an end that somebody wanted, and why
         self._cleanup: list[Callable[[], object]] = []
 
-    def _request(self, without: tuple[str, ...], when_idle: bool) -> None:
+    def _request(self, without: tuple[str, ...], when_idle: bool, deadline: float | None) -> None:
         """Make the group, the output and the sockets, and hand the plan to the zygote."""
         self._when_idle = when_idle
         self._zygote = self.template.usable_zygote()  # before the group, which may live and die with it
@@ -81,7 +81,7 @@ class Birth:
             without=without,
         )  # fmt: skip
         try:
-            self._send_plan(self._zygote, self._plan)
+            self._send_plan(self._zygote, deadline)
         except LaunchError as error:
             # It was dying when it was asked: killed, but not yet seen to have ended. Once, with another.
             pidfd = self._zygote.pidfd  # -1: another thread has closed and replaced it
@@ -91,7 +91,7 @@ class Birth:
             if self._group is not None and self.template.features.cgroups.scope:
                 self._group.remove()
                 self._make_group(without)
-            self._send_plan(self._zygote, self._plan)
+            self._send_plan(self._zygote, deadline)
 
     def _make_group(self, without: tuple[str, ...]) -> dict[str, str]:
         """Create the group with all limits written. Returns why a limit is missing, by name (all of them degraded)."""
@@ -132,14 +132,16 @@ class Birth:
     def _attach_fds(self) -> tuple[int, ...]:
         return self._group.attach_fds if self._group is not None else ()
 
-    def _send_plan(self, zygote: Zygote, plan: Any) -> None:
+    def _send_plan(self, zygote: Zygote, deadline: float | None) -> None:
         status, reports = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._reports = Reports(status)
         self._cleanup.append(status.close)
         self._asked = True
         try:
             fds = [reports.fileno(), *self._output.fds(), *self._attach_fds()]
-            zygote.launch(plan, fds, when_idle=self._when_idle)
+            while not zygote.launch(self._plan, fds, when_idle=self._when_idle):
+                self._check_wanted()
+                self._check_time(deadline)
         finally:
             reports.close()
         self._output.launched()
@@ -152,12 +154,9 @@ class Birth:
         while not self.pid or self.init_pidfd < 0:
             left = deadline_left(deadline)
             ready = [fd for fd, _event in poll.poll(_LOOK_AROUND if left is None else min(left * 1000, _LOOK_AROUND))]
-            if self._ordered is not None:
-                raise LaunchError(self._ordered[1], step="stopped")
-            if not ready and left == 0:
-                remedy = "raise start_timeout, or look at what the machine is busy with"
-                message = f"no answer within start_timeout={self.options.start_timeout} s"
-                raise LaunchError(message, step="start_timeout", remedy=remedy)
+            self._check_wanted()
+            if not ready:
+                self._check_time(deadline)
             if self._reports.sock.fileno() in ready:
                 self._read_launch_report(zygote)
                 if self.init_pidfd >= 0:
@@ -165,6 +164,16 @@ class Birth:
             elif ready and not self._read_ready():
                 poll.unregister(self.link)  # closed: the status socket will say why
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+
+    def _check_wanted(self) -> None:
+        if self._ordered is not None:
+            raise LaunchError(self._ordered[1], step="stopped")
+
+    def _check_time(self, deadline: float | None) -> None:
+        if deadline_left(deadline) == 0:
+            remedy = "raise start_timeout, or look at what the machine is busy with"
+            message = f"no answer within start_timeout={self.options.start_timeout} s"
+            raise LaunchError(message, step="start_timeout", remedy=remedy)
 
     def _read_launch_report(self, zygote: Zygote) -> None:
         """With "launched" comes the link. Its first word, READY, will tell the payload's pid, as we number it: the kernel says

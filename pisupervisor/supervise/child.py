@@ -51,10 +51,12 @@ class Child(Birth):
 
     # --- launch -----------------------------------------------------------------------------------------------
 
-    def request(self, without: tuple[str, ...] = (), *, when_idle: bool = False) -> None:
-        """The first half: make the group, hand the plan to the zygote, do not wait. ``when_idle``: see ``hurry``."""
+    def request(self, without: tuple[str, ...] = (), *, when_idle: bool = False, deadline: float | None = None) -> None:
+        """The first half: make the group, hand the plan to the zygote, do not wait for the child. ``when_idle``: see ``hurry``.
+        ``deadline``: for a zygote so busy that there is no room for a request.
+        """
         with self._undone_on_failure():
-            self._request(without, when_idle)
+            self._request(without, when_idle, deadline)
         self.requesting = False
 
     def hurry(self) -> None:

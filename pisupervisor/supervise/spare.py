@@ -52,7 +52,7 @@ def prepare(template: Template, options: IsolationOptions, *, when_idle: bool = 
             present.hurry()
         return
     try:
-        child.request(when_idle=when_idle)
+        child.request(when_idle=when_idle, deadline=0.0)
     except (IsolationError, OSError):
         with template.lock:
             template.spare = None

@@ -98,7 +98,7 @@ def _launch(keeper: Keeper, deadline: float | None) -> Child:
         child.log = keeper.log_of(template)
         with keeper.lock:
             keeper.launching = child
-        child.request(keeper.without)
+        child.request(keeper.without, deadline=deadline)
         _import_call_path()
         child.complete(deadline)
     else:
