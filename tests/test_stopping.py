@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -191,16 +192,20 @@ def test_ordered_ends_never_count_as_crashes() -> None:
 
 
 @pytest.mark.alone
-def test_a_stop_overtakes_a_waiting_restart() -> None:
-    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(backoff=60, max_backoff=60)) as isolator:
+@pytest.mark.parametrize("more", [{}, {"idle_timeout": 600.0}, {"max_concurrency": 2}], ids=["alone", "watched", "two"])
+def test_a_stop_overtakes_a_waiting_restart(more: dict[str, Any]) -> None:
+    """And who waits behind who waits for it: another call, or the helper thread of an isolator that has one."""
+    policy = RestartPolicy(backoff=60, max_backoff=60)
+    with nothing_left(), ProcessIsolator.create(restart=policy, **more) as isolator:
         with pytest.raises(ChildTerminated):
             isolator.run_source("import os; os._exit(1)")
         assert isolator.state == "backoff"
-        future = isolator.submit(len, "abc")
-        time.sleep(0.1)
-        started = time.monotonic()
-        assert isolator.terminate()
-        assert isinstance(future.exception(10), IsolatorClosed)
+        with ThreadPoolExecutor(2) as threads:
+            futures = [threads.submit(isolator.invoke, len, "abc") for _ in range(2)]
+            time.sleep(0.2)
+            started = time.monotonic()
+            assert isolator.terminate()
+            assert [type(future.exception(10)) for future in futures] == [IsolatorClosed] * 2
         assert time.monotonic() - started < 10  # not 60
         assert isolator.state == "stopped"
 
@@ -387,7 +392,7 @@ def test_where_moving_is_refused_it_is_stopped_by_signals(
     monkeypatch: pytest.MonkeyPatch, need: Callable[..., None]
 ) -> None:
     """A group can be made there, and frozen, but no process moved into it."""
-    need("v1")  # on v2 nothing is moved: the child's own group is frozen
+    need("v1", "limits")  # on v2 nothing is moved: the child's own group is frozen
     from pisupervisor.limits import directories
 
     original = directories.write
@@ -418,7 +423,7 @@ def _without_v2(isolator: ProcessIsolator) -> object:
 @pytest.mark.root
 def test_a_paused_group_is_killed_as_one(need: Callable[..., None]) -> None:
     """cgroup.kill alone, without a word to PID 1."""
-    need("v1")  # on v2 that is its own group, see below
+    need("v1", "limits")  # on v2 that is its own group, see below
     with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(mode="never")) as isolator:
         pid = isolator.pid or 0
         isolator.pause()
@@ -442,7 +447,7 @@ def test_a_group_is_killed_as_one(need: Callable[..., None]) -> None:
 
 
 def test_the_group_of_a_pause_goes_with_the_child(need: Callable[..., None]) -> None:
-    need("v1")  # on v2 the child's own group does it
+    need("v1", "limits")  # on v2 the child's own group does it
     with ProcessIsolator.create() as isolator:
         before = set(v2_groups())
         isolator.pause()

@@ -55,6 +55,7 @@ class Keeper:
         self.changed = threading.Condition(self.lock)  # of the state, or of what somebody wants
         self.closed = threading.Event()
         self.stops = 0  # how often a stop was asked for: a launch or a wait that began before is overtaken
+        self.overtaken = 0  # the stops, up to the last one that came while a restart was waited for
         self.launching: Child | None = None
         self._template: Template | None = template
         self.crashes = restart.Crashes(options.restart)
@@ -96,6 +97,11 @@ class Keeper:
 
     def present_template(self) -> Template:
         return self.template
+
+    def check_not_overtaken(self, stops: int) -> None:
+        """For who came after so many stops, and waited behind another who waited for a restart."""
+        if stops < self.overtaken:
+            raise IsolatorClosed("the isolator was stopped while a restart was waited for")
 
     def check_open(self) -> None:
         """Raises IsolatorClosed after ``close``, and in a fork of the application."""
@@ -143,8 +149,8 @@ class Keeper:
             return None
         return child, connection
 
-    def ready_child(self, deadline: float | None, wanted: Callable[[], bool]) -> tuple[Child, Connection]:
-        """The same, started anew where the last one has died. Called with a turn held."""
+    def ready_child(self, deadline: float | None, wanted: Callable[[], bool], stops: int) -> tuple[Child, Connection]:
+        """The same, started anew where the last one has died. Called with a turn held, by who came after so many stops."""
         if not self._replacing.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
             raise CallTimeout("another child was still being started at the deadline; the call was not begun")
         try:
@@ -152,6 +158,7 @@ class Keeper:
             if child is not None and (child.payload_ended or child.is_killed):
                 self.bury(child)
             if self.child is None:
+                self.check_not_overtaken(stops)
                 replacing.replace(self, deadline, wanted)
         finally:
             self._replacing.release()

@@ -180,7 +180,7 @@ class Session:
         self, call: Call, caller: int, way: Way, begun: tuple[Child, Connection] | None = None
     ) -> Outcome:
         """``begun``: the turn is taken and the call sent already."""
-        keeper = self.keeper
+        keeper, came = self.keeper, self.keeper.stops
         if begun is None:
             self._take_turn(call, caller)
         try:
@@ -190,7 +190,7 @@ class Session:
                 child, connection = (
                     begun
                     or keeper.usable_child()
-                    or keeper.ready_child(call.deadline, lambda: caller not in self._unwanted)
+                    or keeper.ready_child(call.deadline, lambda: caller not in self._unwanted, came)
                 )
                 begun = None
                 try:

@@ -89,6 +89,8 @@ def _stop(keeper: Keeper) -> Child | None:
         child, launching = keeper.child, keeper.launching
         paused = keeper.state == "paused"
         keeper.stops += 1
+        if keeper.state == "backoff":
+            keeper.overtaken = keeper.stops
         keeper.enter_locked("stop")
     if launching is not None:
         launching.kill(ExitReason.KILLED, "the isolator was stopped")
