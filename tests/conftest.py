@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import features
-import older
+import lacking
 import pytest
 
 # Some tests import numpy here, and others make a bare clone of this process that forks: OpenBLAS would then wait for its
@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         config.pluginmanager.register(turns.Turns(config))
         return
-    older.adapt()
+    lacking.adapt()
     absent = [f"{name} ({reason})" for name in features.required() if (reason := features.missing(name))]
     if absent:
         raise pytest.UsageError("PISUPERVISOR_REQUIRE asks for what this machine lacks: " + "; ".join(absent))

@@ -332,7 +332,7 @@ def test_a_soak_sees_what_lives_on(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def gate(folder: Path, source: str, required: str, probes: str = "{}", *more: str) -> subprocess.CompletedProcess[str]:
     """A pytest run of its own over one test file, behind the real conftest; ``probes`` takes the place of real ones."""
-    for name in ("conftest.py", "older.py", "turns.py"):
+    for name in ("conftest.py", "lacking.py", "turns.py"):
         shutil.copy(TOP / "tests" / name, folder)
     real = (TOP / "tests/features.py").read_text()
     (folder / "features.py").write_text(f"{real}\nPROBES.update({probes})\n")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import features
 import pytest
-from helpers import DEGRADE, descendants, in_fork, nothing_left, parent_of, state_of, wait_until, zygote_of
+from helpers import descendants, in_fork, nothing_left, parent_of, state_of, wait_until, zygote_of
 
 from pisupervisor import (
     ChildTerminated,
@@ -214,7 +214,7 @@ def test_a_spare_is_as_fresh_as_any(tmp_path: Path) -> None:
             assert isolator.run_source("import time; time.clock_gettime(time.CLOCK_MONOTONIC) < 30").value is True
             assert isolator.run_source("import os; os.listdir('/tmp')").value == []
             asked = {name: entry.holds for name, entry in isolator.applied.items() if entry.asked not in (None, False)}
-            assert all(holds for name, holds in asked.items() if name not in DEGRADE)
+            assert all(holds for name, holds in asked.items() if name not in isolator.options.degrade)
 
 
 def test_a_child_that_is_debugged_is_never_a_spare() -> None:
@@ -237,7 +237,7 @@ def group_of(isolator: ProcessIsolator) -> str:
 
 
 def test_the_next_child_gets_the_group_of_a_dead_one() -> None:
-    features.need("v1")
+    features.need("v1", "limits")
     with nothing_left(), ProcessIsolator.create() as keeper:
         seen = set()
         for _ in range(6):

@@ -27,15 +27,16 @@ KERNELS = tuple(line.split()[0] for line in _LINES if not line.startswith("#"))
 EVERY_RUN = ("root", "user-plain", "container", "user")  # the longest first; what any of them is not, --all runs
 #: what a mode has (features of tests/features.py): a test that is skipped for want of one of these fails
 HAS = {
-    "root": "root,rootless,cgroups,v2,v2_io,v2_cpuset,limits",
-    "user": "cgroups,v2,v2_io,v2_cpuset,limits",
-    "user-scope": "cgroups,v2,v2_io,v2_cpuset,limits",
-    "user-stock": "cgroups,v2,limits",
-    "user-plain": "limits,scope",
-    "bare": "root,rootless,cgroups,v2,v2_io,v2_cpuset,limits",
-    "bare-user": "undelegated",
+    "root": "root,rootless,children,cgroups,v2,v2_io,v2_cpuset,limits",
+    "user": "children,cgroups,v2,v2_io,v2_cpuset,limits",
+    "user-scope": "children,cgroups,v2,v2_io,v2_cpuset,limits",
+    "user-stock": "children,cgroups,v2,limits",
+    "user-plain": "children,limits,scope",
+    "bare": "root,rootless,children,cgroups,v2,v2_io,v2_cpuset,limits",
+    "bare-user": "children,undelegated",
     "container": "root,rootless,undelegated",
-    "container-priv": "root,rootless,cgroups,v2,v2_io,v2_cpuset,limits",
+    "container-user": "children,undelegated",
+    "container-priv": "root,rootless,children,cgroups,v2,v2_io,v2_cpuset,limits",
 }
 EVERYWHERE = {
     "userns", "seccomp", "landlock", "landlock_net", "landlock_scopes", "nproc_apart", "cgroup_kill", "memory_peak",
@@ -49,7 +50,7 @@ LACKS = {
 }
 #: words that tests skip with and no probe answers to -> the modes that lack it. No word beside these explains a skip.
 WORDS = {
-    "systemd": {"bare", "bare-user", "container", "container-priv"},
+    "systemd": {"bare", "bare-user", "container", "container-user", "container-priv"},
     "mounts": {"container"},  # its root has no CAP_SYS_ADMIN
     "no_mounts": set(machine.MODES) - {"container"},
     "ahead": {"container", "container-priv"},  # where root may not go before others
@@ -223,7 +224,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("images", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--arch", choices=machine.ARCHES, default="x86_64", help="default: x86_64")
     parser.add_argument(
-        "--all", action="store_true", help="every kernel in every mode, and the table in docs/platforms.md"
+        "--all", action="store_true", help="more tests, in every kernel and mode but where some are named"
     )
     parser.add_argument("--kernel", action="append", choices=KERNELS, help="default: 6.1")
     parser.add_argument("--mode", action="append", choices=machine.MODES, help=f"default: {', '.join(EVERY_RUN)}")
@@ -253,8 +254,8 @@ def chosen(marks: tuple[str, ...]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     args = parse(arguments)
-    kernels = KERNELS if args.all else args.kernel or ("6.1",)
-    modes = tuple(machine.MODES) if args.all else args.mode or EVERY_RUN
+    kernels = args.kernel or (KERNELS if args.all else ("6.1",))
+    modes = args.mode or (tuple(machine.MODES) if args.all else EVERY_RUN)
     if missing := machine.missing_tools(args.arch):
         print(f"vm-test: not installed: {', '.join(missing)}", file=sys.stderr)
         return 2

@@ -29,6 +29,7 @@ MODES = {
     "bare": "uid 0, no systemd, root of the cgroup tree",
     "bare-user": "uid 1000, no systemd, nothing delegated",
     "container": "root with a container's capabilities, cgroup tree read-only",
+    "container-user": "uid 1000 in such a container",
     "container-priv": "root with all capabilities in a container's namespaces, cgroup tree writable",
 }
 TIMEOUT, NO_REPORT = 124, 125
