@@ -19,9 +19,10 @@ class IsolationFuture(Future[Any]):
     For the base class it stays pending while it runs, because that class refuses to cancel what is running.
     """
 
-    def __init__(self, kill: Callable[[IsolationFuture], None]) -> None:
+    def __init__(self, kill: Callable[[IsolationFuture], None], holds_up: Callable[[], bool] | None = None) -> None:
+        """``holds_up``: whether the call waits for its turn until the calling thread has given up its own."""
         super().__init__()
-        self._kill = kill
+        self._kill, self._holds_up = kill, holds_up
         self.started = False
 
     def running(self) -> bool:
@@ -36,8 +37,11 @@ class IsolationFuture(Future[Any]):
         return taken_back
 
     def result(self, timeout: float | None = None) -> Any:
-        """The call's result; raises CallCancelled when it was cancelled, else what the call raised."""
+        """The call's result; raises CallCancelled when it was cancelled, else what the call raised. CallError in a callback
+        of the very call for whose end this one waits.
+        """
         try:
+            self._check_wait()
             return super().result(timeout)
         except CancelledError as error:
             if isinstance(error, CallCancelled):
@@ -45,3 +49,12 @@ class IsolationFuture(Future[Any]):
             raise CallCancelled("the call was cancelled, and its work killed") from None
         finally:
             del self  # the error's traceback holds this frame, and the future the error: no cycle
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The same of what the call raised; None where it did not."""
+        self._check_wait()
+        return super().exception(timeout)
+
+    def _check_wait(self) -> None:
+        if self._holds_up is not None and not self.done() and self._holds_up():
+            raise CallError("this call waits for the one whose callback this is: invoke() calls at once from here")

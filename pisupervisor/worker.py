@@ -104,7 +104,7 @@ class Crew:
 
     def add(self, method: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> IsolationFuture:
         """Queue one call; its future."""
-        future = IsolationFuture(self._cancel)
+        future = IsolationFuture(self._cancel, self._session.keeper.turn.is_mine if self._most == 1 else None)
         with self._lock:
             if len(self._workers) < min(self._most, self._open + 1):
                 name = f"{self._name}-{len(self._workers) + 1}" if self._workers else self._name

@@ -15,9 +15,11 @@ from helpers import linux, nothing_left, write
 
 from pihost import wire
 from pisupervisor import (
+    CallError,
     CallTimeout,
     ChildTerminated,
     IsolationError,
+    IsolationFuture,
     IsolatorClosed,
     Limits,
     OptionsError,
@@ -463,6 +465,27 @@ def test_an_interrupted_callback_ends_the_call(isolator: ProcessIsolator, plugin
     with pytest.raises(KeyboardInterrupt):
         isolator.invoke_method(plugin, "ask", "interrupt")
     assert isolator.invoke_method(plugin, "down", 0) == 0
+
+
+def test_a_callback_that_waits_for_a_submitted_call(plugin: Path) -> None:
+    """That one waits for its turn, which this thread has: neither would ever end."""
+    futures: list[IsolationFuture] = []
+    seen: list[BaseException] = []
+
+    def submits() -> int:
+        futures.append(isolator.submit(len, "abc"))
+        for wait in (futures[0].result, futures[0].exception):
+            try:
+                wait()
+            except CallError as error:
+                seen.append(error)
+        return int(isolator.invoke(len, "ab"))
+
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.register_callback("submits", submits)
+        assert isolator.invoke_method(plugin, "ask", "submits", timeout=10) == 2
+        assert ["invoke()" in str(error) for error in seen] == [True, True]
+        assert futures[0].result(10) == 3  # afterwards it has its turn
 
 
 def test_a_callback_that_closes_its_isolator(plugin: Path) -> None:
