@@ -8,22 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 
 # PyDLL keeps the GIL: nothing here blocks, and clone() must not run beside another thread.
 _libc = ctypes.PyDLL(None, use_errno=True)
 _MACHINE = os.uname().machine
 _X86 = _MACHINE == "x86_64"
 
-CLONE_NEWTIME = 0x00000080
-CLONE_PIDFD = 0x00001000
-CLONE_NEWNS = 0x00020000
-CLONE_NEWCGROUP = 0x02000000
-CLONE_NEWUTS = 0x04000000
-CLONE_NEWIPC = 0x08000000
-CLONE_NEWUSER = 0x10000000
-CLONE_NEWPID = 0x20000000
-CLONE_NEWNET = 0x40000000
-CLONE_INTO_CGROUP = 0x200000000
+CLONE_NEWTIME, CLONE_PIDFD, CLONE_NEWNS, CLONE_NEWCGROUP = 0x80, 0x1000, 0x20000, 0x2000000
+CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWUSER = 0x4000000, 0x8000000, 0x10000000
+CLONE_NEWPID, CLONE_NEWNET, CLONE_INTO_CGROUP = 0x20000000, 0x40000000, 0x200000000
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 4096, 16384, 1 << 18
@@ -157,6 +151,11 @@ def leave_realtime_io(pid: int) -> None:
         _syscall("ioprio_set", _SYS_IOPRIO_SET, 1, pid, 0)  # no class: as its nice value says
 
 
+def leave_personality() -> None:
+    """Random addresses, no executable data: for what is executed next, whatever the application does without (setarch)."""
+    _check(_libc.personality(ctypes.c_ulong(0)), "personality")
+
+
 def set_subreaper() -> None:
     _prctl("prctl PR_SET_CHILD_SUBREAPER", _PR_SET_CHILD_SUBREAPER, 1)
 
@@ -204,17 +203,12 @@ def landlock_ruleset(abi: int, file_access: int, network_access: int, scopes: in
                     ctypes.c_uint32(0))  # fmt: skip
 
 
-class _PathBeneath(ctypes.Structure):
-    _pack_ = 1
-    _fields_ = [("access", ctypes.c_uint64), ("parent_fd", ctypes.c_int32)]
-
-
 def landlock_allow(ruleset: int, path: str, access: int) -> None:
     """Allow ``access`` to everything at and below ``path``."""
     parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
-        rule = _PathBeneath(access, parent)
-        _syscall(f"landlock_add_rule {path}", _SYS_LANDLOCK_ADD, ruleset, 1, ctypes.byref(rule), ctypes.c_uint32(0))
+        rule = struct.pack("=Qi", access, parent)  # struct landlock_path_beneath_attr, which is packed
+        _syscall(f"landlock_add_rule {path}", _SYS_LANDLOCK_ADD, ruleset, 1, rule, ctypes.c_uint32(0))
     finally:
         os.close(parent)
 

@@ -82,6 +82,9 @@ class Recorder:
     def leave_realtime_io(self, pid: int) -> None:
         self.note("leave_realtime_io", pid)
 
+    def leave_personality(self) -> None:
+        self.note("leave_personality")
+
     def set_subreaper(self) -> None:
         self.note("set_subreaper")
 

@@ -60,6 +60,20 @@ def test_a_dead_child_is_no_sigpipe():
     )
 
 
+def test_a_child_has_random_addresses_where_the_application_has_none():
+    """``setarch -R``, or a debugger's doing: a personality is inherited by all children, and READ_IMPLIES_EXEC is one too."""
+    told = run(
+        """
+        import ctypes
+        ctypes.CDLL(None).personality(0x0440000)  # ADDR_NO_RANDOMIZE | READ_IMPLIES_EXEC, which exec keeps
+        """,
+        """
+        print(isolator.run_source("open('/proc/self/personality').read()").value.strip())
+        """,
+    )
+    assert told == "00000000\n"
+
+
 def test_a_dead_zygote_is_no_sigpipe():
     run(
         "signal.signal(signal.SIGPIPE, signal.SIG_DFL)",
