@@ -765,8 +765,10 @@ class TestPassedOn:
             assert heir.kill()
             assert heir.remove()
 
-    def test_it_is_as_good_as_new(self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]) -> None:
-        group = new_group(memory=48 * MIB, swap=0, pids=8, cpus=0.5)
+    @pytest.mark.parametrize("hybrid", [True, False], ids=["hybrid", "v1 alone"])
+    def test_it_is_as_good_as_new(self, host: CgroupHost, heirs: list[ChildGroup], hybrid: bool) -> None:
+        host = host if hybrid else host._replace(kills=False)
+        group = create_group(host, GroupLimits(memory=48 * MIB, swap=0, pids=8, cpus=0.5), group_name(1))
         assert run(group, lambda: touch(64 * MIB)) == -signal.SIGKILL
         assert run(group, lambda: forks(40)) == 7
         assert group.kill()  # pids.max is 0 then, and the quota is lifted

@@ -298,6 +298,7 @@ class V1Group:
 
     def _renew(self) -> None:
         """Lift what the end of a child has left, which ``remove`` does not mind. Raises OSError."""
+        self._write_if_there("freezer", "freezer.state", b"THAWED")
         self.write([write for write in file_writes(self._limits, self._host.memsw) if write.file in _LIFTED])
         if "memory" in self.paths:
             directories.write(f"{self.paths['memory']}/memory.max_usage_in_bytes", b"0")
