@@ -43,9 +43,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    for marker, needed in features.MARKERS.items():
+    for marker in features.MARKERS:
         if item.get_closest_marker(marker):
-            features.need(*needed)
+            features.need(*lacking.needed(item, marker))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    with lacking.what(item):
+        return (yield)
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

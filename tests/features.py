@@ -24,8 +24,7 @@ ORDINARY_USER = 1000
 
 #: What the markers of pyproject.toml promise to the test that wears them.
 MARKERS = {
-    "linux": ("userns", "children", "seccomp"),
-    "limits": ("limits",),
+    "linux": ("userns", "limits", "seccomp"),
     "root": ("root", "cgroups"),
     "rootless": ("rootless",),
     "v2": ("v2",),

@@ -260,9 +260,9 @@ def test_a_fork_that_holds_the_childs_end_of_the_link(monkeypatch: pytest.Monkey
     held: list[int] = []
     original = zygote_module.Zygote.launch
 
-    def launch(self: Any, plan: Any, fds: list[int], **more: Any) -> None:
+    def launch(self: Any, plan: Any, fds: list[int], **more: Any) -> bool:
         held.append(os.dup(fds[0]))
-        original(self, plan, fds)
+        return original(self, plan, fds)
 
     monkeypatch.setattr(zygote_module.Zygote, "launch", launch)
     isolator = ProcessIsolator.create(restart=QUICK)
@@ -544,7 +544,7 @@ def test_a_launch_that_fails_where_none_will_follow(monkeypatch: pytest.MonkeyPa
         assert isolator.invoke(len, "abc") == 3
 
 
-def _refuse(*_arguments: object) -> None:
+def _refuse(*_arguments: object, **_more: object) -> None:
     raise LaunchError("refused", step="cgroup", errno=errno.ENOSPC)
 
 

@@ -25,7 +25,7 @@ def may_mount() -> bool:
 
 
 def test_creation_fails_with_the_command_that_helps() -> None:
-    with lacking.nothing(), pytest.raises(FeatureUnavailable) as caught:
+    with lacking.only(*DEGRADE), pytest.raises(FeatureUnavailable) as caught:
         ProcessIsolator.create(IsolationOptions(degrade=DEGRADE))
     text = str(caught.value)
     assert caught.value.feature == "memory"
