@@ -214,6 +214,20 @@ def test_a_stopped_zygote_holds_nobody() -> None:
         assert state_of(zygote) in ("", "Z")
 
 
+def test_a_pid_1_that_waits_for_cpu_time_still_tells_what_the_payload_died_of() -> None:
+    """On a busy machine it took more than the quarter of a second after which a child is said to live on without its link."""
+    with nothing_left(), ProcessIsolator.create(restart=QUICK) as isolator:
+        future = isolator.submit(time.sleep, 1000)
+        assert wait_until(lambda: sleeps(isolator))
+        init = init_of(isolator)
+        os.kill(init, signal.SIGSTOP)
+        os.kill(isolator.pid or 0, signal.SIGKILL)
+        threading.Timer(1.0, os.kill, (init, signal.SIGCONT)).start()
+        error = future.exception(10)
+        assert isinstance(error, ChildTerminated)
+        assert (error.exit_info.reason, error.exit_info.signal) == (ExitReason.SIGNALED, signal.SIGKILL)
+
+
 @contextmanager
 def a_full_zygote() -> Iterator[tuple[ProcessIsolator, int]]:
     """One that stands still, with no room for another request."""

@@ -25,6 +25,7 @@ from pisupervisor.supervise.output import Line
 from pisupervisor.supervise.reports import send_kill
 
 END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
+DEATH_GRACE = 0.25  # seconds for a child that closed its link to be seen dying of what it was doing
 _DISCARD_GRACE = 1.0  # the same for a child that nobody has used
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 
@@ -119,6 +120,12 @@ class Child(Birth):
         """Whether its payload is gone, which PID 1 may not have noticed yet."""
         with self._lock:
             return self.exit_info is not None or has_ended(self.payload_pidfd)
+
+    def leaves(self) -> bool:
+        """Whether it ends within a moment: it has closed its link. One whose payload is dead does so for sure, but on a busy
+        machine PID 1 may wait for CPU time (and one that was paused may be frozen).
+        """
+        return self.wait(DEATH_GRACE) or (self.payload_ended and self._freezer is None and self.wait(END_GRACE))
 
     def is_over(self) -> bool:
         """For a caller who has heard nothing for a while: whether it has ended, or is to end because the kernel has killed

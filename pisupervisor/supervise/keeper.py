@@ -15,9 +15,9 @@ from pisupervisor.link.reader import reader_for
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import replacing, restart, spare, watch
-from pisupervisor.supervise.child import Child
+from pisupervisor.supervise.child import DEATH_GRACE, Child
 from pisupervisor.supervise.lifecycle import next_state
-from pisupervisor.supervise.starting import DEATH_GRACE, LIVED_ON, FirstCall
+from pisupervisor.supervise.starting import LIVED_ON, FirstCall
 from pisupervisor.supervise.telling import Teller
 from pisupervisor.supervise.turn import Turn, wake
 
@@ -238,7 +238,7 @@ class Keeper:
         """
         if truncated is None:
             self._let_the_caller_go_first(child)
-        if not child.wait(DEATH_GRACE):
+        if not child.leaves():
             child.kill(ExitReason.PROTOCOL, LIVED_ON)
         info = child.finish(in_call=child.calls > 0 and child is self.child, truncated=bool(truncated))
         with self.lock:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from pisupervisor.options import IsolationOptions
     from pisupervisor.supervise.keeper import Keeper
 
-DEATH_GRACE = 0.25  # seconds for a child that closed its link to be seen dying of what it was doing
 LIVED_ON = "it closed its link and lived on"
 _NEVER = float("inf")
 
@@ -149,7 +148,7 @@ def _call_first(keeper: Keeper, first: FirstCall, child: Child, connection: Conn
     except DeadlinePassed:
         raise LaunchError(f"{step} was not over at start_timeout", step=step) from None
     except LinkClosed:
-        if not child.wait(DEATH_GRACE):
+        if not child.leaves():
             child.kill(ExitReason.PROTOCOL, LIVED_ON)
         died = f"the child died in {step}: {child.finish(in_call=True).describe()}"
         raise LaunchError(died, step=step) from None
