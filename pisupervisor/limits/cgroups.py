@@ -122,8 +122,11 @@ class ChildGroup(Protocol):
     def refusals(self) -> GroupEvents:
         """Of the counters only ``oom_kills`` and ``pids_max``; cheap (15 us)."""
 
+    def used(self) -> GroupUsage:
+        """CPU time and peak memory so far; cheap (20 us). Read it before ``remove``."""
+
     def usage(self) -> GroupUsage:
-        """What was used so far. Read it before ``remove``."""
+        """The same, and what there is now."""
 
     def io(self) -> GroupIo | None:
         """What reached block devices. None: nobody counts it. v1 counts buffered writes for nobody, v2 for the writer."""

@@ -134,14 +134,13 @@ class V2Group:
         memory, pids = self._counts("memory.events"), self._counts("pids.events")
         return GroupEvents(oom_kills=memory.get(b"oom_kill", 0), pids_max=pids.get(b"max", 0))
 
-    def usage(self) -> GroupUsage:
+    def used(self) -> GroupUsage:
         cpu_time = self._counts("cpu.stat").get(b"usage_usec")  # counted without the cpu controller too
-        return GroupUsage(
-            cpu_time=None if cpu_time is None else cpu_time / 1e6,
-            memory=self._integer("memory.current"),
-            peak_memory=self._integer("memory.peak"),  # Linux 5.19
-            pids=self._integer("pids.current"),
-        )
+        peak = self._integer("memory.peak")  # Linux 5.19
+        return GroupUsage(None if cpu_time is None else cpu_time / 1e6, peak_memory=peak)
+
+    def usage(self) -> GroupUsage:
+        return self.used()._replace(memory=self._integer("memory.current"), pids=self._integer("pids.current"))
 
     def io(self) -> GroupIo | None:
         if not self._host.places["io"].usable:

@@ -216,7 +216,7 @@ class Child(Birth):
             self._reports.abandon(deadline)
         events, used = cgroups.GroupEvents(), cgroups.GroupUsage()
         if self._group is not None:
-            used = self._group.usage()
+            used = self._group.used()
             if limits_matter(self._ordered[0] if self._ordered else None):
                 events = self._group.events()
             self._part_with(self._group, deadline)

@@ -49,7 +49,7 @@ class Meter:
     def usage(self) -> Usage:
         """What the group has used so far; from /proc where no cgroup counts. Cheap: it is read around calls."""
         if self._group is not None:
-            used = self._group.usage()
+            used = self._group.used()
             if used.cpu_time is not None or used.peak_memory is not None:
                 return Usage(cpu_time=used.cpu_time, peak_memory=used.peak_memory)
         return usage_from_proc(self._pid)
