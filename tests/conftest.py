@@ -25,12 +25,12 @@ Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    lacking.adapt()
     if hasattr(config, "workerinput"):  # one of the processes that -n has started
         import turns
 
         config.pluginmanager.register(turns.Turns(config))
         return
-    lacking.adapt()
     absent = [f"{name} ({reason})" for name in features.required() if (reason := features.missing(name))]
     if absent:
         raise pytest.UsageError("PISUPERVISOR_REQUIRE asks for what this machine lacks: " + "; ".join(absent))
