@@ -24,6 +24,7 @@ class IsolationFuture(Future[Any]):
         super().__init__()
         self._kill, self._holds_up = kill, holds_up
         self.started = False
+        self.stops = 0  # how often its isolator had been stopped when it was submitted
 
     def running(self) -> bool:
         """Whether the call is under way in the child."""
@@ -41,7 +42,7 @@ class IsolationFuture(Future[Any]):
         of the very call for whose end this one waits.
         """
         try:
-            self._check_wait()
+            self._check_wait(timeout)
             return super().result(timeout)
         except CancelledError as error:
             if isinstance(error, CallCancelled):
@@ -52,9 +53,9 @@ class IsolationFuture(Future[Any]):
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """The same of what the call raised; None where it did not."""
-        self._check_wait()
+        self._check_wait(timeout)
         return super().exception(timeout)
 
-    def _check_wait(self) -> None:
-        if self._holds_up is not None and not self.done() and self._holds_up():
+    def _check_wait(self, timeout: float | None) -> None:
+        if timeout is None and self._holds_up is not None and not self.done() and self._holds_up():
             raise CallError("this call waits for the one whose callback this is: invoke() calls at once from here")

@@ -40,6 +40,7 @@ class Worker:
     def add(self, method: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> IsolationFuture:
         """Queue one call; its future."""
         future = IsolationFuture(self.cancel)
+        future.stops = self.session.keeper.stops if self.session is not None else 0
         self._queue.put((future, method, args, keywords))
         return future
 
@@ -58,6 +59,8 @@ class Worker:
                 self.session.want(threading.get_ident())
             self._running, future.started = future, True
         try:
+            if self.session is not None:
+                self.session.keeper.check_not_overtaken(future.stops)
             value, error = method(*args, **keywords), None
         except BaseException as raised:
             value, error = None, raised
@@ -105,6 +108,7 @@ class Crew:
     def add(self, method: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> IsolationFuture:
         """Queue one call; its future."""
         future = IsolationFuture(self._cancel, self._session.keeper.turn.is_mine if self._most == 1 else None)
+        future.stops = self._session.keeper.stops
         with self._lock:
             if len(self._workers) < min(self._most, self._open + 1):
                 name = f"{self._name}-{len(self._workers) + 1}" if self._workers else self._name

@@ -803,6 +803,46 @@ class TestPassedOn:
         assert heirs[0].kill()
         assert finish(pid) == -signal.SIGKILL
 
+    def test_gone_it_counts_nothing(self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]) -> None:
+        """Not less than nothing, though there is something that it does not count."""
+        group = new_group(pids=4, memory=32 * MIB, swap=0)
+        assert run(group, lambda: forks(10)) == 3
+        assert run(group, lambda: touch(64 * MIB)) == -signal.SIGKILL
+        group.close_attach_fds()
+        assert group.pass_on(heirs.append)
+        assert heirs[0].remove()
+        assert heirs[0].refusals() == heirs[0].events() == GroupEvents()
+        assert heirs[0].used() == GroupUsage()
+
+    def test_an_interrupt_leaves_one_owner(self, new_group: Callable[..., ChildGroup]) -> None:
+        """What a signal's handler raises when the heir is known already: who is asked again has still got the directories."""
+        group = new_group(pids=8)
+        group.close_attach_fds()
+        kept: list[ChildGroup] = []
+
+        def receive(heir: ChildGroup) -> NoReturn:
+            kept.append(heir)
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            group.pass_on(receive)
+        assert kept[0].places() == {}
+        kept[0].open_attach_fds()
+        assert kept[0].attach_fds == ()
+        assert len(group.places()) > 3
+        group.open_attach_fds()
+        assert run(group, lambda: 7) == 7
+
+    def test_a_limit_that_nobody_asked_for_is_none_again(
+        self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]
+    ) -> None:
+        group = new_group(memory=64 * MIB)
+        assert group.kill()
+        group.close_attach_fds()
+        assert group.pass_on(heirs.append)
+        heirs[0].open_attach_fds()
+        assert run(heirs[0], lambda: forks(10)) == 10
+
     def test_not_while_somebody_lives_in_it(
         self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]
     ) -> None:

@@ -266,6 +266,13 @@ def test_a_zygote_with_no_room_for_a_request_is_waited_for() -> None:
         waker.join()
 
 
+def test_a_zygote_that_another_thread_has_replaced_is_explained() -> None:
+    """Its socket is closed then: whoever still holds it must be told what makes them try the new one."""
+    zygote = zygote_module.Zygote(sys.executable)
+    zygote.close()
+    assert zygote.explain_end().step == "zygote"
+
+
 # --- a link that somebody else holds ---------------------------------------------------------------------------------
 
 

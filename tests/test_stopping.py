@@ -210,6 +210,19 @@ def test_a_stop_overtakes_a_waiting_restart(more: dict[str, Any]) -> None:
         assert isolator.state == "stopped"
 
 
+@pytest.mark.alone
+def test_a_stop_overtakes_what_was_submitted_before() -> None:
+    """Also what has not begun to wait for the restart."""
+    policy = RestartPolicy(backoff=60, max_backoff=60)
+    with nothing_left(), ProcessIsolator.create(restart=policy) as isolator:
+        with pytest.raises(ChildTerminated):
+            isolator.run_source("import os; os._exit(1)")
+        futures = [isolator.submit(len, "abc") for _ in range(3)]
+        time.sleep(0.2)
+        assert isolator.terminate()
+        assert [type(future.exception(10)) for future in futures] == [IsolatorClosed] * 3
+
+
 def test_close_overtakes_a_waiting_restart() -> None:
     with nothing_left():
         isolator = ProcessIsolator.create(restart=RestartPolicy(backoff=60, max_backoff=60))

@@ -19,6 +19,7 @@ from pisupervisor import (
     Filesystem,
     IsolationOptions,
     IsolatorClosed,
+    LaunchError,
     Limits,
     OptionsError,
     ProcessIsolator,
@@ -26,6 +27,7 @@ from pisupervisor import (
     Security,
     Template,
 )
+from pisupervisor.launch import attest
 from pisupervisor.launch.templates import template_key
 
 pytestmark = [pytest.mark.linux, pytest.mark.matrix]
@@ -253,12 +255,16 @@ def test_a_group_tells_nothing_of_who_had_it_before() -> None:
     """parity: 27"""
     features.need("limits")
     limits = Limits(memory="64M", pids=16)
+    had: list[str] = []
     with nothing_left(), ProcessIsolator.create(limits=limits) as keeper:
         for _ in range(3):
-            with ProcessIsolator.create(limits=limits) as bomb, pytest.raises(ChildTerminated) as caught:
-                bomb.run_source("bytearray(1 << 27)")
+            with ProcessIsolator.create(limits=limits) as bomb:
+                had.append(group_of(bomb))
+                with pytest.raises(ChildTerminated) as caught:
+                    bomb.run_source("bytearray(1 << 27)")
             assert caught.value.exit_info.reason is ExitReason.MEMORY
             with ProcessIsolator.create(limits=limits) as isolator:
+                had.append(group_of(isolator))
                 assert isolator.applied["memory"].reached == isolator.applied["pids"].reached == 0
                 usage = isolator.run_source("1").usage
                 assert (usage.peak_memory or 0) < 40 << 20
@@ -267,6 +273,20 @@ def test_a_group_tells_nothing_of_who_had_it_before() -> None:
                     isolator.run_source("import os; os.kill(os.getpid(), 9)")
                 assert killed.value.exit_info.reason is ExitReason.SIGNALED
         assert keeper.run_source("1").value == 1
+    assert features.missing("v1") or len(set(had)) < len(had), "none was used again"
+
+
+def test_the_group_of_a_launch_that_failed_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Perhaps it was the reason."""
+    features.need("v1", "limits")
+    with nothing_left(), ProcessIsolator.create() as keeper:
+        with monkeypatch.context() as patch:
+            patch.setattr(attest, "verify", lambda *_, **__: (_ for _ in ()).throw(LaunchError("no", step="walls")))
+            with pytest.raises(LaunchError):
+                ProcessIsolator.create()
+        assert keeper._keeper.template.free_group is None
+        ProcessIsolator.create().close()
+        assert keeper._keeper.template.free_group is not None
 
 
 def test_a_group_with_other_limits_is_not_handed_out() -> None:

@@ -41,6 +41,7 @@ class Template:
         self.closed = False
         self.spare: Spare | None = None  # a child made ready while nobody waited; see supervise.spare
         self.free_group: tuple[GroupLimits, ChildGroup] | None = None  # of a dead child; see supervise.groups
+        self.free_group_lock = threading.Lock()
         self.opened_last = False  # whether the last that happened is that an isolator opened
         self.reader: Any = None  # the isolators' CodeReader
         self.ids: IdBlock | None = None
@@ -135,9 +136,9 @@ class Template:
         with self.lock:
             self.closed = True
             spare, self.spare = self.spare, None
-            free, self.free_group = self.free_group, None
         if spare is not None:
             spare.discard("its template was closed")
+        free, self.free_group = self.free_group, None
         if free is not None:
             free[1].remove()
         with self.lock:

@@ -136,8 +136,8 @@ class Zygote:
         """Why this zygote is gone: its own word, where it still could speak."""
         import json
 
-        self.control.settimeout(_GRACE)
         try:
+            self.control.settimeout(_GRACE)
             # Its end with our plans unread makes the first recv fail (ECONNRESET), before what it still said.
             self.control.getsockopt(_socket.SOL_SOCKET, _socket.SO_ERROR)
             while data := self.control.recv(65536):
@@ -146,8 +146,10 @@ class Zygote:
                     return failure(message)
         except (OSError, ValueError):
             pass
-        finally:
+        try:
             self.control.settimeout(_ROOM_GRACE)
+        except OSError:
+            pass  # another thread has replaced it already
         from pisupervisor.launch import userns
 
         remedy = f"see what the interpreter says on stderr: {sys.executable} -I -S {PACKAGE}/__main__.py"

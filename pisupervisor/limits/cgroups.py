@@ -53,13 +53,13 @@ class GroupEvents(NamedTuple):
     memory_high: int = 0
 
     def since(self, before: GroupEvents) -> GroupEvents:
-        """The same, less what was counted before."""
+        """The same, less what was counted before; nothing is less than 0, for a group that is gone counts nothing."""
         return GroupEvents(
-            oom_kills=self.oom_kills - before.oom_kills,
-            pids_max=self.pids_max - before.pids_max,
-            throttled=self.throttled - before.throttled,
-            throttled_time=self.throttled_time - before.throttled_time,
-            memory_high=self.memory_high - before.memory_high,
+            oom_kills=max(0, self.oom_kills - before.oom_kills),
+            pids_max=max(0, self.pids_max - before.pids_max),
+            throttled=max(0, self.throttled - before.throttled),
+            throttled_time=max(0.0, self.throttled_time - before.throttled_time),
+            memory_high=max(0, self.memory_high - before.memory_high),
         )
 
 

@@ -89,8 +89,9 @@ class _Directory:
 
 
 class _Counts(NamedTuple):
-    """What cannot be set to zero."""
+    """What cannot be set to zero, of the children that had an heir's directories before."""
 
+    is_heir: bool = False
     events: GroupEvents = GroupEvents()
     cpu_time: float = 0.0
     io: GroupIo = GroupIo()
@@ -101,13 +102,20 @@ class V1Group:
 
     def __init__(self, host: CgroupHost, limits: GroupLimits) -> None:
         self.attach_fds: tuple[int, ...] = ()
-        self.paths: dict[str, str] = {}
+        self._paths: dict[str, str] = {}
+        self._owner: list[V1Group] = [
+            self
+        ]  # whose the directories are: one that is passed on has it in common with its heir
         self.tolerated: set[str] = set()
         self._host = host
         self._limits = limits
         self._pids_max_before_kill: int | None = None
         self._is_lifted = False  # whether its quota or its place for processes was changed, for its end
         self._past = _Counts()  # of the children before, where it was passed on
+
+    @property
+    def paths(self) -> dict[str, str]:
+        return self._paths if self._owner[0] is self else {}
 
     # making
 
@@ -140,6 +148,8 @@ class V1Group:
         if unified is not None:
             self.attach_fds += (os.open(unified, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC),)
         for path in dict.fromkeys(self.paths.values()):
+            if self._past.is_heir:
+                os.utime(path)  # it is as new: others sweep what has been empty for a minute
             if path != unified:
                 self.attach_fds += (os.open(f"{path}/tasks", os.O_WRONLY | os.O_CLOEXEC),)
 
@@ -160,8 +170,8 @@ class V1Group:
 
     def pids(self) -> list[int]:
         # The child enters the first directory first, so it has every member of the others too.
-        first = next(iter(self.paths.values()), None)
-        pids = [int(pid) for pid in self._lines(f"{first}/cgroup.procs")] if first else []
+        first = next(iter(self.paths), "")
+        pids = [int(pid) for pid in self._lines(first, "cgroup.procs")]
         return [pid for pid in pids if pid]  # 0: a process outside our own pid namespace
 
     def events(self) -> GroupEvents:
@@ -180,9 +190,8 @@ class V1Group:
             return GroupEvents()  # removed meanwhile
 
     def refusals(self) -> GroupEvents:
-        past = self._past.events
         kills = self._counts("memory", "memory.oom_control").get(b"oom_kill", 0)
-        return GroupEvents(oom_kills=kills - past.oom_kills, pids_max=self._pids_max() - past.pids_max)
+        return GroupEvents(oom_kills=kills, pids_max=self._pids_max()).since(self._past.events)
 
     def _spy(self, controller: str, kind: Any) -> Any:
         return kind(_Directory(self.paths[controller])) if controller in self.paths else None
@@ -212,21 +221,21 @@ class V1Group:
     def io(self) -> GroupIo | None:
         if "blkio" not in self.paths:
             return None
-        io = io_in(self._lines(f"{self.paths['blkio']}/blkio.throttle.io_service_bytes"))
+        io = io_in(self._lines("blkio", "blkio.throttle.io_service_bytes"))
         return GroupIo(io.read_bytes - self._past.io.read_bytes, io.write_bytes - self._past.io.write_bytes)
 
     def _integer(self, controller: str, file: str) -> int | None:
-        lines = self._lines(f"{self.paths[controller]}/{file}") if controller in self.paths else []
+        lines = self._lines(controller, file)
         return int(lines[0]) if lines else None
 
     def _counts(self, controller: str, file: str) -> dict[bytes, int]:
         """The file's lines ``name number``."""
-        lines = self._lines(f"{self.paths[controller]}/{file}") if controller in self.paths else []
-        return {name: int(count) for name, count in map(bytes.split, lines)}
+        return {name: int(count) for name, count in map(bytes.split, self._lines(controller, file))}
 
-    def _lines(self, path: str) -> list[bytes]:
+    def _lines(self, controller: str, file: str) -> list[bytes]:
+        path = self.paths.get(controller)
         try:
-            return directories.read(path).splitlines()
+            return directories.read(f"{path}/{file}").splitlines() if path else []
         except OSError:
             return []  # removed meanwhile (ENOENT or ENODEV)
 
@@ -275,9 +284,10 @@ class V1Group:
         self._write_if_there("freezer", "freezer.state", b"THAWED")
 
     def _write_if_there(self, controller: str, file: str, value: bytes) -> None:
-        if controller in self.paths:
+        path = self.paths.get(controller)
+        if path:
             try:
-                directories.write(f"{self.paths[controller]}/{file}", value)
+                directories.write(f"{path}/{file}", value)
             except OSError:
                 pass  # removed meanwhile; what this was to bring about is checked by pids()
 
@@ -285,25 +295,26 @@ class V1Group:
         # 0.2 ms, where making and removing six directories takes 0.85. A removed memory group lives on in the kernel, too,
         # as long as a page is charged to it.
         left = self._integer("memory", "memory.usage_in_bytes") or 0
-        if self.attach_fds or left > _CLEAN or self.pids():
+        if not self.paths or self.attach_fds or left > _CLEAN or self.pids():
             return False
-        heir = V1Group(self._host, self._limits)
-        heir.paths, heir.tolerated, heir._is_lifted = self.paths, self.tolerated, self._is_lifted
         try:
-            heir._renew()
+            self._renew()
         except OSError:
             return False
-        heir._past = heir._counted()
+        heir = V1Group(self._host, self._limits)
+        heir._past, heir.tolerated = self._counted(), self.tolerated
+        heir._paths, heir._owner = self._paths, self._owner
         receive(heir)
-        self.paths = {}
+        self._owner[0] = heir  # at one stroke: what a signal's handler raises finds one owner, not two or none
         return True
 
     def _renew(self) -> None:
         """Set back what the end of a child has left, which ``remove`` does not mind. Raises OSError."""
         if self._is_lifted:
             self._write_if_there("freezer", "freezer.state", b"THAWED")
+            self._write_if_there("pids", "pids.max", b"max")
             self.write([write for write in file_writes(self._limits, self._host.memsw) if write.file in _LIFTED])
-            self._is_lifted = False
+            self._is_lifted, self._pids_max_before_kill = False, None
         if "memory" in self.paths:
             directories.write(f"{self.paths['memory']}/memory.max_usage_in_bytes", b"0")
         if _UNIFIED in self.paths:
@@ -312,10 +323,13 @@ class V1Group:
             os.mkdir(self.paths[_UNIFIED])
 
     def _counted(self) -> _Counts:
-        cpu = self._counts("cpu", "cpu.stat")
+        """All that was counted since the directories were made."""
+        now = V1Group(self._host, self._limits)
+        now._paths = self.paths
+        cpu = now._counts("cpu", "cpu.stat")
         throttled, throttled_time = cpu.get(b"nr_throttled", 0), cpu.get(b"throttled_time", 0) / 1e9
-        events = self.refusals()._replace(throttled=throttled, throttled_time=throttled_time)
-        return _Counts(events, self._cpu_time() or 0.0, self.io() or GroupIo())
+        events = now.refusals()._replace(throttled=throttled, throttled_time=throttled_time)
+        return _Counts(True, events, now._cpu_time() or 0.0, now.io() or GroupIo())
 
     def remove(self) -> bool:
         self.close_attach_fds()
@@ -324,7 +338,8 @@ class V1Group:
         deadline = time.monotonic() + _BUSY  # for all directories together
         paths = set(self.paths.values())
         left = {path for path in paths if not directories.remove(path, deadline - time.monotonic())}
-        self.paths = {controller: path for controller, path in self.paths.items() if path in left}
+        if self._owner[0] is self:
+            self._paths = {controller: path for controller, path in self._paths.items() if path in left}
         return not left
 
 

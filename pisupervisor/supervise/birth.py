@@ -246,14 +246,14 @@ class Birth:
     def _read_back(self) -> dict[str, Applied]:
         readings = attest.read(self.pid, self.template.host_links)
         self.meter.open(self._group, self.pid, self.init_pid)
-        groups = self._group.read_back() if self._group is not None else {}
+        limits = self._group.read_back() if self._group is not None else {}
         filtered = bool(self.template.plan.seccomp)
         return attest.verify(
             self._plan,
             self.options,
             readings,
             filtered=filtered,
-            groups=groups,
+            groups=limits,
             missing=self._missing,
             instead=self._instead,
             shift=self.template.outside,

@@ -26,6 +26,7 @@ from pisupervisor.supervise.reports import send_kill
 
 END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 DEATH_GRACE = 0.25  # seconds for a child that closed its link to be seen dying of what it was doing
+_BUSY_GRACE = 1.5  # the same where its payload is dead
 _DISCARD_GRACE = 1.0  # the same for a child that nobody has used
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 
@@ -122,10 +123,16 @@ class Child(Birth):
             return self.exit_info is not None or has_ended(self.payload_pidfd)
 
     def leaves(self) -> bool:
-        """Whether it ends within a moment: it has closed its link. One whose payload is dead does so for sure, but on a busy
-        machine PID 1 may wait for CPU time (and one that was paused may be frozen).
+        """Whether it ends within a moment: it has closed its link. One whose payload is dead does, but on a busy machine, or
+        beside others under a small quota, its PID 1 may wait for CPU time (and one that was paused may be frozen).
         """
-        return self.wait(DEATH_GRACE) or (self.payload_ended and self._freezer is None and self.wait(END_GRACE))
+        if self.wait(DEATH_GRACE):
+            return True
+        if not self.payload_ended or self._freezer is not None:
+            return False
+        if self._group is not None:
+            self._group.let_die()
+        return self.wait(_BUSY_GRACE)
 
     def is_over(self) -> bool:
         """For a caller who has heard nothing for a while: whether it has ended, or is to end because the kernel has killed
@@ -237,8 +244,8 @@ class Child(Birth):
         return info
 
     def _part_with(self, group: cgroups.ChildGroup, deadline: float) -> None:
-        is_over = self._asked and self._reports.is_gone
-        if is_over and groups.keep(self.template, cgroups.wanted_limits(self.options.limits), group):
+        has_lived = self._asked and self._reports.is_gone and self.applied  # with limits as they were asked for
+        if has_lived and groups.keep(self.template, cgroups.wanted_limits(self.options.limits), group):
             return
         if not group.remove():
             group.kill(max(0.0, deadline - time.monotonic()))

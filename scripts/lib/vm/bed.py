@@ -24,7 +24,13 @@ import machine
 TOP = Path(__file__).resolve().parents[3]
 _LINES = Path(__file__).with_name("kernels.txt").read_text().splitlines()
 KERNELS = tuple(line.split()[0] for line in _LINES if not line.startswith("#"))
-EVERY_RUN = ("root", "user-plain", "container", "user")  # the longest first; what any of them is not, --all runs
+EVERY_RUN = (
+    "root",
+    "user-plain",
+    "container",
+    "user",
+    "container-user",
+)  # the longest first; what any of them is not, --all runs
 #: what a mode has (features of tests/features.py): a test that is skipped for want of one of these fails
 HAS = {
     "root": "root,rootless,children,cgroups,v2,v2_io,v2_cpuset,limits",
