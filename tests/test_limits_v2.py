@@ -508,7 +508,7 @@ class TestIsolator:
                 "threading.Thread(target=tick, daemon=True).start()"
             )
             isolator.pause()
-            time.sleep(0.1)  # the kernel says "frozen" before the last of its time is counted: 0.7 ms, on an emulated CPU
+            time.sleep(0.1)  # "frozen" is said before the last of the time is counted: 0.7 ms, emulated
             used = isolator.resource_usage().cpu_time
             time.sleep(0.3)
             assert isolator.resource_usage().cpu_time == used
