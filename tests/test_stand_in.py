@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import OrdinaryUser
-from helpers import DEGRADE
+from helpers import DEGRADE, wait_until
 
 from pisupervisor.limits.census import Census, Held, mapped
 from pisupervisor.limits.cgroups import CgroupHost, Place
@@ -136,6 +137,25 @@ def test_threads_whose_first_has_ended_are_stopped() -> None:
             assert states(process.pid) == ["Z", "T"]
         finally:
             process.kill()
+
+
+def test_what_others_have_stopped_stays_so() -> None:
+    """A child that waits for its debugger, where a CPU limit is held by stopping and continuing."""
+    spin = [sys.executable, "-c", "while True: pass"]
+    with subprocess.Popen(spin) as stopped, subprocess.Popen(spin) as runs:
+        try:
+            stopped.send_signal(signal.SIGSTOP)
+            assert wait_until(lambda: states(stopped.pid) == ["T"])
+            freezer = SignalFreezer(lambda: [stopped.pid, runs.pid])
+            for _ in range(2):
+                freezer.pause()
+                assert states(stopped.pid) == states(runs.pid) == ["T"]
+                freezer.resume()
+                assert wait_until(lambda: states(runs.pid) == ["R"])
+                assert states(stopped.pid) == ["T"]
+        finally:
+            stopped.kill()
+            runs.kill()
 
 
 def states(pid: int) -> list[str]:

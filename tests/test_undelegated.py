@@ -36,6 +36,8 @@ def test_creation_fails_with_the_command_that_helps() -> None:
         assert "systemd-run --user --scope -p Delegate=yes -- COMMAND" in text
     elif os.geteuid() == 0:
         assert "podman run --security-opt unmask=/sys/fs/cgroup" in text
+    elif os.statvfs("/sys/fs/cgroup").f_flag & os.ST_RDONLY:
+        assert "mount -o remount,bind,rw /sys/fs/cgroup" in text
     else:
         assert "as root: chown 1000 /sys/fs/cgroup" in text
 

@@ -134,11 +134,12 @@ class V2Freezer(GroupFreezer):
 
 class SignalFreezer:
     """SIGSTOP. Processes may continue each other: done is what a whole look finds done. Code in the child can undo it later,
-    by a timer whose signal is SIGCONT: the next ``pause`` tells.
+    by a timer whose signal is SIGCONT: the next ``pause`` tells. What was stopped by others stays so: a child that is debugged.
     """
 
     def __init__(self, pids: Callable[[], list[int]]) -> None:
         self._pids = pids
+        self._ours: set[int] = set()  # stopped by us
 
     def pause(self) -> bool:
         until, ran = time.monotonic() + _PATIENCE, False
@@ -150,13 +151,15 @@ class SignalFreezer:
                     return ran
                 continue
             ran = True
+            self._ours.update(running)
             signals.send(running, self._pids, signal.SIGSTOP)
             time.sleep(_POLL)
         self.resume()
         raise IsolationError("cannot pause: its processes fork or continue each other faster than they can be stopped")
 
     def resume(self) -> None:
-        signals.send(self._pids(), self._pids, signal.SIGCONT)
+        signals.send([pid for pid in self._pids() if pid in self._ours], self._pids, signal.SIGCONT)
+        self._ours.clear()
 
     def kill(self) -> None:
         pass  # the end of PID 1 is the end of them all
