@@ -152,9 +152,9 @@ class ChildGroup(Protocol):
     def remove(self) -> bool:
         """Close the fds and remove the directories; True when all is gone. Again is harmless."""
 
-    def pass_on(self, receive: Callable[[ChildGroup], object]) -> bool:
-        """Of a dead child: ``receive`` gets the same directories as a group for another one, which counts from zero; this one
-        is then as if removed. False where that would not be as good as a new one.
+    def pass_on(self, name: str, receive: Callable[[ChildGroup], object]) -> bool:
+        """Of a dead child: ``receive`` gets the same directories, by that name, as a group for another one, which counts from
+        zero; this one is then as if removed. False where that would not be as good as a new one.
         """
 
 

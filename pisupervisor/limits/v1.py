@@ -291,19 +291,20 @@ class V1Group:
             except OSError:
                 pass  # removed meanwhile; what this was to bring about is checked by pids()
 
-    def pass_on(self, receive: Callable[[ChildGroup], object]) -> bool:
+    def pass_on(self, name: str, receive: Callable[[ChildGroup], object]) -> bool:
         # 0.2 ms, where making and removing six directories takes 0.85. A removed memory group lives on in the kernel, too,
         # as long as a page is charged to it.
         left = self._integer("memory", "memory.usage_in_bytes") or 0
         if not self.paths or self.attach_fds or left > _CLEAN or self.pids():
             return False
+        heir = V1Group(self._host, self._limits)
+        heir._owner, heir.tolerated = self._owner, self.tolerated
         try:
             self._renew()
+            heir._past = self._counted()
+            heir._paths = self._renamed(name)
         except OSError:
             return False
-        heir = V1Group(self._host, self._limits)
-        heir._past, heir.tolerated = self._counted(), self.tolerated
-        heir._paths, heir._owner = self._paths, self._owner
         receive(heir)
         self._owner[0] = heir  # at one stroke: what a signal's handler raises finds one owner, not two or none
         return True
@@ -317,10 +318,24 @@ class V1Group:
             self._is_lifted, self._pids_max_before_kill = False, None
         if "memory" in self.paths:
             directories.write(f"{self.paths['memory']}/memory.max_usage_in_bytes", b"0")
-        if _UNIFIED in self.paths:
-            # Whoever is born (clone3) in a group that was ever killed (cgroup.kill) dies at once: measured with Linux 6.18.
-            os.rmdir(self.paths[_UNIFIED])
-            os.mkdir(self.paths[_UNIFIED])
+
+    def _renamed(self, name: str) -> dict[str, str]:
+        """Give the directories another name, which v1 can. Raises OSError; ``remove`` then finds them by either name."""
+        new = {controller: f"{os.path.dirname(path)}/{name}" for controller, path in self._paths.items()}
+        pairs = dict(
+            zip(self._paths.values(), new.values(), strict=True)
+        )  # some controllers have a directory in common
+        unified = self._paths.get(_UNIFIED)
+        self._paths = {**self._paths, **{f"new {controller}": path for controller, path in new.items()}}
+        for old, path in pairs.items():
+            if old == unified:
+                # v2 does not rename. Nor would it serve: whoever is born (clone3) in a group that was ever killed
+                # (cgroup.kill) dies at once, measured with Linux 6.18.
+                os.rmdir(old)
+                os.mkdir(path)
+            else:
+                os.rename(old, path)
+        return new
 
     def _counted(self) -> _Counts:
         """All that was counted since the directories were made."""

@@ -209,7 +209,7 @@ class V2Group:
             return False  # removed meanwhile, or another kernel
         return True
 
-    def pass_on(self, receive: Callable[[ChildGroup], object]) -> bool:  # noqa: ARG002
+    def pass_on(self, name: str, receive: Callable[[ChildGroup], object]) -> bool:  # noqa: ARG002
         return False  # nothing sets memory.peak back, before Linux 6.12; and a single directory costs little
 
     def remove(self) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import _socket as socket  # socket imports enum for names that nobody needs here: 4 ms of a start
 import errno
-import itertools
 import os
 import select
 import struct
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
 LAUNCH_GRACE = 0.2
 _LOOK_AROUND = 20  # ms until a launch sees that it was stopped
 _CREDENTIALS = struct.Struct("3i")
-_numbers = itertools.count(1)
 
 
 class Birth:
@@ -103,7 +101,7 @@ class Birth:
             stand_in.check_sight(self.options, self.template.features.root, bool(self.template.outside))
         if "limits" not in without and host.directories():
             wanted = cgroups.wanted_limits(self.options.limits)
-            self._group = groups.take(self.template, wanted) or cgroups.create_group(host, wanted, next_name())
+            self._group = groups.take(self.template, wanted) or cgroups.create_group(host, wanted, groups.next_name())
         return lacking
 
     def _rlimits(self) -> list[rlimits.Rlimit]:
@@ -269,8 +267,3 @@ def _check_ready(data: bytes) -> None:
     except wire.BadFrame as error:
         raise LaunchError(f"the child said {error}, and not that it is ready", step="payload") from None
     raise LaunchError("the child said something else than that it is ready", step="payload")
-
-
-def next_name() -> str:
-    """A group name of this process: owner pid, its start time, a number. Sweeping reads the owner from it."""
-    return cgroups.group_name(next(_numbers))

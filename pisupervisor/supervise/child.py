@@ -19,7 +19,7 @@ from pisupervisor.options import IsolationOptions
 from pisupervisor.records import replace
 from pisupervisor.results import Applied, ExitInfo, ExitReason
 from pisupervisor.supervise import groups, metrics
-from pisupervisor.supervise.birth import LAUNCH_GRACE, Birth, next_name
+from pisupervisor.supervise.birth import LAUNCH_GRACE, Birth
 from pisupervisor.supervise.exits import explain_exit, limits_matter
 from pisupervisor.supervise.output import Line
 from pisupervisor.supervise.reports import send_kill
@@ -266,7 +266,9 @@ class Child(Birth):
     def _stop(self) -> bool:
         if self._freezer is None:
             own = self._group.freezer() if self._group is not None else None
-            self._freezer = own or make_freezer(self.template.features.cgroups, next_name(), self.meter.frozen_pids)
+            self._freezer = own or make_freezer(
+                self.template.features.cgroups, groups.next_name(), self.meter.frozen_pids
+            )
         return self._freezer.pause()
 
     def resume(self) -> None:

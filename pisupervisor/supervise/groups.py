@@ -7,8 +7,17 @@ at it does without: nobody waits here, with whatever locks they have.
 
 from __future__ import annotations
 
+import itertools
+
 from pisupervisor.launch.templates import Template
-from pisupervisor.limits.cgroups import ChildGroup, GroupLimits
+from pisupervisor.limits.cgroups import ChildGroup, GroupLimits, group_name
+
+_numbers = itertools.count(1)
+
+
+def next_name() -> str:
+    """A group name of this process: owner pid, its start time, a number. Sweeping reads the owner from it."""
+    return group_name(next(_numbers))
 
 
 def take(template: Template, limits: GroupLimits) -> ChildGroup | None:
@@ -47,7 +56,7 @@ def keep(template: Template, limits: GroupLimits, group: ChildGroup) -> bool:
 
     try:
         is_wanted = not template.closed and (template.free_group is None or template.free_group[0] != limits)
-        if not (is_wanted and group.pass_on(receive)):
+        if not (is_wanted and group.pass_on(next_name(), receive)):
             return False
         if template.closed:  # meanwhile, and did not see it yet
             surplus += kept
