@@ -58,6 +58,8 @@ MASKED = FILTERED._replace(masks=("/proc/acpi", "/proc/kcore", "/proc/keys", "/p
         ("id maps", errno.EPERM, PLAIN._replace(uid=0, lacks=("SETUID",)), "--cap-add SETUID"),
         ("private mounts", errno.EACCES, CONFINED, "apparmor=unconfined"),
         ("private mounts", errno.EACCES, FILTERED, ""),
+        ("namespaces", errno.EACCES, CONFINED, "userns"),  # no rule for it, on Linux 6.12
+        ("namespaces", errno.EPERM, CONFINED, "userns and capability"),  # no rule for that
         ("mounts", errno.EPERM, MASKED, "'unmask=/proc/*'"),
         ("mounts", errno.EPERM, MASKED, "systempaths=unconfined"),
         ("mounts", errno.EPERM, MASKED, "(/proc/acpi, /proc/kcore, /proc/keys and more)"),

@@ -52,9 +52,10 @@ def situation() -> Situation:
     lacks = tuple(name for name, number in _ROOTS.items() if not has_capability(number))
     nested = os.path.isdir("/pis/pihost")  # root.OURS: where each of our children finds our code
     profile = _read("/proc/self/attr/apparmor/current")
+    confines = not profile.endswith(("unconfined", "(unconfined)", "(complain)"))
     return Situation(
         os.geteuid(), lacks if os.geteuid() == 0 else (), status.get("Seccomp", "0") != "0", switches, nested,
-        "" if profile == "unconfined" else profile, _over_proc(_read("/proc/self/mountinfo")),
+        profile if confines else "", _over_proc(_read("/proc/self/mountinfo")),
     )  # fmt: skip
 
 
@@ -83,9 +84,9 @@ def remedy_for(step: str, number: object, detail: str, found: Situation) -> str:
     """What helps against a failed step of the launch; empty where nothing here tells. Pure."""
     if step == "mounts" and "/proc" in detail:
         return unmask(found.masks)
-    if step == "namespaces":
+    if step == "namespaces" and not (found.profile and number == EACCES):  # which only a security module says there
         return remedy(found)
-    if not step.startswith(_REFUSABLE):
+    if not step.startswith((*_REFUSABLE, "namespaces")):
         return ""
     if found.profile and number == EACCES:
         return _apparmor(found.profile)
@@ -106,7 +107,7 @@ def unmask(masks: tuple[str, ...]) -> str:
 def _apparmor(profile: str) -> str:
     return (
         f"the AppArmor profile {profile} confines this process: docker or podman run --security-opt apparmor=unconfined,"
-        " Kubernetes: appArmorProfile type Unconfined; or one that allows mount, umount, pivot_root and userns"
+        " Kubernetes: appArmorProfile type Unconfined; or one that allows mount, umount, pivot_root, userns and capability"
     )
 
 
@@ -128,6 +129,8 @@ def remedy(found: Situation) -> str:
         )
     if found.filtered:
         return FILTER
+    if found.profile:
+        return _apparmor(found.profile)
     return "raise user.max_user_namespaces and the other user.max_*_namespaces, which count what this user has already"
 
 

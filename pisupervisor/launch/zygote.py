@@ -195,6 +195,10 @@ def host_failure(error: OSError) -> LaunchError:
     """What this process itself could not do for a launch, most often for want of descriptors."""
     lacking = error.errno in (errno.EMFILE, errno.ENFILE)
     remedy = "raise ulimit -n, or close isolators" if lacking else None
+    if error.errno == errno.EACCES:
+        from pisupervisor.launch import userns
+
+        remedy = _REMEDIES["stdio"] if userns.situation().profile else None
     return LaunchError(str(error), step="launch", errno=error.errno, remedy=remedy)
 
 
