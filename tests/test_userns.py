@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 from conftest import OrdinaryUser
 
+from pisupervisor.launch import userns
 from pisupervisor.launch.userns import Situation, remedy, remedy_for, situation
+from pisupervisor.launch.zygote import host_failure
 
 CLONE = Path("/proc/sys/kernel/unprivileged_userns_clone")
 OPEN = {"user.max_user_namespaces": "1000"}
@@ -70,6 +72,16 @@ def test_each_step_has_its_remedy(step: str, number: int, found: Situation, word
     told = remedy_for(step, number, "mount /proc: Operation not permitted", found)
     assert words in told
     assert bool(told) == bool(words)
+
+
+@pytest.mark.parametrize("mode", ["enforce", "complain", "unconfined"])
+def test_only_a_profile_that_confines_is_a_cause(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = userns._read
+    profile = f"app ({mode})"
+    monkeypatch.setattr(userns, "_read", lambda path: profile if path.endswith("apparmor/current") else read(path))
+    assert situation().profile == (profile if mode == "enforce" else "")
+    remedy = host_failure(OSError(errno.EACCES, "Permission denied", "/proc/self/ns/pid")).remedy or ""
+    assert ("attach_disconnected" in remedy) == (mode == "enforce")
 
 
 def test_the_situation_is_read_from_the_kernel() -> None:

@@ -21,6 +21,7 @@ _SWITCHES = {
 #: steps that fail where an outer filter or profile lets namespaces be made, and refuses what they are for
 _REFUSABLE = (
     "clone", "private mounts", "root", "pivot", "bind", "tmpfs", "mounts", "mount table", "layer", "hostname", "id maps",
+    "namespaces",
 )  # fmt: skip
 FILTER = (
     "this process is filtered by somebody's seccomp program, which may refuse namespaces: docker or podman run"
@@ -86,7 +87,7 @@ def remedy_for(step: str, number: object, detail: str, found: Situation) -> str:
         return unmask(found.masks)
     if step == "namespaces" and not (found.profile and number == EACCES):  # which only a security module says there
         return remedy(found)
-    if not step.startswith((*_REFUSABLE, "namespaces")):
+    if not step.startswith(_REFUSABLE):
         return ""
     if found.profile and number == EACCES:
         return _apparmor(found.profile)

@@ -1,5 +1,5 @@
-"""The group of a dead child, kept for the next one. On cgroup v1 a group is six directories: 0.85 ms to make and remove
-them, of a launch of six; 0.2 to pass them on.
+"""The group of a dead child, kept for the next one. On cgroup v1 a group is six directories: passing them on, not making
+and removing them, saves a launch 0.45 ms of the host's CPU time (a twentieth of create, call and close).
 
 As with the spare child, only a template that others still hold open keeps one, and only one. Whoever finds another thread
 at it does without: nobody waits here, with whatever locks they have.
