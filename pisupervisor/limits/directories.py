@@ -17,7 +17,7 @@ PARENT = "pisupervisor"
 _MAX_LOST_RACES = 64  # each needs another process to remove the parent in the same microseconds
 _AT_ONCE = 1 << 16
 _SURELY_ALL = 2048  # less than this is the whole file: no line of such a file is as long as the other half of a page
-_OLD = 60.0  # seconds; a group is empty only while a child is launched or ends
+_OLD = 60.0  # seconds; a group is empty while a child is launched or ends, or for as long as it is kept for another
 _RETRY_DELAY = 0.0005  # an exiting task keeps its group busy for a fraction of a millisecond
 
 
