@@ -285,8 +285,9 @@ def test_the_group_of_a_launch_that_failed_is_not_kept(monkeypatch: pytest.Monke
             with pytest.raises(LaunchError):
                 ProcessIsolator.create()
         assert keeper._keeper.template.free_group is None
-        ProcessIsolator.create().close()
-        assert keeper._keeper.template.free_group is not None
+        template = keeper._keeper.template
+        # Not the first one's at any rate: the stacks of the dead stay charged until the kernel gets to freeing them.
+        assert wait_until(lambda: (ProcessIsolator.create().close(), template.free_group)[1])
 
 
 def test_a_group_with_other_limits_is_not_handed_out() -> None:
