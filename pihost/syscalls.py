@@ -1,4 +1,5 @@
-"""Thin functions over the kernel, for what the standard library has no name for. The only place that uses ctypes.
+"""Thin functions over the kernel, for what the standard library has no name for. The only place that uses ctypes: the C
+module of it, because the package around that costs 1 ms, and a start from nothing pays it three times.
 
 Every function raises OSError whose ``filename`` is the call's name. ``tests/fake_kernel.py`` has the same names and
 records instead of acting.
@@ -6,12 +7,36 @@ records instead of acting.
 
 from __future__ import annotations
 
-import ctypes
+import _ctypes
 import os
 import struct
 
-# PyDLL keeps the GIL: nothing here blocks, and clone() must not run beside another thread.
-_libc = ctypes.PyDLL(None, use_errno=True)
+if False:  # typing costs 5 ms, and only a type checker reads this
+    from typing import Any
+
+# int and unsigned, long and unsigned, 64 bits, short, char pointer: by the letters of struct
+_TYPES: list[Any] = [type(code, (_ctypes._SimpleCData,), {"_type_": code}) for code in "iIlLQHz"]
+_Int, _UInt, _Long, _ULong, _UInt64, _UShort, _Bytes = _TYPES
+
+
+class _Function(_ctypes.CFuncPtr):
+    # The second keeps the GIL: nothing here blocks, and clone() must not run beside another thread.
+    _flags_ = _ctypes.FUNCFLAG_CDECL | _ctypes.FUNCFLAG_PYTHONAPI | _ctypes.FUNCFLAG_USE_ERRNO
+    _restype_ = _Int
+
+
+class _Libc:
+    """Its functions, as attributes."""
+
+    _handle = _ctypes.dlopen(None, os.RTLD_NOW)  # type: ignore[arg-type]  # what is loaded already
+
+    def __getattr__(self, name: str) -> _Function:
+        function = _Function(_ctypes.dlsym(self._handle, name))
+        setattr(self, name, function)
+        return function
+
+
+_libc = _Libc()
 _MACHINE = os.uname().machine
 _X86 = _MACHINE == "x86_64"
 
@@ -42,24 +67,24 @@ _SECUREBITS_LOCKED = 0b1110_1111  # noroot, no_setuid_fixup, keep_caps off, no_a
 
 def _check(result: int, name: str) -> int:
     if result < 0:
-        number = ctypes.get_errno()
+        number = _ctypes.get_errno()
         raise OSError(number, os.strerror(number), name)
     return result
 
 
 def _syscall(name: str, number: int, *arguments: object) -> int:
-    return _check(_libc.syscall(ctypes.c_long(number), *arguments), name)
+    return _check(_libc.syscall(_Long(number), *arguments), name)
 
 
-_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+_libc.prctl.argtypes = (_Int, _ULong, _ULong, _ULong, _ULong)
 
 
 def _prctl(name: str, option: int, value: int = 0) -> int:
     return _check(_libc.prctl(option, value, 0, 0, 0), name)  # unused arguments must be zero for the newer options
 
 
-class _CloneArgs(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_uint64) for name in (
+class _CloneArgs(_ctypes.Structure):
+    _fields_ = [(name, _UInt64) for name in (
         "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls",
         "set_tid", "set_tid_size", "cgroup")]  # fmt: skip
 
@@ -72,19 +97,19 @@ def clone(flags: int, group: int = 0) -> tuple[int, int]:
     and what a module wants done after a fork is done after the payload's, which is an os.fork(). That spares each child
     75 copied pages (0.2 ms). The thread id that glibc caches is stale until then; only our launch code runs before.
     """
-    pidfd = ctypes.c_int(-1)
+    pidfd = _Int(-1)
     if not flags & CLONE_INTO_CGROUP:  # filters refuse clone3, whose flags they cannot see
-        word = ctypes.c_ulong(flags | CLONE_PIDFD | 17)
-        pid = _libc.syscall(ctypes.c_long(_SYS_CLONE), word, None, ctypes.byref(pidfd), None, None)
+        word = _ULong(flags | CLONE_PIDFD | 17)
+        pid = _libc.syscall(_Long(_SYS_CLONE), word, None, _ctypes.byref(pidfd), None, None)
         return _check(pid, "clone"), pidfd.value
-    arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=ctypes.addressof(pidfd), exit_signal=17, cgroup=group)
-    pid = _libc.syscall(ctypes.c_long(_SYS_CLONE3), ctypes.byref(arguments), ctypes.sizeof(arguments))
+    arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=_ctypes.addressof(pidfd), exit_signal=17, cgroup=group)
+    pid = _libc.syscall(_Long(_SYS_CLONE3), _ctypes.byref(arguments), _ctypes.sizeof(arguments))
     return _check(pid, "clone3"), pidfd.value
 
 
 def close_range(first: int, last: int) -> None:
     """Close the fds from first to last. os.closerange of Python 3.9 tries every number: 37 s for all of them."""
-    _syscall("close_range", _SYS_CLOSE_RANGE, ctypes.c_uint(first), ctypes.c_uint(last), ctypes.c_uint(0))
+    _syscall("close_range", _SYS_CLOSE_RANGE, _UInt(first), _UInt(last), _UInt(0))
 
 
 def unshare(flags: int) -> None:
@@ -97,7 +122,7 @@ def setns(fd: int, kind: int) -> None:
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
     encoded = [text.encode() or None for text in (source, target, kind)]
-    _check(_libc.mount(*encoded, ctypes.c_ulong(flags), data.encode() or None), f"mount {target}")
+    _check(_libc.mount(*encoded, _ULong(flags), data.encode() or None), f"mount {target}")
 
 
 def umount_detach(target: str) -> None:
@@ -111,20 +136,20 @@ def pivot_root(new: str, old: str) -> None:
 def open_tree(source: str) -> int:
     """An fd of a detached copy of what is mounted at ``source``, with everything below it (Linux 5.2)."""
     flags = _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC
-    return _syscall(f"open_tree {source}", _SYS_OPEN_TREE, _AT_FDCWD, source.encode(), ctypes.c_uint(flags))
+    return _syscall(f"open_tree {source}", _SYS_OPEN_TREE, _AT_FDCWD, source.encode(), _UInt(flags))
 
 
 def set_mount_flags(tree: int, flags: int) -> None:
     """Add MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC to every mount of a tree (Linux 5.12)."""
     attributes = sum(bit for flag, bit in _MOUNT_ATTR.items() if flags & flag)
     args = _FOUR_WORDS(attributes, 0, 0, 0)
-    _syscall("mount_setattr", _SYS_MOUNT_SETATTR, tree, b"", _AT_RECURSIVE | _AT_EMPTY_PATH, ctypes.byref(args),
-             ctypes.c_size_t(32))  # fmt: skip
+    _syscall("mount_setattr", _SYS_MOUNT_SETATTR, tree, b"", _AT_RECURSIVE | _AT_EMPTY_PATH, _ctypes.byref(args),
+             _ULong(32))  # fmt: skip
 
 
 def move_mount(tree: int, target: int) -> None:
     """Mount a tree on what the fd ``target`` is open on (Linux 5.2)."""
-    _syscall("move_mount", _SYS_MOVE_MOUNT, tree, b"", target, b"", ctypes.c_uint(_MOVE_BOTH_BY_FD))
+    _syscall("move_mount", _SYS_MOVE_MOUNT, tree, b"", target, b"", _UInt(_MOVE_BOTH_BY_FD))
 
 
 def sethostname(name: str) -> None:
@@ -153,7 +178,7 @@ def leave_realtime_io(pid: int) -> None:
 
 def leave_personality() -> None:
     """Random addresses, no executable data: for what is executed next, whatever the application does without (setarch)."""
-    _check(_libc.personality(ctypes.c_ulong(0)), "personality")
+    _check(_libc.personality(_ULong(0)), "personality")
 
 
 def set_subreaper() -> None:
@@ -168,7 +193,7 @@ def drop_bounding_set() -> None:
     """Take every capability out of the bounding set. Needs CAP_SETPCAP: before the ids change hands for good."""
     for capability in range(64):
         if _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            if capability and ctypes.get_errno() == 22:  # EINVAL: past the kernel's last
+            if capability and _ctypes.get_errno() == 22:  # EINVAL: past the kernel's last
                 return
             _check(-1, "prctl PR_CAPBSET_DROP")
 
@@ -178,20 +203,20 @@ def lock_securebits() -> None:
 
 
 # Made here, in the zygote: a new ctypes array type costs 30 us, which every child would pay.
-_THREE_WORDS, _FOUR_WORDS = ctypes.c_uint64 * 3, ctypes.c_uint64 * 4
-_CAPABILITY_HEADER = (ctypes.c_uint32 * 2)(0x20080522, 0)
-_NO_CAPABILITIES = (ctypes.c_uint32 * 6)()
+_THREE_WORDS, _FOUR_WORDS = _UInt64 * 3, _UInt64 * 4
+_CAPABILITY_HEADER = (_UInt * 2)(0x20080522, 0)
+_NO_CAPABILITIES = (_UInt * 6)()
 
 
 def drop_capabilities() -> None:
     """Empty the ambient, effective, permitted and inheritable sets."""
     _prctl("prctl PR_CAP_AMBIENT", _PR_CAP_AMBIENT, 4)
-    _check(_libc.capset(ctypes.byref(_CAPABILITY_HEADER), ctypes.byref(_NO_CAPABILITIES)), "capset")
+    _check(_libc.capset(_ctypes.byref(_CAPABILITY_HEADER), _ctypes.byref(_NO_CAPABILITIES)), "capset")
 
 
 def landlock_abi() -> int:
     """The Landlock version of this kernel, 0 where it is missing or switched off at boot."""
-    version: int = _libc.syscall(ctypes.c_long(_SYS_LANDLOCK_CREATE), None, ctypes.c_size_t(0), ctypes.c_uint32(1))
+    version: int = _libc.syscall(_Long(_SYS_LANDLOCK_CREATE), None, _ULong(0), _UInt(1))
     return max(0, version)
 
 
@@ -199,8 +224,8 @@ def landlock_ruleset(abi: int, file_access: int, network_access: int, scopes: in
     """A new ruleset's fd; what the ABI does not know is left out by the size handed over."""
     values = _THREE_WORDS(file_access, network_access, scopes)
     size = 24 if abi >= 6 else 16 if abi >= 4 else 8
-    return _syscall("landlock_create_ruleset", _SYS_LANDLOCK_CREATE, ctypes.byref(values), ctypes.c_size_t(size),
-                    ctypes.c_uint32(0))  # fmt: skip
+    return _syscall("landlock_create_ruleset", _SYS_LANDLOCK_CREATE, _ctypes.byref(values), _ULong(size),
+                    _UInt(0))  # fmt: skip
 
 
 def landlock_allow(ruleset: int, path: str, access: int) -> None:
@@ -208,30 +233,30 @@ def landlock_allow(ruleset: int, path: str, access: int) -> None:
     parent = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         rule = struct.pack("=Qi", access, parent)  # struct landlock_path_beneath_attr, which is packed
-        _syscall(f"landlock_add_rule {path}", _SYS_LANDLOCK_ADD, ruleset, 1, rule, ctypes.c_uint32(0))
+        _syscall(f"landlock_add_rule {path}", _SYS_LANDLOCK_ADD, ruleset, 1, rule, _UInt(0))
     finally:
         os.close(parent)
 
 
 def landlock_restrict(ruleset: int) -> None:
-    _syscall("landlock_restrict_self", _SYS_LANDLOCK_RESTRICT, ruleset, ctypes.c_uint32(0))
+    _syscall("landlock_restrict_self", _SYS_LANDLOCK_RESTRICT, ruleset, _UInt(0))
 
 
-class _SockFprog(ctypes.Structure):
-    _fields_ = [("length", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+class _SockFprog(_ctypes.Structure):
+    _fields_ = [("length", _UShort), ("filter", _Bytes)]
 
 
-def seccomp_program(code: bytes) -> ctypes.Structure:
+def seccomp_program(code: bytes) -> _ctypes.Structure:
     """For load_seccomp, from 8 bytes an instruction: made in the zygote, for a child that holds ``code`` itself copies its
     page (9 us). What is no program gets a length that the kernel refuses.
     """
     return _SockFprog(len(code) // 8 if len(code) % 8 == 0 and len(code) <= 8 * 4096 else 0, code)
 
 
-def load_seccomp(program: ctypes.Structure, listen: bool = False) -> int:
+def load_seccomp(program: _ctypes.Structure, listen: bool = False) -> int:
     """Install a filter for this thread and all it will start; ``listen``: an fd by which others are asked where it says so."""
-    flags = ctypes.c_uint(8 if listen else 0)  # SECCOMP_FILTER_FLAG_NEW_LISTENER
-    return _syscall("seccomp", _SYS_SECCOMP, ctypes.c_uint(1), flags, ctypes.byref(program))
+    flags = _UInt(8 if listen else 0)  # SECCOMP_FILTER_FLAG_NEW_LISTENER
+    return _syscall("seccomp", _SYS_SECCOMP, _UInt(1), flags, _ctypes.byref(program))
 
 
 def flush_c_stdio() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from errno import EINVAL, ENOENT
 
-from pisupervisor.limits import blockdev, io_weight
 from pisupervisor.limits.cgroups import GroupLimits
 from pisupervisor.records import NamedTuple
 
@@ -60,6 +59,8 @@ def shares(weight: int) -> int:
 def io_writes(limits: GroupLimits) -> Iterator[FileWrite]:
     """The throttles, their devices looked up. Raises OptionsError for a device that is not there."""
     for limit in limits.io:
+        from pisupervisor.limits import blockdev  # few ask for it
+
         device = blockdev.block_device(limit.device)
         for name, rate in blockdev.rates(limit).items():
             yield FileWrite("blkio", f"blkio.throttle.{name}_device", (f"{device} {rate}".encode(),))
@@ -68,5 +69,7 @@ def io_writes(limits: GroupLimits) -> Iterator[FileWrite]:
 def weight_writes(limits: GroupLimits, paths: Mapping[str, str]) -> Iterator[FileWrite]:
     """The share of the disks, into those files for it that this kernel gives the group."""
     if limits.io_weight is not None and "blkio" in paths:
+        from pisupervisor.limits import io_weight
+
         for file, value in io_weight.writes(paths["blkio"], limits.io_weight, io_weight.V1_FILES):
             yield FileWrite("blkio", file, (value,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Set
 
-from pisupervisor.limits import blockdev, directories, io_weight
+from pisupervisor.limits import directories
 from pisupervisor.limits.cgroups import CONTROLLER_OF, CgroupHost, GroupIo, GroupLimits
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.limits.v1_files import shares
@@ -87,6 +87,8 @@ def _pids(path: str, limits: GroupLimits) -> tuple[bool, str]:
 
 
 def _io(path: str, limits: GroupLimits) -> tuple[bool, str]:
+    from pisupervisor.limits import blockdev  # few ask for it
+
     wanted: list[str] = []
     found: list[str] = []
     for limit in limits.io:
@@ -99,6 +101,8 @@ def _io(path: str, limits: GroupLimits) -> tuple[bool, str]:
 
 
 def _io_weight(path: str, limits: GroupLimits) -> tuple[bool, str]:
+    from pisupervisor.limits import io_weight
+
     return io_weight.read_back(path, limits.io_weight or 0, "v1")
 
 

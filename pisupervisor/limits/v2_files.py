@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pisupervisor.limits import blockdev, io_weight
 from pisupervisor.limits.cgroups import GroupLimits
 from pisupervisor.records import NamedTuple
 
@@ -56,6 +55,8 @@ def io_writes(limits: GroupLimits) -> Iterator[FileWrite]:
 
 def io_line(limit: IoLimit) -> str:
     """``"254:0 rbps=1048576 wiops=10"``."""
+    from pisupervisor.limits import blockdev  # few ask for it
+
     rates = blockdev.rates(limit).items()
     return " ".join([blockdev.block_device(limit.device), *(f"{_IO_KEYS[name]}={rate}" for name, rate in rates)])
 
@@ -63,5 +64,7 @@ def io_line(limit: IoLimit) -> str:
 def weight_writes(limits: GroupLimits, path: str) -> Iterator[FileWrite]:
     """The share of the disks, into those files for it that this kernel gives the group."""
     if limits.io_weight is not None:
+        from pisupervisor.limits import io_weight
+
         for file, value in io_weight.writes(path, limits.io_weight, io_weight.V2_FILES):
             yield FileWrite("io", file, value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from pisupervisor.limits import directories, io_weight, v2_files
+from pisupervisor.limits import directories, v2_files
 from pisupervisor.limits.cgroups import CgroupHost, GroupLimits, place_of
 from pisupervisor.limits.cpuset import CpuSet
 from pisupervisor.results import Applied
@@ -96,6 +96,8 @@ def _io(path: str, limits: GroupLimits) -> tuple[bool, str]:
 
 
 def _io_weight(path: str, limits: GroupLimits) -> tuple[bool, str]:
+    from pisupervisor.limits import io_weight
+
     return io_weight.read_back(path, limits.io_weight or 0, "v2")
 
 

@@ -7,8 +7,6 @@ import os
 import select
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from pisupervisor.errors import IsolationError, LaunchError
 from pisupervisor.launch.templates import Template
@@ -23,6 +21,10 @@ from pisupervisor.supervise.birth import LAUNCH_GRACE, Birth
 from pisupervisor.supervise.exits import explain_exit, limits_matter
 from pisupervisor.supervise.output import Line
 from pisupervisor.supervise.reports import send_kill
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import NoReturn
 
 END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 DEATH_GRACE = 0.25  # seconds for a child that closed its link to be seen dying of what it was doing
@@ -57,8 +59,10 @@ class Child(Birth):
         """The first half: make the group, hand the plan to the zygote, do not wait for the child. ``when_idle``: see ``hurry``.
         ``deadline``: for a zygote so busy that there is no room for a request.
         """
-        with self._undone_on_failure():
+        try:
             self._request(without, when_idle, deadline)
+        except BaseException as error:
+            self._undo(error)
         self.requesting = False
 
     def hurry(self) -> None:
@@ -68,26 +72,27 @@ class Child(Birth):
 
     def complete(self, deadline: float | None) -> None:
         """The second half: wait until it is ready, and read back what holds."""
-        with self._undone_on_failure():
-            self._await_ready(self._zygote, deadline)
-            try:
-                self.applied = self._read_back()
-            except LaunchError:
-                if has_ended(self.payload_pidfd):  # a dead child has no walls: that is no defect of theirs
-                    raise LaunchError("the child ended as soon as it was ready", step="payload") from None
-                raise
-            self.started = time.monotonic()
-
-    @contextmanager
-    def _undone_on_failure(self) -> Iterator[None]:
         try:
-            yield
-        except OSError as error:
-            self.discard("its launch failed", LAUNCH_GRACE)
-            raise host_failure(error) from error
-        except BaseException:
-            self.discard("its launch failed", LAUNCH_GRACE)
+            self._await_ready(self._zygote, deadline)
+            self.applied = self._held()
+            self.started = time.monotonic()
+        except BaseException as error:
+            self._undo(error)
+
+    def _held(self) -> dict[str, Applied]:
+        try:
+            return self._read_back()
+        except LaunchError:
+            if has_ended(self.payload_pidfd):  # a dead child has no walls: that is no defect of theirs
+                raise LaunchError("the child ended as soon as it was ready", step="payload") from None
             raise
+
+    def _undo(self, error: BaseException) -> NoReturn:
+        """Its launch has failed: leave nothing of it, and tell why."""
+        self.discard("its launch failed", LAUNCH_GRACE)
+        if isinstance(error, OSError):
+            raise host_failure(error) from error
+        raise error
 
     def discard(self, why: str, grace: float = _DISCARD_GRACE) -> ExitInfo:
         """Kill it and give everything back. Nobody asks how it ended, and a stopped zygote is not waited for."""
