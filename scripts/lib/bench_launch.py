@@ -54,18 +54,18 @@ FIRST = "create + first result"
 BARE, IMPORT, WHOLE = "python -I -c pass", "python -I -c 'import pisupervisor'", "empty process to result and exit"
 BWRAP = "bwrap + python to first output"
 
-#: what is divided by what, and the target: at most. None: only to compare.
+#: what is divided by what, and the target: at most. Like with like: a first result with a first result. None: only to compare.
 RATIOS = (
     (f"isolator {SPACED}: {FIRST}", BWRAP, 0.15),
     (f"isolator {ROW}: {FIRST}", BWRAP, 0.15),
     (f"isolator {OPEN}: {FIRST}", BWRAP, 0.15),
     (f"isolator {FRESH}: {FIRST}", BWRAP, 0.15),
-    (f"isolator {FRESH}: {FIRST}", f"plain fork {SPACED}: first byte", 3.5),
-    (f"isolator {FRESH}: {FIRST}", f"plain fork {SPACED}: first result", None),
-    (f"isolator {SPACED}: {FIRST}", f"plain fork {SPACED}: first byte", 3.5),
-    (f"isolator {SPACED}: {FIRST}", f"plain fork {SPACED}: first result", None),
-    (f"isolator {ROW}: {FIRST}", f"plain fork {ROW}: first byte", 3.5),
-    (f"isolator {ROW}: {FIRST}", f"plain fork {ROW}: first result", None),
+    (f"isolator {SPACED}: {FIRST}", f"plain fork {SPACED}: first result", 3.5),
+    (f"isolator {ROW}: {FIRST}", f"plain fork {ROW}: first result", 3.5),
+    (f"isolator {FRESH}: {FIRST}", f"plain fork {SPACED}: first result", 3.5),
+    (f"isolator {SPACED}: {FIRST}", f"plain fork {SPACED}: first byte", None),
+    (f"isolator {ROW}: {FIRST}", f"plain fork {ROW}: first byte", None),
+    (f"isolator {FRESH}: {FIRST}", f"plain fork {SPACED}: first byte", None),
     (IMPORT, BARE, 1.4),
     (WHOLE, BARE, 8.0),
 )
@@ -233,7 +233,7 @@ def show(result: dict[str, Any]) -> None:
         print(f"{name:46}{row['median']:9.3f}{row['min']:9.3f}{row['max']:9.3f}{row['n']:6}")
     print(f"\n{'ratio of medians':86}{'here':>6}  target")
     for row in result["ratios"]:
-        target = f"at most {row['target']:g}" if row["target"] else "(the same work without walls)"
+        target = f"at most {row['target']:g}" if row["target"] else "(a fork alone)"
         print(f"{row['of'] + ' / ' + row['to']:86}{row['ratio']:6.2f}  {target}")
 
 
