@@ -141,9 +141,16 @@ def _limits() -> str:
 
 def _children() -> str:
     """Some can be had, if need be without limits: an ordinary user gets the rights for it in a user namespace."""
+    return "" if os.geteuid() != 0 or _has_capability(21) else "root without CAP_SYS_ADMIN"
+
+
+def _has_capability(number: int) -> bool:
     status = dict(line.split(":\t") for line in Path("/proc/self/status").read_text().splitlines() if ":\t" in line)
-    may_mount = os.geteuid() != 0 or bool(int(status["CapEff"], 16) >> 21 & 1)
-    return "" if may_mount else "root without CAP_SYS_ADMIN"
+    return bool(int(status["CapEff"], 16) >> number & 1)
+
+
+def _sys_resource() -> str:
+    return "" if _has_capability(24) else "without CAP_SYS_RESOURCE"
 
 
 @cache
@@ -278,6 +285,7 @@ def _cgroup_mounts() -> Iterable[tuple[Path, str, str, str]]:
 PROBES: dict[str, Callable[[], str]] = {
     "root": _root,
     "rootless": _rootless,
+    "sys_resource": _sys_resource,
     "userns": _userns,
     "cgroups": _cgroups,
     "own_machine": _own_machine,

@@ -6,6 +6,8 @@ more hold, or an ordinary process cannot do it either.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import box
+import features
 import pytest
 from present import absent
 
@@ -67,6 +70,16 @@ def test_gets_out_without_its_layer(check: str, layer: str, around: box.Outside)
     with box.isolator_without(box.options(check), layer) as isolator:
         lines = box.run(isolator, check, around)
     assert not box.blocked(lines), f"{box.CHECKS[check]['title']} holds without {layer} too: {lines}"
+
+
+@pytest.mark.bed
+@pytest.mark.parametrize("check", ["K23", "P07"])
+def test_root_gets_out_that_has_all_rights(check: str, around: box.Outside) -> None:
+    """No layer is shown by these, for each takes CAP_SYS_RESOURCE: they prove that a child is without root's rights."""
+    features.need("root", "sys_resource")
+    code = box.PRELUDE + around.fill_in(box.CHECKS[check]["code"])
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20).stdout.splitlines()
+    assert not box.blocked(lines), f"{box.CHECKS[check]['title']} is refused to root: {lines}"
 
 
 def test_R03_memory_bomb_is_counted_and_the_next_call_is_right(isolator: ProcessIsolator, around: box.Outside) -> None:

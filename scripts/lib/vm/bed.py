@@ -33,12 +33,12 @@ EVERY_RUN = (
 )  # the longest first; what any of them is not, --all runs
 #: what a mode has (features of tests/features.py): a test that is skipped for want of one of these fails
 HAS = {
-    "root": "root,rootless,children,cgroups,v2,v2_io,v2_cpuset,limits",
+    "root": "root,rootless,sys_resource,children,cgroups,v2,v2_io,v2_cpuset,limits",
     "user": "children,cgroups,v2,v2_io,v2_cpuset,limits",
     "user-scope": "children,cgroups,v2,v2_io,v2_cpuset,limits",
     "user-stock": "children,cgroups,v2,limits",
     "user-plain": "children,limits,scope",
-    "bare": "root,rootless,children,cgroups,v2,v2_io,v2_cpuset,limits",
+    "bare": "root,rootless,sys_resource,children,cgroups,v2,v2_io,v2_cpuset,limits",
     "bare-user": "children,undelegated",
     "container": "root,rootless,undelegated",
     "container-user": "children,undelegated",
