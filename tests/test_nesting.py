@@ -132,6 +132,21 @@ def test_the_filter_of_a_profile_lets_nesting_through_and_nothing_else() -> None
         assert nested.compile() != plain.compile()
 
 
+@pytest.mark.parametrize("names", [[], None])
+def test_rules_in_the_old_form_are_kept(names: list[str] | None) -> None:
+    """A denial that was lost would let pass what the profile refuses."""
+    denial = {"name": "acct", "names": names, "action": "SCMP_ACT_ERRNO"}
+    nested = for_nesting(SeccompProfile.from_dict({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [denial]}))
+    assert ("SCMP_ACT_ERRNO", "acct", "null") in rules(nested)
+
+
+@pytest.mark.parametrize("more", [{}, {"syscalls": None}, {"syscalls": []}])
+def test_a_profile_without_rules(more: dict[str, Any]) -> None:
+    nested = for_nesting(SeccompProfile.from_dict({"defaultAction": "SCMP_ACT_ALLOW", **more}))
+    assert [name for _action, name, _args in rules(nested)] == list(NESTING)
+    assert nested.compile()
+
+
 def rules(profile: SeccompProfile) -> list[tuple[str, str, str]]:
     listed = json.loads(profile.source)["syscalls"]
     return [(rule["action"], name, json.dumps(rule.get("args"))) for rule in listed for name in rule["names"]]

@@ -499,11 +499,16 @@ BAD_PROFILES = {
     "unknown field": ('{"defaultAction": "SCMP_ACT_ALLOW",\n"sysCalls": []}', 2, "no field 'sysCalls'"),
     "bad errno": ('{"defaultAction": "SCMP_ACT_ERRNO",\n"defaultErrnoRet": 4096}', 2, "from 0 to 4095"),
     "bad arch": ('{"defaultAction": "SCMP_ACT_ALLOW",\n"architectures": [5]}', 2, "non-empty strings"),
+    "sub-architectures": (
+        '{"defaultAction": "SCMP_ACT_ALLOW",\n"archMap": [{"architecture": "SCMP_ARCH_X86_64",\n"subArchitectures": 5}]}',
+        3, "'subArchitectures' must be a list, not a number",
+    ),
     "no list": ('{"defaultAction": "SCMP_ACT_ALLOW",\n"syscalls": {}}', 2, "must be a list, not an object"),
     "no names": ("{}", 3, "'names'"),
     "empty names": ('{"names": [],\n"action": "SCMP_ACT_ALLOW"}', 3, "'names'"),
     "names is text": ('{"action": "SCMP_ACT_ALLOW",\n"names": "read"}', 4, "must be a list, not a string"),
     "unknown name": ('{"action": "SCMP_ACT_ALLOW",\n"names": ["read",\n"opennat"]}', 5, "system call 'opennat'"),
+    "half a character": ('{"action": "SCMP_ACT_ALLOW", "optional": true,\n"names": ["\\ud800"]}', 4, "can be shown"),
     "unknown action": ('{"names": ["read"],\n"action": "SCMP_ACT_DENY"}', 4, "SCMP_ACT_DENY"),
     "unknown errno": ('{"names": ["read"], "action": "SCMP_ACT_ERRNO",\n"errno": "EWHAT"}', 4, "'EWHAT'"),
     "unknown key": ('{"names": ["read"],\n"aktion": "SCMP_ACT_ALLOW"}', 4, "no field 'aktion'"),
@@ -582,6 +587,11 @@ def test_what_is_no_profile_at_all() -> None:
     for wrong in (5, None, b"default"):
         with pytest.raises(ProfileError, match="a name, a path or a SeccompProfile"):
             compile_profile(wrong)  # type: ignore[arg-type]
+    for wrong in (5, None, b"default.json"):
+        with pytest.raises(ProfileError, match="expected a path"):
+            SeccompProfile.from_file(wrong)  # type: ignore[arg-type]
+    with pytest.raises(ProfileError, match="as bytes"):
+        SeccompProfile('{"defaultAction": "SCMP_ACT_ALLOW"}', "text")  # type: ignore[arg-type]
 
 
 def test_packaged_profiles_of_an_installed_package_come_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,8 @@ class SeccompProfile:
     def __init__(self, source: bytes, name: str, file: str | None = None) -> None:
         for key, value in (("source", source), ("name", name), ("file", file)):
             object.__setattr__(self, key, value)
+        if not isinstance(source, bytes):
+            raise ProfileError(f"expected a profile's JSON text as bytes, not {source!r}"[:300])
         from pisupervisor.launch.seccomp_rules import Flaw, parse_profile
 
         try:
@@ -63,7 +65,7 @@ class SeccompProfile:
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> SeccompProfile:
         """The profile in a JSON file, such as Docker's or Podman's own. Raises ProfileError with file and line."""
-        file = absolute(os.fspath(path))
+        file = _absolute(path, "a path")
         return cls(_read_source(file), os.path.basename(file), file)
 
     @classmethod
@@ -126,8 +128,8 @@ def for_nesting(profile: SeccompProfile) -> SeccompProfile:
 
     mapping = json.loads(profile.source)
     kept = []
-    for rule in mapping["syscalls"]:
-        names = [name for name in rule.get("names", [rule.get("name")]) if name not in NESTING]
+    for rule in mapping.get("syscalls") or ():
+        names = [name for name in rule.get("names") or [rule["name"]] if name not in NESTING]
         if names:
             kept.append({**{key: value for key, value in rule.items() if key != "name"}, "names": names})
     mapping["syscalls"] = [*kept, {"names": list(NESTING), "action": "SCMP_ACT_ALLOW"}]
@@ -162,10 +164,14 @@ def compile_profile(profile: str | os.PathLike[str] | SeccompProfile, *, cache_d
 def _path_of(profile: object) -> str:
     if isinstance(profile, str) and profile in PACKAGED:
         return packaged_path(profile)
-    path = os.fspath(profile) if isinstance(profile, (str, os.PathLike)) else None
-    if not isinstance(path, str):
-        raise ProfileError(f"expected a name, a path or a SeccompProfile, not {profile!r}")
-    return absolute(path)
+    return _absolute(profile, "a name, a path or a SeccompProfile")
+
+
+def _absolute(path: object, expected: str) -> str:
+    named = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if not isinstance(named, str):
+        raise ProfileError(f"expected {expected}, not {path!r}"[:300])
+    return absolute(named)
 
 
 def packaged_path(name: str) -> str:

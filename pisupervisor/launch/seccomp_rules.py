@@ -105,7 +105,8 @@ def parse_profile(source: bytes) -> Policy:
         _strings(top.get(key) or [], key, None)
     for entry in _list(top.get("archMap"), "archMap", None):
         known = _fields(entry, frozenset(("architecture", "subArchitectures")), "archMap", None)
-        _strings([known.get("architecture"), *(known.get("subArchitectures") or [])], "archMap", None)
+        _strings([known.get("architecture")], "archMap", None)
+        _strings(known.get("subArchitectures"), "subArchitectures", None)
     default = _action(top, "defaultAction", "defaultErrnoRet", "defaultErrno", None)
     rules = tuple(_rule(entry, number) for number, entry in enumerate(_list(top.get("syscalls"), "syscalls", None)))
     return Policy(default, rules)
@@ -204,8 +205,8 @@ def _list(value: Any, key: str, rule: int | None) -> list[Any]:
 
 def _strings(value: Any, key: str, rule: int | None) -> tuple[str, ...]:
     items = _list(value, key, rule)
-    if not all(isinstance(item, str) and item for item in items):
-        raise Flaw(f"'{key}' must hold non-empty strings only", key, rule)
+    if not all(isinstance(item, str) and item and item.isprintable() for item in items):
+        raise Flaw(f"'{key}' must hold non-empty strings only, of characters that can be shown", key, rule)
     return tuple(items)
 
 
