@@ -151,6 +151,48 @@ def _counters() -> int:
     return sum(type(value).__name__ == "_Counter" for value in gc.get_objects())
 
 
+PATCHED = """
+    class Base:
+        @staticmethod
+        def static(): return "old"
+        @classmethod
+        def of_class(cls): return "old"
+        def own(self): return "old"
+        class Inner:
+            def own(self): return "old"
+
+    class Heir(Base):
+        pass
+
+    def plain(): return "old"
+    def __getattr__(name): return lambda: state
+
+    state = "old"
+
+    def patch():
+        global state, plain
+        state = "new"
+        plain = lambda: "new"
+        Base.static = staticmethod(plain)
+        Base.of_class = classmethod(lambda cls: "new")
+        Base.own = Base.Inner.own = lambda self: "new"
+"""
+TARGETS = ("Base.static", "Base.of_class", "Base.own", "Base.Inner.own", "Heir.static", "Heir.of_class", "Heir.own", "plain", "absent")
+
+
+@linux
+def test_what_was_patched_in_the_child_is_what_is_called(tmp_path: Path) -> None:
+    """Also where the target is known, and what was patched is in a class, or in a base of it."""
+    file = write(tmp_path, "patched.py", PATCHED)
+    with ProcessIsolator.create() as isolator:
+        handles = [isolator.get_method(file, target) for target in TARGETS]
+        for _ in range(2):
+            assert [handle() for handle in handles] == ["old"] * len(TARGETS)
+        isolator.invoke_method(file, "patch")
+        for _ in range(2):
+            assert [handle() for handle in handles] == ["new"] * len(TARGETS)
+
+
 @linux
 def test_a_child_that_dies_in_a_known_call(isolator: ProcessIsolator) -> None:
     kill = isolator.get_method("os", "_exit")

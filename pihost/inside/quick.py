@@ -10,6 +10,7 @@ import struct
 from pihost import wire
 from pihost.inside import arenas, encode
 from pihost.inside.failures import answer_to, unloadable
+from pihost.inside.resolve import is_still
 
 if False:  # typing costs 5 ms, and only a type checker reads this
     from collections.abc import Callable
@@ -58,7 +59,7 @@ class Quick:
                 end = at + wire.HEADER.size + length
                 if word == _CALL_WORD and end <= len(data):
                     found = known.get(bytes(data[at + _CALL.size : start]))
-                    if found is not None and found[1].get(found[2]) is found[3]:
+                    if found is not None and is_still(found):
                         link.at = end
                         if host is not None:
                             host.call_id = ident

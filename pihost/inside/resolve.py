@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 
     from pihost.inside.importer import Payload
 
-    #: what is called, and where it was found: while the namespace has that thing under that name, it is still so
-    Found = tuple[Callable[..., Any], dict[str, Any], str, Any]
+    #: what is called, and where it was found: a namespace, a name in it and what that was; the names from there on, and what
+    #: the last one was
+    Found = tuple[Callable[..., Any], dict[str, Any], str, Any, list[str], Any]
 
 __all__ = ["CompileFailed", "Library", "NotFound"]
 
@@ -25,6 +26,10 @@ IMPORT_HINT = "modules come into the child through import_paths=[...] or modules
 _MISSING: Any = object()
 _MODULE = type(sys)
 _FUNCTION: Any = type(lambda: None)
+# What classes and modules are made of, past whatever a metaclass or a subclass has to say to that.
+_MRO: Any = type.__dict__["__mro__"].__get__
+_CLASS_DICT: Any = type.__dict__["__dict__"].__get__
+_MODULE_DICT: Any = _MODULE.__dict__["__dict__"].__get__
 
 
 class NotFound(LookupError):
@@ -80,7 +85,7 @@ class Library:
     def find(self, key: str, target: str, *, bound: bool = True) -> Found:
         """Both, and by what to tell whether it is still so: user code may have put something else in its module's place."""
         found = self._found.get((key, target, bound))
-        if found is None or found[1].get(found[2]) is not found[3]:
+        if found is None or not is_still(found):
             found = self._found[key, target, bound] = self._resolve(self.unit(key), target, bound=bound)
         return found
 
@@ -95,7 +100,28 @@ class Library:
             self._importer.register(unit)  # not before: what only runs as a script must find its name free
             module = _load(unit.names[_top_of(unit, parts) if unit.kind == "archive" else unit.name])
         function = _walk(module, parts, where, bound)
-        return function, vars(module), parts[0], vars(module).get(parts[0])
+        first = vars(module).get(parts[0], _MISSING)
+        return function, vars(module), parts[0], first, parts[1:], _raw(first, parts[1:])
+
+
+def is_still(found: Found) -> bool:
+    """Whether a target is what it was. Looks without running anything of the user's."""
+    _, namespace, name, first, rest, raw = found
+    return namespace.get(name) is first and (not rest or (raw is not _MISSING and _raw(first, rest) is raw))
+
+
+def _raw(value: Any, names: list[str]) -> Any:
+    """What classes and modules have under these names, one in the other, as it stands there; else _MISSING."""
+    for name in names:
+        kind = type(value)
+        spaces = map(_CLASS_DICT, _MRO(value)) if issubclass(kind, type) else ()
+        for space in (_MODULE_DICT(value),) if issubclass(kind, _MODULE) else spaces:
+            if name in space:
+                value = space[name]
+                break
+        else:
+            return _MISSING
+    return value
 
 
 def _load(name: str) -> Any:

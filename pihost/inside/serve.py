@@ -203,7 +203,7 @@ class Worker:
         if call[0] == "method":
             return self.library.find(call[2], call[3])
         function = objects.kept.find(call[2])
-        return None if function is None else (function, {}, "", None)
+        return None if function is None else (function, {}, "", None, [], None)
 
     def add_arena(self, number: int, size: int, kept: bool, dropped: list[int]) -> bool:
         try:
