@@ -67,6 +67,7 @@ class IsolatedObject:
         """Let go of the object in the child. Idempotent."""
         number, self._number = self._number, None
         if number is not None and os.getpid() == self._owner:
+            self._connection.streams.discard(number)
             self._connection.released.append(number)  # told with the next call: nothing is sent from a collector
 
     def _live(self) -> int:

@@ -239,8 +239,10 @@ class IsolationOptions:
                          memory, cpus and pids that no group holds are watched instead (docs/platforms.md)
     start_timeout        seconds for create(), None waits without end
     call_timeout         default for calls that give no ``timeout``
-    idle_timeout         seconds without a call after which the child is ended; the next call starts another
-    max_calls            answered calls after which the child is replaced by another
+    idle_timeout         seconds without a call, and without a stream under way, after which the child is ended; the next call
+                         starts another
+    max_calls            answered calls after which the child is replaced by another, once no stream is under way in it (a
+                         stream is one call)
     max_concurrency      calls that run side by side in the child, each in a thread of its own there; what captures its
                          output runs one at a time all the same
     callback_rate        calls of registered callbacks in a second; what is more gets an error in the child

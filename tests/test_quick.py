@@ -177,7 +177,8 @@ PATCHED = """
         Base.of_class = classmethod(lambda cls: "new")
         Base.own = Base.Inner.own = lambda self: "new"
 """
-TARGETS = ("Base.static", "Base.of_class", "Base.own", "Base.Inner.own", "Heir.static", "Heir.of_class", "Heir.own", "plain", "absent")
+METHODS = ("static", "of_class", "own")
+TARGETS = (*(f"{owner}.{name}" for owner in ("Base", "Heir") for name in METHODS), "Base.Inner.own", "plain", "absent")
 
 
 @linux

@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,52 @@ def test_a_child_serves_so_many_calls_and_no_more() -> None:
         pids += [isolator.invoke(os.getpid) and isolator.pid]
         assert (len(set(pids)), isolator.pid, isolator.state) == (2, None, "stopped")
         assert [isolator.invoke(len, "abc") for _ in range(7)] == [3] * 7
+
+
+def _count_calls(_item: int, calls: list[int] = []) -> int:  # noqa: B006 - one list in each child
+    calls.append(1)
+    return len(calls)
+
+
+def test_a_map_goes_on_where_its_child_has_served_enough_calls() -> None:
+    """No call is sent to a child that will not live to answer it."""
+    with ProcessIsolator.create(max_calls=4) as isolator:
+        assert list(isolator.map(_count_calls, range(10))) == [1, 2, 3, 4, 1, 2, 3, 4, 1, 2]
+        isolator.restart()
+        with isolator.map(_count_calls, range(10), in_flight=3) as results:
+            assert next(results) == 1
+            assert isolator.invoke(len, "abc") == 3, "behind those that are under way"
+            assert sorted(results)[-1] == 4
+    with ProcessIsolator.create(max_calls=1) as isolator:
+        assert list(isolator.map(_count_calls, range(3))) == [1, 1, 1]
+
+
+def _count(n: int) -> Iterator[int]:
+    yield from range(n)
+
+
+def test_a_stream_is_one_call_and_is_not_ended_in_the_middle() -> None:
+    """Neither as one call too many, nor as idle while its reader does something else."""
+    with ProcessIsolator.create(max_calls=2) as isolator:
+        first = isolator.pid
+        with isolator.invoke(_count, 10) as stream:
+            assert list(stream) == list(range(10))
+        assert isolator.pid == first, "that was one call"
+        stream = isolator.invoke(_count, 10)
+        assert [isolator.invoke(len, "abc") for _ in range(5)] == [3] * 5
+        assert list(stream) == list(range(10))
+        assert isolator.invoke(len, "abc") == 3
+        assert isolator.pid is None, "these were more than two"
+    with ProcessIsolator.create(idle_timeout=0.1) as isolator:
+        stream = isolator.invoke(_count, 2)
+        time.sleep(0.3)
+        assert next(stream) == 0
+        time.sleep(0.3)
+        assert next(stream) == 1
+        stream.close()
+        assert wait_until(lambda: isolator.pid is None)
+        isolator.invoke(_count, 2)  # nobody holds it
+        assert wait_until(lambda: isolator.pid is None)
 
 
 # --- reasons -------------------------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ __all__ = ["CompileFailed", "Library", "NotFound"]
 IMPORT_HINT = "modules come into the child through import_paths=[...] or modules=[...] at create()"
 
 _MISSING: Any = object()
-_MODULE = type(sys)
+_MODULE: Any = type(sys)
 _FUNCTION: Any = type(lambda: None)
 # What classes and modules are made of, past whatever a metaclass or a subclass has to say to that.
 _MRO: Any = type.__dict__["__mro__"].__get__

@@ -53,6 +53,7 @@ class Connection(Answers):
         super().__init__(link, largest, answer, is_over, make_arenas, shared=shared)
         self.sent: set[str] = set()  # keys of the code that the child has
         self.released: list[int] = []  # objects that nobody holds any more
+        self.streams: set[int] = set()  # generators that somebody holds, and which are not over
         self._stdio, self._displaced = stdio, False
         self._outputs: list[Output] = []  # of the calls under way that are captured, the innermost last
         self._idents: list[int] = []

@@ -35,6 +35,11 @@ class Call(NamedTuple):
     streams: bool
     idempotent: bool
 
+    @property
+    def is_step(self) -> bool:
+        """Whether this asks for an item of a stream: nothing else has both."""
+        return self.only_on is not None and self.check is not None
+
     def close(self) -> None:
         """It will not be tried again: the copies of descriptors that were for the child are closed."""
         if not isinstance(self.body, bytes):

@@ -99,7 +99,7 @@ class Pipeline(Way):
         self._since = time.monotonic()  # when the first of them came to be the first
         self._connection: Connection | None = None
         self._reader = session.keeper.reader
-        self._is_plain = not self._reader.pickled
+        self._is_plain = not self._reader.pickled and session.options.max_calls is None  # which counts each call
         self._error: BaseException | None = None  # of the application's own iterable: raised when it is its turn
         self._broken: ProtocolError | None = None
         self._is_over = False
@@ -132,6 +132,9 @@ class Pipeline(Way):
     def _fetch(self) -> None:
         """Arguments for the calls that are to be sent now. Before anything of the isolator is held: it is foreign code."""
         count = room(len(self._flight), self._size, self._most) - len(self._waiting)
+        if self._session.options.max_calls is not None:
+            under_way = len(self._flight) + len(self._waiting)
+            count = min(count, max(self._session.calls_left() - under_way, not under_way))
         size = self._size
         while count > 0 and self._error is None and (size < _BYTES or not self._waiting):
             try:

@@ -7,6 +7,7 @@ calling thread's; an event loop goes the short one by itself (see ``aio_link``),
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import time
 
@@ -205,7 +206,7 @@ class Session:
                 finally:
                     if counted:
                         keeper.end_call(child)
-                    self._after(child)
+                    self._after(child, call)
         finally:
             keeper.turn.give(caller)
 
@@ -291,7 +292,9 @@ class Session:
                     raise ProtocolError("a generator, where there can be none")
                 connection.released.append(value)
                 raise SerializationError(no_stream(call.returns), direction="from child")
-            if call.check is not None and answer.kind != wire.STREAM:
+            if answer.kind == wire.STREAM:
+                connection.streams.add(value)
+            elif call.check is not None:
                 check_value(value, call.check)
             return value
         except IsolationError as error:
@@ -315,18 +318,28 @@ class Session:
             keeper.turn.give(caller)
             raise IsolatorClosed(_NOT_WANTED)
 
-    def _after(self, child: Child) -> None:
-        """A try is over: that may have been the child's last."""
+    def _after(self, child: Child, call: Call) -> None:
+        """A try is over: that may have been the child's last. A stream is one call, which is over when its last item is."""
         keeper, most = self.keeper, self.options.max_calls
         if most is None:
             return
         with keeper.lock:
-            self._calls, self._caller = self._calls + 1 if self._caller is child else 1, child
-            over = self._calls >= most and keeper.child is child and not child.calls
+            before = self._calls if self._caller is child else 0
+            self._calls, self._caller = before + (not call.is_step), child
+            link = keeper.connection
+            in_use = child.calls or (link is not None and (link.calls or link.streams))
+            over = self._calls >= most and keeper.child is child and not in_use
             if over:
                 keeper.enter_locked("stop")
         if over:
             keeper.end(child, ExitReason.KILLED, f"max_calls={most} calls answered")
+
+    def calls_left(self) -> int:
+        """How many more calls the present child may answer."""
+        if self.options.max_calls is None:
+            return sys.maxsize
+        with self.keeper.lock:
+            return self.options.max_calls - (self._calls if self._caller is self.keeper.child else 0)
 
     # --- from outside -----------------------------------------------------------------------------------------
 

@@ -165,8 +165,8 @@ def _retire(keeper: Keeper, child: Child, why: str) -> bool:
         return False
     try:
         connection = keeper.connection
-        if connection is not None and connection.calls:
-            return False  # of a map whose next result nobody has asked for yet
+        if connection is not None and (connection.calls or connection.streams):
+            return False  # of a map or stream whose next item nobody has asked for yet
         if keeper.child is child and not child.ended:
             keeper.enter("stop")
             keeper.end(child, ExitReason.KILLED, why)
