@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -648,6 +650,27 @@ def test_a_callback_of_on_start_cannot_call_into_the_child() -> None:
         assert len(refused) == 1
         assert "not ready yet" in refused[0]
         assert isolator.invoke(len, "abc") == 3
+
+
+def test_a_handler_of_a_signal_in_the_middle_of_a_call_is_told_so(isolator: ProcessIsolator) -> None:
+    refused: list[str] = []
+
+    def handle(*_args: Any) -> None:
+        with pytest.raises(IsolationError) as caught:
+            isolator.invoke(len, "abc")
+        refused.append(str(caught.value))
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    alarm = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        isolator.invoke(len, "abc")
+        alarm.start()
+        isolator.invoke(time.sleep, 0.6)
+    finally:
+        alarm.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert len(refused) == 1
+    assert "in the middle of a call" in refused[0]
 
 
 def test_what_a_callback_returns_brings_no_code_of_the_application(isolator: ProcessIsolator, plugin: Path) -> None:

@@ -216,13 +216,16 @@ class Session:
         """
         under_way = self._under_way.get(caller)
         child, connection = self.keeper.child, self.keeper.connection
-        if not under_way:
-            raise IsolationError("the child is not ready yet: a callback of on_start cannot call into it")
         if child is None or connection is None:
+            if not under_way:
+                raise IsolationError("the child is not ready yet: a callback of on_start cannot call into it")
             raise IsolatorClosed("the child whose callback this is has ended")
+        if not under_way or not connection.in_callback(caller):
+            raise IsolationError(
+                "this thread is in the middle of a call into that child, and not in a callback of it; a signal's handler "
+                "leaves that to another thread"
+            )
         outer = under_way[-1]
-        if not connection.in_callback(caller):
-            raise IsolationError("this thread is in the middle of a call into that child, and not in a callback of it")
         if outer.deadline is not None and (call.deadline is None or outer.deadline < call.deadline):
             call = call._replace(deadline=outer.deadline, limit=outer.limit)
         if len(under_way) > self.options.callback_depth:
