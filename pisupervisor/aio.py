@@ -294,7 +294,11 @@ class AsyncProcessIsolator:
 
     async def _plain(self, known: Any, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         """A call that the loop may make itself, where the same was made before and nothing stands in its way."""
-        if known in self._known:
+        try:
+            is_known = known in self._known
+        except TypeError:  # no path, no name of a method: which the call itself says better
+            return self._awaited(await self._call(method, *args, **keywords))
+        if is_known:
             sent = self._isolator._session.on_loop(method, args, keywords)
             if sent is not None:
                 return await self._answer(sent)

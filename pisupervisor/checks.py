@@ -70,13 +70,27 @@ def environment(value: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(value, Mapping):
         raise OptionsError(f"environment: expected a mapping, not {value!r}")
     for key, text in value.items():
-        if not (isinstance(key, str) and isinstance(text, str)) or not key or "=" in key or "\0" in key + text:
+        if not _is_variable(key, text):
             raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable")
-        try:
-            os.fsencode(key + text)
-        except UnicodeError:
-            raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable") from None
     return dict(value)
+
+
+def variable_names(value: Any, name: str) -> tuple[str, ...]:
+    names = strings(value, name)
+    for each in names:
+        if not _is_variable(each, ""):
+            raise OptionsError(f"{name}: {each!r} cannot be the name of an environment variable")
+    return names
+
+
+def _is_variable(name: Any, text: Any) -> bool:
+    if not (isinstance(name, str) and isinstance(text, str)) or not name or "=" in name or "\0" in name + text:
+        return False
+    try:
+        os.fsencode(name + text)
+    except UnicodeError:
+        return False
+    return True
 
 
 def log_level(value: str | None) -> str:
@@ -120,10 +134,11 @@ def existing(paths: Any, name: str) -> tuple[str, ...]:
 def bind(entry: Any, name: str) -> tuple[str, str]:
     source, target = entry if isinstance(entry, tuple) and len(entry) == 2 else (entry, None)
     try:
-        source = absolute(os.fspath(source))
-        target = source if target is None else os.path.normpath(os.fspath(target))
-    except TypeError:
+        source, target = path(source, name), target if target is None else os.path.normpath(path(target, name))
+    except OptionsError:
         raise OptionsError(f"{name}: expected a path or (host path, path in the child), not {entry!r}") from None
+    source = absolute(source)
+    target = target or source
     if not os.path.exists(source):
         raise OptionsError(f"{name}: {source} does not exist on the host")
     if not target.startswith("/") or target in _OURS or target.startswith(("/proc/", "/dev/", "//")):
@@ -141,9 +156,9 @@ def rootfs(folder: Any) -> str | None:
 
 
 def overlay(paths: Any) -> tuple[str, ...]:
-    found = tuple(sequence(paths, "overlay"))
+    found = tuple(path(place, "overlay") for place in sequence(paths, "overlay"))
     for place in found:
-        normal = isinstance(place, str) and place.startswith("/") and os.path.normpath(place) == place
+        normal = place.startswith("/") and os.path.normpath(place) == place
         if not normal or place.startswith("//") or "/" + place.split("/")[1] in _NO_OVERLAY or ":" in place:
             raise OptionsError(f"overlay: {place!r} is no folder in the child that can be written to")
         if any(other != place and place.startswith(other + "/") for other in found) or found.count(place) > 1:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from pisupervisor import checks
 from pisupervisor.errors import OptionsError
 from pisupervisor.launch.rootfs import resolve
 from pisupervisor.limits.sizes import parse_size
@@ -47,21 +48,29 @@ def unpack_image(layout: str | os.PathLike[str], folder: str | os.PathLike[str],
     makes it) into ``folder``, which must not exist, or be empty.
 
     All files belong to the caller, with the image's permissions but for setuid and setgid. Raises OptionsError for what is
-    no such image, is damaged or reaches outside, and for more than ``max_size`` bytes; ``folder`` is then removed.
+    no such image, is damaged or reaches outside, and for more than ``max_size`` bytes; ``folder`` is then removed. Also for a
+    ``folder`` that cannot be made, or has something in it, which stays.
     """
-    source, target = os.fspath(layout), os.path.realpath(folder)
+    source, named = checks.path(layout, "layout"), checks.path(folder, "folder")
     if not is_layout(source):
         raise OptionsError(f"{source} is no OCI image layout: it has no oci-layout and index.json")
-    os.makedirs(target, exist_ok=True)
-    if os.listdir(target):
+    try:
+        target = os.path.realpath(named)
+        os.makedirs(target, exist_ok=True)
+        present = os.listdir(target)
+    except OSError as error:
+        raise OptionsError(f"cannot unpack an image into {named}: {error.strerror}") from error
+    if present:
         raise OptionsError(f"{target} is not empty; an image is unpacked into a folder of its own")
     try:
         room = _Room(parse_size(max_size, "max_size"))
         for layer in _manifest(source)["layers"]:
             _apply(source, layer, target, room)
-    except Exception as error:  # whatever a hostile image can provoke in three readers: tar, gzip, JSON
+    except (
+        BaseException
+    ) as error:  # whatever a hostile image can provoke in three readers (tar, gzip, JSON), and Ctrl-C
         shutil.rmtree(target, ignore_errors=True)
-        if isinstance(error, OptionsError):
+        if isinstance(error, OptionsError) or not isinstance(error, Exception):
             raise
         raise OptionsError(f"{source} is no OCI image that can be unpacked: {type(error).__name__}: {error}") from error
 

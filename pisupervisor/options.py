@@ -292,7 +292,8 @@ class IsolationOptions:
         checks.choice(self.network, "network", ("none", "loopback", "host"))
         _store(self, "types", checks.types(self.types, self.results))
         _store(self, "environment", FrozenDict(checks.environment(self.environment)))
-        for name in ("inherit_environment", "preload", "degrade"):
+        _store(self, "inherit_environment", checks.variable_names(self.inherit_environment, "inherit_environment"))
+        for name in ("preload", "degrade"):
             _store(self, name, checks.strings(getattr(self, name), name))
         for module in self.preload:
             if not all(part.isidentifier() for part in module.split(".")):

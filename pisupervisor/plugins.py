@@ -147,7 +147,7 @@ class RootfsHost(ProcessHost):
             raise OptionsError("RootfsHost has its root file system: leave Filesystem(rootfs=...) out")
         if not isinstance(rootfs, (str, os.PathLike)):
             raise OptionsError(f"rootfs: expected the path of a folder, not {rootfs!r}"[:300])
-        self._unpacked: str | None = None
+        self._unpacked: Any = None  # a TemporaryDirectory, which goes also when this host is forgotten
         try:
             filesystem = replace(options.filesystem, rootfs=self._root_of(os.fspath(rootfs)))
             super().__init__(replace(options, filesystem=filesystem))
@@ -161,8 +161,8 @@ class RootfsHost(ProcessHost):
         if is_layout(folder):
             import tempfile
 
-            self._unpacked = tempfile.mkdtemp(prefix="pisupervisor-rootfs-")
-            root = os.path.join(self._unpacked, "rootfs")
+            self._unpacked = tempfile.TemporaryDirectory(prefix="pisupervisor-rootfs-", ignore_cleanup_errors=True)
+            root = os.path.join(self._unpacked.name, "rootfs")
             unpack_image(folder, root)
             return root
         is_bundle = all(os.path.exists(os.path.join(folder, name)) for name in ("config.json", "rootfs"))
@@ -173,11 +173,9 @@ class RootfsHost(ProcessHost):
         self._forget()
 
     def _forget(self) -> None:
-        import shutil
-
         unpacked, self._unpacked = self._unpacked, None
         if unpacked is not None:
-            shutil.rmtree(unpacked, ignore_errors=True)
+            unpacked.cleanup()
 
 
 def _is_outcome(value: Any) -> bool:

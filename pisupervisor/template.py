@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from pisupervisor.errors import OptionsError
 from pisupervisor.launch import templates
@@ -22,15 +23,18 @@ class Template:
     """Keeps the zygote for ``options`` warm while it is open, whether or not an isolator is, and a child of it ready.
 
     Without one, the zygote lives from the first isolator with equal options to the last; a program that creates and
-    closes isolators one after another pays its start (about 30 ms) each time.
+    closes isolators one after another pays its start (about 30 ms) each time. A template lets go by ``close()``, as a
+    context manager, and when it is forgotten.
     """
+
+    _template: templates.Template | None = None
 
     def __init__(self, options: IsolationOptions | None = None, **changes: Any) -> None:
         self.options = chosen(options, changes)
-        self._template: templates.Template | None = templates.acquire(self.options)
+        template = self._template = templates.acquire(self.options)
         from pisupervisor.supervise import spare
 
-        spare.prepare(self._template, self.options)
+        spare.prepare(template, self.options)
 
     def create(self) -> ProcessIsolator:
         """A new isolator from this template."""
@@ -49,6 +53,11 @@ class Template:
 
     def __exit__(self, *_error: object) -> None:
         self.close()
+
+    def __del__(self) -> None:
+        template = self._template
+        if template is not None and template.zygote.owner == os.getpid() and not sys.is_finalizing():
+            self.close()  # the last net, as of an isolator
 
 
 def chosen(options: IsolationOptions | None, changes: dict[str, Any]) -> IsolationOptions:

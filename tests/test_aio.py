@@ -104,6 +104,22 @@ def test_created_in_every_way() -> None:
         asyncio.run(main())
 
 
+def test_what_is_no_path_and_no_name_is_told_as_by_the_plain_class(plugin: Path) -> None:
+    async def main() -> None:
+        wrong: Any = ["x"]
+        async with AsyncProcessIsolator.create() as isolator:
+            for call in (isolator.invoke_method(wrong, "f"), isolator.invoke_method(plugin, wrong)):
+                with pytest.raises(OptionsError, match=r"a path or a module name|no dotted name"):
+                    await call
+            counter = await isolator.create_object(plugin, "Counter", 5)
+            with pytest.raises(OptionsError, match="expected the name of a method"):
+                await counter.invoke(wrong)
+            assert await counter.add() == 6
+
+    with nothing_left():
+        asyncio.run(main())
+
+
 def test_calls_of_all_kinds(plugin: Path, tmp_path: Path) -> None:
     async def main() -> None:
         async with await AsyncProcessIsolator.create() as isolator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import gzip
 import hashlib
 import io
@@ -212,9 +213,57 @@ def test_a_plugin_host_takes_an_image_and_forgets_it(layout: Layout) -> None:
         tar.add(shared(), arcname=".")
     image = layout.image(gzip.compress(buffer.getvalue(), 1), layer(("etc/hostname", b"of-the-image\n")))
     with nothing_left(), RootfsHost(image) as host:
-        unpacked = host._unpacked
-        assert unpacked is not None
+        unpacked = host._unpacked.name
+        assert os.path.exists(unpacked)
         assert host.execute_plugin(Reader(), IsolationContext(arguments=["/etc/hostname"])).result == "of-the-image\n"
     assert not os.path.exists(unpacked)
     with pytest.raises(OptionsError, match="no Python in"):
         RootfsHost(layout.image(layer(("file", b"x"))))
+
+
+@linux
+def test_a_forgotten_plugin_host_takes_its_image_along(layout: Layout) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(shared(), arcname=".")
+    image = layout.image(gzip.compress(buffer.getvalue(), 1))
+
+    def forget() -> str:
+        folder: str = RootfsHost(image)._unpacked.name
+        return folder
+
+    with nothing_left():
+        with pytest.warns(ResourceWarning, match="pisupervisor-rootfs-"):
+            folder = forget()
+        gc.collect()
+    assert not os.path.exists(folder)
+
+
+def test_a_place_for_an_image_that_is_none(layout: Layout, tmp_path: Path) -> None:
+    image = layout.image(layer(("file", b"x")))
+    (tmp_path / "file").write_text("kept")
+    for place in (tmp_path / "file", tmp_path / "file" / "below", "/proc/1/root"):
+        with pytest.raises(OptionsError, match=r"cannot unpack an image into|not empty"):
+            unpack_image(image, place)
+    for wrong in (b"bytes", 5, "a\0b"):
+        with pytest.raises(OptionsError, match="expected a path"):
+            unpack_image(image, wrong)  # type: ignore[arg-type]
+        with pytest.raises(OptionsError, match="expected a path"):
+            unpack_image(wrong, tmp_path / "root")  # type: ignore[arg-type]
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_interrupted_unpacking_leaves_nothing(
+    layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply = module._apply
+
+    def interrupted(*arguments: Any) -> None:
+        apply(*arguments)
+        assert (tmp_path / "root" / "file").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_apply", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        unpack_image(layout.image(layer(("file", b"x"))), tmp_path / "root")
+    assert not (tmp_path / "root").exists()

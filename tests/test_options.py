@@ -117,6 +117,7 @@ def test_every_field_is_documented(kind: Any) -> None:
         ("256M", 256 << 20),
         ("3GB", 3 << 30),
         ("1.5M", 3 << 19),
+        ("9007199254740993", (1 << 53) + 1),
         ("2kib", 2048),
         (" 2 \tMiB\n", 2 << 20),
         ("2B", 2),
@@ -151,6 +152,9 @@ def test_sizes(text: int | str, size: int) -> None:
         "1\u00a0K",
         "1\u212a",
         "1bb",
+        "9" * 400,
+        "9" * 5000,
+        "1." + "9" * 400,
     ],
 )
 def test_what_is_no_size(text: Any) -> None:
@@ -179,7 +183,8 @@ def test_a_limit_that_cannot_be_is_named(name: str, value: Any) -> None:
         ("network", "bridge"), ("results", "json"), ("limits", {"memory": 1}), ("filesystem", []), ("security", "strict"),
         ("restart", "always"), ("debug", 1), ("environment", ["A=B"]), ("environment", {"A": 1}),
         ("environment", {"A=B": "x"}), ("environment", {"": "x"}), ("environment", {"A": "x\0y"}),
-        ("inherit_environment", "PATH"), ("inherit_environment", [""]), ("preload", "json"), ("preload", ["a b"]),
+        ("inherit_environment", "PATH"), ("inherit_environment", [""]), ("inherit_environment", ["\ud800"]),
+        ("inherit_environment", ["A=B"]), ("inherit_environment", ["A\0"]), ("preload", "json"), ("preload", ["a b"]),
         ("preload", ["os; evil"]), ("tenant", 7), ("import_paths", "/usr/lib"), ("import_paths", ["/nowhere/at/all"]),
         ("degrade", ["memroy"]), ("degrade", "memory"), ("start_timeout", -1), ("start_timeout", "5"),
         ("call_timeout", 0), ("log_level", "LOUD"),
@@ -200,6 +205,9 @@ def test_an_option_that_cannot_be_is_named(name: str, value: Any) -> None:
         (Filesystem, "frozen", ["/etc/passwd"]), (Filesystem, "frozen", ["/nowhere/at/all"]), (Filesystem, "frozen", "/usr"),
         (Filesystem, "writable", [("/usr", "relative")]), (Filesystem, "writable", [("/usr", "/proc/self")]),
         (Filesystem, "read_only", [("/usr", "/")]), (Filesystem, "read_only", [("/usr", "/etc")]),
+        (Filesystem, "read_only", [("/usr", "/x\0y")]), (Filesystem, "writable", [("/usr", "/x\ud800")]),
+        (Filesystem, "read_only", [b"/usr"]), (Filesystem, "read_only", [("/usr", b"/x")]), (Filesystem, "read_only", [""]),
+        (Filesystem, "overlay", ["/x\0y"]), (Filesystem, "overlay", ["/x\ud800"]),
         (Filesystem, "read_only", [("/usr", "/a/../etc")]), (Filesystem, "read_only", [("/usr", "/dev/sda")]),
     ],
 )  # fmt: skip
@@ -279,7 +287,7 @@ def test_what_are_no_options_at_all(options: Any) -> None:
 
 NONSENSE = (
     5, -1, 0, "x", "", None, True, [5], [None], {"a": 1}, (1, 2), object(), float("nan"), b"x", "a\0b", ["a\0b"], ["\ud800"],
-    {"A": "\ud800"}, 10**30, -5.5,
+    {"A": "\ud800"}, 10**30, -5.5, "9" * 400, "1." + "9" * 5000, [b"/usr"], [("/usr", b"/x")], [("/usr", 5)], [("/usr",)],
 )  # fmt: skip
 KINDS: tuple[tuple[Any, dict[str, Any]], ...] = (
     (IsolationOptions, {}), (Limits, {}), (Filesystem, {}), (Security, {}), (RestartPolicy, {}), (IsolationEvents, {}),

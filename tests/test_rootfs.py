@@ -113,7 +113,7 @@ def test_places_that_cannot_be_made_are_refused(tree: Path) -> None:
         ({"overlay": ["/tmp/x"]}, "no folder in the child"), ({"overlay": ["/"]}, "no folder in the child"),
         ({"overlay": ["/var/../etc"]}, "no folder in the child"), ({"overlay": ["/a:b"]}, "no folder in the child"),
         ({"overlay": ["/var", "/var"]}, "twice"), ({"overlay": ["/var", "/var/lib"]}, "below"), ({"overlay": "/var"}, "list"),
-        ({"overlay": [5]}, "no folder in the child"), ({"overlay": ["//var"]}, "no folder in the child"),
+        ({"overlay": [5]}, "expected a path"), ({"overlay": ["//var"]}, "no folder in the child"),
     ],
 )  # fmt: skip
 def test_bad_options(wrong: dict[str, Any], says: str) -> None:

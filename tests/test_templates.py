@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -333,6 +335,48 @@ def test_a_template_that_cannot_be_leaves_nothing() -> None:
         for _ in range(3):
             with pytest.raises(OptionsError):
                 Template(python="/nowhere/python")
+
+
+def test_a_forgotten_template_leaves_nothing() -> None:
+    with nothing_left():
+        with Template() as kept:
+            Template()
+            gc.collect()
+            with kept.create() as isolator:
+                assert isolator.run_source("1").value == 1
+        Template()
+        gc.collect()
+
+
+def test_one_that_is_collected_while_it_is_looked_for() -> None:
+    """Its last isolator was forgotten, and goes while keys are compared."""
+    forgotten: list[ProcessIsolator] = []
+
+    class Collecting(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            forgotten.clear()
+            gc.collect()
+            return str.__eq__(self, other)
+
+    with nothing_left():
+        forgotten.append(ProcessIsolator.create(tenant=Collecting("a")))
+        forgotten[0].set_data("me", forgotten[0])
+        with ProcessIsolator.create(tenant=Collecting("a")) as isolator:
+            assert isolator.run_source("1").value == 1
+
+
+@pytest.mark.filterwarnings("ignore::ImportWarning")
+def test_an_application_with_a_module_finder_of_the_old_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Finder:
+        def find_module(self, _name: str, _path: object = None) -> None:
+            return None
+
+    monkeypatch.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+    with nothing_left(), ProcessIsolator.create(tenant="of its own") as isolator:
+        assert isolator.invoke(lambda: 6 * 7) == 42
 
 
 def test_after_close() -> None:

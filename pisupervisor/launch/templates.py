@@ -170,8 +170,11 @@ def acquire(options: IsolationOptions) -> Template:
     table, key = _own_table(), template_key(options)
     with table.lock:
         template = table.templates.get(key)
-        if template is None:
-            template = table.templates[key] = Template(options)
+        if template is not None:
+            template.users += 1
+            if not template.closed:  # as when its last isolator was forgotten, and collected while keys were compared
+                return template
+        template = table.templates[key] = Template(options)
         template.users += 1
         return template
 
@@ -240,7 +243,8 @@ def _program(options: IsolationOptions) -> tuple[bytes, Answers | None]:
 def _cloudpickle_folder() -> str | None:
     """Where it is installed, without importing it, nor importlib.util."""
     for finder in sys.meta_path:
-        spec = finder.find_spec("cloudpickle", None)
+        find_spec = getattr(finder, "find_spec", None)  # those of an application may be of the old kind, which has none
+        spec = None if find_spec is None else find_spec("cloudpickle", None)
         if spec is not None:
             return os.path.dirname(spec.origin) if spec.origin else None
     return None

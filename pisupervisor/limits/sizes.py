@@ -6,6 +6,7 @@ from pisupervisor.errors import OptionsError
 
 _SPACE = " \t\n\r\f\v"
 _FACTOR = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_LONGEST = 40  # characters of a number: int() refuses thousands, float() makes them infinite
 _MAX = 1 << 62  # the kernel's counters are signed 64-bit pages at the most
 
 
@@ -35,6 +36,6 @@ def _parse(text: str) -> int | None:
     unit = text[-1:] if text[-1:] in _FACTOR else ""
     number = text.removesuffix(unit).rstrip(_SPACE)
     whole, point, part = number.partition(".")
-    if not whole.isdigit() or (point and not part.isdigit()):
+    if not whole.isdigit() or (point and not part.isdigit()) or len(number) > _LONGEST:
         return None
-    return int(float(number) * _FACTOR[unit])
+    return int(float(number) * _FACTOR[unit]) if point else int(whole) * _FACTOR[unit]
