@@ -59,7 +59,8 @@ class Quick:
                 end = at + wire.HEADER.size + length
                 if word == _CALL_WORD and end <= len(data):
                     found = known.get(bytes(data[at + _CALL.size : start]))
-                    if found is not None and is_still(found):
+                    # Most have no name below the first: one call less.
+                    if found and found[1].get(found[2]) is found[3] and (not found[4] or is_still(found)):
                         link.at = end
                         if host is not None:
                             host.call_id = ident
