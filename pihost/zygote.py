@@ -46,7 +46,7 @@ _FIRST_IDLE_AFTER = 30  # the first child starts and answers in less, and shall 
 
 
 def main(control: int, host: int) -> None:
-    """Become a zygote: read the template plan, preload, say ready, serve until the host is gone."""
+    """Become a zygote: read the template plan, preload, serve until the host is gone. It says a word only where it cannot."""
     syscalls.close_range(max(control, host) + 2, syscalls.LAST_FD)  # the next is the lifeline: its hangup is a SIGKILL
     sock = _socket.socket(fileno=control)
     data = await_plan(control, host)
@@ -230,7 +230,7 @@ class Zygote:
             step = "id maps"
             map_ids(pid, plan)
             os.write(say_go, b"1")
-        except (OSError, PlanError, BrokenPipeError) as error:
+        except (OSError, PlanError) as error:
             tell(status, StepFailed(step, error).report())
         if pid > 0:
             tell(status, {"launched": pid}, pidfd, far_link)

@@ -25,6 +25,7 @@ from pisupervisor.aio_objects import (
 )
 from pisupervisor.aio_workers import Workers, run_in
 from pisupervisor.callbacks import is_coroutine_function
+from pisupervisor.control import Master
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.serializer import build
@@ -46,7 +47,7 @@ _KNOWN = 1000
 _within: ContextVar[int] = ContextVar("_within", default=0)  # the caller whose callback this is
 
 
-class AsyncProcessIsolator:
+class AsyncProcessIsolator(Master):
     """One confined child and the calls into it, from coroutines of one event loop at a time. Made by ``await create()``, or
     ``async with create()``.
 
@@ -85,11 +86,6 @@ class AsyncProcessIsolator:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}: {self._isolator._keeper.state}>"
-
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            f"a {type(self).__name__} is one child's master: it cannot be copied, pickled, or sent to a child"
-        )
 
     def __del__(self) -> None:
         """The last net: nobody called close(). The child ends with the isolator in here."""

@@ -5,13 +5,23 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from typing import Any
 
     from pisupervisor.results import Applied, ExitInfo, SystemCall, Usage
     from pisupervisor.supervise.keeper import Keeper
     from pisupervisor.supervise.lifecycle import State
 
 
-class Control:
+class Master:
+    """Of one child, of which there is no copy."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            f"a {type(self).__name__} is one child's master: it cannot be copied, pickled, or sent to a child"
+        )
+
+
+class Control(Master):
     """The half of ``ProcessIsolator`` that is no call."""
 
     _keeper: Keeper

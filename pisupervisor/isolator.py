@@ -400,11 +400,6 @@ class ProcessIsolator(Control):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}: {self._keeper.state}>"
 
-    def __reduce__(self) -> Any:
-        raise TypeError(
-            f"a {type(self).__name__} is one child's master: it cannot be copied, pickled, or sent to a child"
-        )
-
     def __enter__(self) -> ProcessIsolator:
         return self
 
@@ -415,7 +410,7 @@ class ProcessIsolator(Control):
 
     def __del__(self) -> None:
         keeper = getattr(self, "_keeper", None)
-        if keeper is None or keeper.closed.is_set() or sys.is_finalizing():
+        if keeper is None or (keeper.is_given_back and self._crew is None) or sys.is_finalizing():
             return  # when the application ends, all children end with it
-        keeper.abandon()  # the last net: nobody called close()
+        keeper.abandon()  # the last net: nobody called close(), or what it did was interrupted
         self._close_crew()

@@ -51,6 +51,26 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
+@pytest.mark.linux
+def test_an_answer_that_comes_too_late_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = doctor_lab.Plain()
+    try:
+        assert plain.run("got = ['first']") == ["first"]
+        monkeypatch.setattr(doctor_lab, "_PATIENCE", 0.1)
+        with pytest.raises(doctor_lab.ProbeFailed, match="no answer"):
+            plain.run("import time; time.sleep(0.3); got = ['late']")
+        monkeypatch.setattr(doctor_lab, "_PATIENCE", 10.0)
+        assert plain.run("got = ['second']") == ["second"]
+        with pytest.raises(doctor_lab.ProbeFailed, match="in the control: ValueError"):
+            plain.run("raise ValueError('x')")
+        plain.process.kill()
+        plain.process.wait()
+        with pytest.raises(doctor_lab.ProbeFailed, match="has ended"):
+            plain.run("got = []")
+    finally:
+        plain.close()
+
+
 # --- this host -------------------------------------------------------------------------------------------------------
 
 

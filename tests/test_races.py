@@ -23,6 +23,7 @@ from helpers import (
     nothing_left,
     open_fds,
     sleeps,
+    spare_is_there,
     state_of,
     wait_until,
     zygote_of,
@@ -43,6 +44,7 @@ from pisupervisor import (
     RestartLimitReached,
     RestartPolicy,
     Security,
+    Template,
 )
 from pisupervisor.launch import zygote as zygote_module
 from pisupervisor.limits import freezer
@@ -750,7 +752,58 @@ def test_an_interrupted_close_is_completed_by_the_next(monkeypatch: pytest.Monke
         isolator.close()
 
 
-def _interrupted(_self: object) -> None:
+@pytest.mark.parametrize(("kind", "name"), [(Crew, "close"), (Keeper, "bury")])
+@pytest.mark.parametrize("more", [{}, {"idle_timeout": 60}], ids=str)
+def test_an_interrupted_close_is_completed_when_the_isolator_is_forgotten(
+    monkeypatch: pytest.MonkeyPatch, kind: type, name: str, more: dict[str, Any]
+):
+    """The child's group and descriptors stayed for as long as the application lived."""
+
+    def application() -> None:
+        with monkeypatch.context() as patch, suppress(KeyboardInterrupt), ProcessIsolator.create(**more) as isolator:
+            assert isolator.submit(int, "7").result() == 7
+            patch.setattr(kind, name, _interrupted)
+
+    with nothing_left():
+        application()
+
+
+def test_an_interrupted_request_for_a_spare_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch):
+    with nothing_left(), Template() as template:
+        with ProcessIsolator.create() as isolator:
+            isolator.invoke(len, "abc")
+            with monkeypatch.context() as patch:
+                patch.setattr(Child, "request", _interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    isolator.close()
+        template.create().close()
+        assert wait_until(spare_is_there)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ESRCH, "no such process"), KeyboardInterrupt()], ids=repr)
+def test_a_zygote_that_is_lost_as_soon_as_it_is_there(monkeypatch: pytest.MonkeyPatch, error: BaseException):
+    def fail(*_: object) -> None:
+        raise error
+
+    with nothing_left():
+        with monkeypatch.context() as patch:
+            patch.setattr(zygote_module, "_kill_at_hangup", fail)
+            with pytest.raises(LaunchError if isinstance(error, OSError) else KeyboardInterrupt):
+                ProcessIsolator.create()
+        ProcessIsolator.create().close()
+
+
+def test_a_process_that_ends_between_a_look_and_its_kill(monkeypatch: pytest.MonkeyPatch):
+    """And that somebody else reaps, as an application may which ignores SIGCHLD."""
+    pid = os.posix_spawn("/bin/true", ["true"], {})
+    pidfd = os.pidfd_open(pid)
+    os.waitpid(pid, 0)
+    monkeypatch.setattr(zygote_module, "has_ended", lambda *_: False)
+    zygote_module.end_process(pidfd, 0.0)
+    os.close(pidfd)
+
+
+def _interrupted(*_arguments: object, **_keywords: object) -> None:
     raise KeyboardInterrupt
 
 

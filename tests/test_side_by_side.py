@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -411,3 +412,22 @@ def test_exit_waits_for_all() -> None:
 def test_what_is_no_number_of_calls(wrong: Any) -> None:
     with pytest.raises(OptionsError, match="max_concurrency"):
         ProcessIsolator.create(max_concurrency=wrong)
+
+
+def test_a_call_for_which_there_is_no_thread(tmp_path: Path) -> None:
+    """It is told so, and what came with it does not stay in the child."""
+    (tmp_path / "lacking.py").write_text(
+        "import _thread\n"
+        "start, left = _thread.start_new_thread, [3]\n"
+        "def refuse(*arguments):\n"
+        "    if left[0]:\n"
+        "        left[0] -= 1\n"
+        "        raise RuntimeError('no more')\n"
+        "    return start(*arguments)\n"
+        "_thread.start_new_thread = refuse\n"
+    )
+    with ProcessIsolator.create(max_concurrency=2, import_paths=[tmp_path], preload=["lacking"]) as isolator:
+        for _ in range(3):
+            with pytest.raises(RemoteError, match="no thread for the call"):
+                isolator.run_source("1")
+        assert isolator.run_source("import os; len(os.listdir('/proc/self/fd'))").value == 5  # and that of the list

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import os
 from collections import deque
 
 from pihost import wire
@@ -100,7 +101,10 @@ class Threads:
             self._count -= 1
             if self._count or not self._jobs:
                 return
-            (_kind, ident, _body), *_rest = self._jobs.pop()
+            (_kind, ident, _body), fds, released = self._jobs.pop()
+        self._worker.released += released
+        for fd in fds:
+            os.close(fd)
         said = raised.describe_exception(RuntimeError(f"no thread for the call ({error}): see Limits.pids"), ())
         self._worker.link.send(wire.RAISED, ident, [dump(said)])
 

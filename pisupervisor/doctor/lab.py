@@ -32,12 +32,13 @@ _INSIDE = "/doctor"  # where the child sees what the probes need
 _SERVER = """
 import json, sys
 for line in sys.stdin:
-    names = {}
+    number, source = json.loads(line)
+    names, answer = {}, {"number": number}
     try:
-        exec(json.loads(line), names)
-        answer = {"got": names["got"]}
+        exec(source, names)
+        answer["got"] = names["got"]
     except BaseException as error:
-        answer = {"error": repr(error)}
+        answer["error"] = repr(error)
     print(json.dumps(answer), flush=True)
 """
 
@@ -51,27 +52,34 @@ class Plain:
 
     def __init__(self) -> None:
         command = [sys.executable, "-I", "-S", "-c", _SERVER]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        self.process = subprocess.Popen(  # unbuffered: a line that is there is seen by poll
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0
         )
+        self._asked = 0
 
     def run(self, source: str) -> Any:
         """What ``source`` leaves in ``got``. Raises ProbeFailed."""
-        reader, writer = self.process.stdout, self.process.stdin
-        assert reader is not None
-        assert writer is not None
+        assert self.process.stdin is not None
+        self._asked += 1
         try:
-            writer.write(json.dumps(source) + "\n")
-            writer.flush()
+            self.process.stdin.write(json.dumps([self._asked, source]).encode() + b"\n")
         except BrokenPipeError:
             raise ProbeFailed("the control's interpreter has ended") from None
-        poll = select.poll()  # not select: it refuses fds from 1024 on
-        poll.register(reader, select.POLLIN)
-        line = reader.readline() if poll.poll(_PATIENCE * 1000) else ""
-        answer = json.loads(line or '{"error": "no answer"}')
+        answer = self._answer()
         if "error" in answer:
             raise ProbeFailed(f"in the control: {answer['error']}")
         return answer["got"]
+
+    def _answer(self) -> dict[str, Any]:
+        """To what was asked last: what comes too late for another is passed over."""
+        assert self.process.stdout is not None
+        poll, until = select.poll(), time.monotonic() + _PATIENCE  # not select: it refuses fds from 1024 on
+        poll.register(self.process.stdout, select.POLLIN)
+        while poll.poll(max(0.0, until - time.monotonic()) * 1000) and (line := self.process.stdout.readline()):
+            answer: dict[str, Any] = json.loads(line)
+            if answer["number"] == self._asked:
+                return answer
+        return {"error": "no answer"}
 
     def close(self) -> None:
         self.process.kill()

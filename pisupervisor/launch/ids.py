@@ -94,7 +94,7 @@ class IdBlock:
         )
 
     def take(self) -> int:
-        """An id that no living child has. Raises LaunchError when all 65536 are in use."""
+        """An id that no living child has. Raises LaunchError when all of the block are in use."""
         with self._lock:
             for _ in range(self._size):
                 candidate = self.base + self._next

@@ -12,10 +12,6 @@ from pisupervisor.launch.interpreter import Interpreter
 from pisupervisor.launch.root import OURS, child_mounts, import_paths, template_root
 from pisupervisor.options import IsolationOptions
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    pass
-
 #: namespaces entered by clone3 at once; cgroup and time are entered later (see pihost.confine), the network's is made
 #: ahead by the zygote
 CLONE_FLAGS = {

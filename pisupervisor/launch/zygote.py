@@ -47,7 +47,7 @@ class Zygote:
         """Start the interpreter. It waits for its plan (see ``prepare``), so that its wake-up costs nobody time."""
         _ensure_compiled()
         self.owner = os.getpid()
-        self.pid = 0
+        self.pid, self.pidfd = 0, -1
         try:
             host, ours, theirs, self._lifeline, lifeline_theirs = _ends()
         except OSError as error:
@@ -56,11 +56,15 @@ class Zygote:
             self.pid = _spawn(python, theirs.fileno(), host, lifeline_theirs.fileno())
             self.pidfd = os.pidfd_open(self.pid)
             _kill_at_hangup(lifeline_theirs, self.pid)
-        except OSError as error:
+        except BaseException as error:
             ours.close()
             self._lifeline.close()
+            if self.pidfd >= 0:
+                os.close(self.pidfd)
             if self.pid:
                 _end_unseen(self.pid)
+            if not isinstance(error, OSError):
+                raise
             raise LaunchError(f"{python} does not start: {error.strerror}", step="zygote", errno=error.errno) from error
         finally:
             theirs.close()
@@ -205,12 +209,20 @@ def host_failure(error: OSError) -> LaunchError:
 def end_process(pidfd: int, grace: float) -> None:
     """Wait for a child process of ours to end, kill it after ``grace`` seconds, reap it if nobody else did."""
     if not has_ended(pidfd, grace):
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        send_kill(pidfd)
         has_ended(pidfd, _GRACE)
     try:
         os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOHANG)  # by number it might be another child by now
     except ChildProcessError:
         pass  # the application ignores SIGCHLD or reaps everything: the status is not ours to have
+
+
+def send_kill(pidfd: int) -> None:
+    """SIGKILL, and nothing where it is dead already."""
+    try:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
 
 
 def has_ended(pidfd: int, timeout: float = 0.0) -> bool:
@@ -221,7 +233,7 @@ def has_ended(pidfd: int, timeout: float = 0.0) -> bool:
 
 
 def _end_unseen(pid: int) -> None:
-    """End a child process of ours of which no pidfd could be had."""
+    """End a child process of ours that nobody has seen yet."""
     try:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)

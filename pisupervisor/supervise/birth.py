@@ -15,13 +15,13 @@ from pihost import wire
 from pisupervisor.errors import LaunchError
 from pisupervisor.launch import attest, planning, requirements
 from pisupervisor.launch.templates import Template
-from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended, host_failure
+from pisupervisor.launch.zygote import Zygote, deadline_left, failure, has_ended, host_failure, send_kill
 from pisupervisor.limits import cgroups, rlimits
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, ExitReason
 from pisupervisor.supervise import groups, metrics
 from pisupervisor.supervise.output import OutputPipes, StderrTail
-from pisupervisor.supervise.reports import Reports, send_kill
+from pisupervisor.supervise.reports import Reports
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import time
 
 from pisupervisor.errors import IsolationError, LaunchError
 from pisupervisor.launch.templates import Template
-from pisupervisor.launch.zygote import has_ended, host_failure
+from pisupervisor.launch.zygote import has_ended, host_failure, send_kill
 from pisupervisor.limits import cgroups
 from pisupervisor.limits.freezer import Freezer, make_freezer
 from pisupervisor.options import IsolationOptions
@@ -20,7 +20,6 @@ from pisupervisor.supervise import groups, metrics
 from pisupervisor.supervise.birth import LAUNCH_GRACE, Birth
 from pisupervisor.supervise.exits import explain_exit, limits_matter
 from pisupervisor.supervise.output import Line
-from pisupervisor.supervise.reports import send_kill
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -304,9 +304,14 @@ class Keeper:
         if self._watch is not None:
             self._watch.wake()
 
+    @property
+    def is_given_back(self) -> bool:
+        """Whether a ``close`` has come to its end."""
+        return self.closed.is_set() and self.child is None and self._template is None
+
     def abandon(self) -> None:
         """What is left of ``close`` for the garbage collector."""
-        if self._watch is not None and os.getpid() == self.owner:
+        if self._watch is not None and os.getpid() == self.owner and not self.closed.is_set():
             self._watch.abandon()
         else:
             self.close()

@@ -4,14 +4,13 @@ for is taken from it (see ``launch.zygote.failure`` and ``exits.explain_exit``).
 
 from __future__ import annotations
 
-import _signal as signal
 import _socket as socket
 import os
 import select
 import struct
 import time
 
-from pisupervisor.launch.zygote import has_ended
+from pisupervisor.launch.zygote import has_ended, send_kill
 from pisupervisor.link import jsontext
 
 TYPE_CHECKING = False
@@ -87,11 +86,3 @@ class Reports:
             os.close(fd)
         self.known.update(message or {})
         return message is not None
-
-
-def send_kill(pidfd: int) -> None:
-    """SIGKILL, and nothing where it is dead already."""
-    try:
-        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

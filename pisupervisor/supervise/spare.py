@@ -53,9 +53,11 @@ def prepare(template: Template, options: IsolationOptions, *, when_idle: bool = 
         return
     try:
         child.request(when_idle=when_idle, deadline=0.0)
-    except (IsolationError, OSError):
+    except BaseException as error:
         with template.lock:
             template.spare = None
+        if not isinstance(error, (IsolationError, OSError)):
+            raise  # by a signal's handler
 
 
 def take(template: Template, options: IsolationOptions, deadline: float | None) -> Child | None:
