@@ -7,7 +7,7 @@
       | RELEASE id n, numbers of objects --->|   (no answer; they are kept no longer)
       | CALL    id n, what to run ---------->|   (with it the pipes for its stdout and stderr, if it is captured)
       | INNER   id n, id m, what to run ---->|   (a call that the callback of call m makes)
-      | <-- CALLBACK, CALLBACK_RAW, CALLBACK_MAPPED  id m, a name and arguments: for a function of the host
+      | <-- CALLBACK, CALLBACK_RAW, CALLBACK_MAPPED, RAW_MAPPED  id m, a name and arguments: for a function of the host
       | ANSWER  id m ----------------------->|   before it, other calls may be made and answered in turn
       | <------------------------- ROOM    id n, bytes needed: for a big answer that has no arena to lie in
       | ANSWER  id n, number and size ------>|   an arena's descriptor rides on it; or a single byte: there is none
@@ -19,8 +19,8 @@ Descriptors ride on STDIO, CALL, INNER and ANSWER, where their kind says so (RID
 A frame is a 16-byte header (magic, version, kind, id, length; little endian) and ``length`` bytes, 1 at the least.
 Host to child the body is a pickle: the host is trusted. Child to host it is never one, unless the caller asked for
 ``results="pickle"``: PICKLED is a packed value (see ``pack_value``) with a pickle in the place of the text, RESULT is a
-packed value, MAPPED either whose buffers lie in an arena (see ``place``; CALLBACK_MAPPED is a CALLBACK likewise), STREAM
-the number of a generator, RAISED and REFUSED are JSON.
+packed value, MAPPED either whose buffers lie in an arena (see ``place``; CALLBACK_MAPPED is a CALLBACK and RAW_MAPPED a
+CALLBACK_RAW likewise), STREAM the number of a generator, RAISED and REFUSED are JSON.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ MAX_BUFFERS = 1000  #: binary buffers beside the text of one value
 CODE, CALL, INNER, EXIT, STDIO, RELEASE, ANSWER = 1, 2, 3, 4, 5, 6, 7
 RIDING = 32  #: added to the kind of a frame with which descriptors come
 READY, RESULT, PICKLED, RAISED, REFUSED, PIECE, CALLBACK, CALLBACK_RAW, STREAM = 64, 65, 66, 67, 68, 69, 70, 71, 72
-MAPPED, ROOM, CALLBACK_MAPPED = 73, 74, 75
-FROM_CHILD = frozenset(range(READY, CALLBACK_MAPPED + 1))
+MAPPED, ROOM, CALLBACK_MAPPED, RAW_MAPPED = 73, 74, 75, 76
+FROM_CHILD = frozenset(range(READY, RAW_MAPPED + 1))
 
 # An arena is memory that both sides see, made and sealed by the host. Its first byte says who has it: FREE means the
 # side that writes, LENT the side that reads. What is in it begins after ARENA_HEADER, in order, aligned to ARENA_ALIGN.

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     Dump = Callable[[Any], bytes]
 
 _VALUE, _RAW, _FAILED, _UNKNOWN = b"\0", b"\1", b"\2", b"\3"
+_MAPPED = (wire.CALLBACK_MAPPED, wire.RAW_MAPPED)  # what it is about lies in an arena
+_BYTES = (wire.CALLBACK_RAW, wire.RAW_MAPPED)  # bytes in, bytes out
 IMPORT = "\0import"  # see pihost.inside.asking
 _LOGS = 10.0  # tracebacks of failed callbacks in a second
 _LOGGED = 16 << 10  # characters of one
@@ -77,12 +79,12 @@ class Callbacks:
         """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
         refusal = self._refusal(kind, body)  # before anything is decoded: that is what costs
         if refusal is not None:
-            if kind == wire.CALLBACK_MAPPED and arenas is not None:
+            if kind in _MAPPED and arenas is not None:
                 with arenas().reading(body):
                     pass  # not looked at, but the arena is the child's again
             return _FAILED + refusal.encode()
         try:
-            if kind == wire.CALLBACK_MAPPED and arenas is not None:
+            if kind in _MAPPED and arenas is not None:
                 with arenas().reading(body) as (text, buffers):
                     name, args, kwargs = _request(kind, text, buffers, self._reader)
             else:
@@ -92,7 +94,7 @@ class Callbacks:
         except SerializationError as error:  # no numpy here, a decoder of the application's that raised ...
             self._log("reading what a callback was called with", error)
             return _FAILED + b"the host cannot read these arguments"
-        if name == IMPORT and self._modules is not None and kind == wire.CALLBACK_RAW:
+        if name == IMPORT and self._modules is not None and kind in _BYTES:
             return self._source(args)
         entry = self._functions.get(name)
         if entry is None:
@@ -100,7 +102,7 @@ class Callbacks:
         function, expose_errors = entry
         try:
             value = function(*args, **kwargs)
-            return _raw(value) if kind == wire.CALLBACK_RAW else _VALUE + self._dump(value)
+            return _raw(value) if kind in _BYTES else _VALUE + self._dump(value)
         except Exception as error:
             self._log(f"the callback {name!r}", error)
             return _FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
@@ -170,7 +172,7 @@ class _Bucket:
 def _size(kind: int, body: bytes) -> int:
     """What it costs to read a request, as it says itself. Raises ProtocolError."""
     try:
-        return len(body) + (sum(wire.unpack_mapped(body)[2]) if kind == wire.CALLBACK_MAPPED else 0)
+        return len(body) + (sum(wire.unpack_mapped(body)[2]) if kind in _MAPPED else 0)
     except wire.BadFrame as error:
         raise _unreadable(error) from None
 
@@ -185,7 +187,7 @@ def _request(
     from pisupervisor.link.serializer import decode
 
     try:
-        if kind == wire.CALLBACK_RAW:
+        if kind in _BYTES:
             name, args, kwargs = decode(text, []), [bytes(part) for part in buffers], {}
         else:
             name, args, kwargs = decode(text, buffers, reader=reader)

@@ -679,6 +679,7 @@ def test_what_lies_in_an_arena_counts_for_a_callback() -> None:
 
 
 @linux
+@pytest.mark.parametrize(("kind", "text"), [("CALLBACK_MAPPED", '["f",[],{}]'), ("RAW_MAPPED", '"f"')])
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -687,16 +688,16 @@ def test_what_lies_in_an_arena_counts_for_a_callback() -> None:
         ("wire.pack_mapped(number, text, [8])", "has made 0 bytes"),
     ],
 )  # fmt: skip
-def test_lies_about_what_a_callback_is_called_with(body: str, message: str) -> None:
+def test_lies_about_what_a_callback_is_called_with(body: str, message: str, kind: str, text: str) -> None:
     source = f"""
         from pihost import wire
         from pihost.inside import arenas, callbacks
 
         def lie():
-            text = b'["f",[],{{}}]'
+            text = b'{text}'
             number = callbacks.host.ask_for_room(200_000)[0]
             number = int.from_bytes(number[:8], "little")
-            callbacks.host._ask(wire.CALLBACK_MAPPED, {body})
+            callbacks.host._ask(wire.{kind}, {body})
         """
     with ProcessIsolator.create(callback_bytes=None) as isolator, tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), "liar.py", source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import functools
 import logging
 import os
@@ -597,13 +598,33 @@ def test_requests_of_no_call_are_refused(isolator: ProcessIsolator) -> None:
 def test_large_arguments_and_too_large_ones(isolator: ProcessIsolator, plugin: Path) -> None:
     isolator.register_callback("size", lambda *parts: len(parts[0]))
     isolator.register_callback("same", lambda part: part)
+    isolator.register_callback("joined", lambda *parts: b"".join(parts))
     assert isolator.invoke_method(plugin, "ask", "size", b"x" * 2_000_000) == 2_000_000
     assert isolator.invoke_method(plugin, "ask_raw", "same", b"x" * 3_000_000) == b"x" * 3_000_000
     assert isolator.invoke_method(plugin, "ask", "size", b"x" * (5 << 20)) == 5 << 20
-    for name, large in (("ask", "x" * (5 << 20)), ("ask_raw", b"x" * (5 << 20))):  # what no arena takes
+    pid = isolator.pid
+    for part in (b"x" * (5 << 20), bytearray(20 << 20), array.array("d", [1.0]) * (1 << 20)):
+        assert isolator.invoke_method(plugin, "ask_raw", "same", part) == bytes(part)
+    assert isolator.invoke_method(plugin, "ask_raw", "joined", b"", b"y" * 200_000, b"z") == b"y" * 200_000 + b"z"
+    for name, large in (("ask", "x" * (5 << 20)), ("ask_raw", b"x" * (70 << 20))):  # what no arena takes
         with pytest.raises(ValueError, match="send them in parts"):
             isolator.invoke_method(plugin, name, "size", large)
     assert isolator.invoke_method(plugin, "down", 0) == 0
+    assert isolator.pid == pid
+
+
+def test_what_cannot_be_asked_raises_in_the_child_that_asks_it(isolator: ProcessIsolator, plugin: Path) -> None:
+    """And does not end it: to the host that would be a broken protocol."""
+    isolator.register_callback("joined", lambda *parts: b"".join(parts))
+    pid = isolator.pid
+    assert len(isolator.invoke_method(plugin, "ask_raw", "joined", *[b"x"] * wire.MAX_BUFFERS)) == wire.MAX_BUFFERS
+    for parts, kind in (
+        (["joined", *[b"x"] * (wire.MAX_BUFFERS + 1)], ValueError), (["\ud800", b"x"], UnicodeEncodeError),
+        ([5, b"x"], TypeError), (["joined", "text"], TypeError),
+    ):  # fmt: skip
+        with pytest.raises(kind):
+            isolator.invoke_method(plugin, "ask_raw", *parts)
+    assert isolator.pid == pid
 
 
 def test_the_time_of_the_outer_call_is_the_most_that_an_inner_one_gets(isolator: ProcessIsolator, plugin: Path) -> None:

@@ -51,23 +51,31 @@ class Host:
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_owner()
-        if not isinstance(name, str):
-            raise TypeError(f"call_host: the name of a function of the host is text, not {type(name).__name__}")
+        _check_name(name)
         try:
             text, buffers = encode.encode([name, list(args), kwargs], self._limit)
         except encode.NotData as error:
             where = str(error).replace("result[1]", "args", 1).replace("result[2]", "kwargs", 1)
             raise TypeError(f"arguments of call_host({name!r}): {where}") from None
+        return self._ship(text, buffers, wire.CALLBACK, wire.CALLBACK_MAPPED)
+
+    def call_raw(self, name: str, parts: tuple[bytes, ...]) -> bytes:
+        self._check_owner()
+        _check_name(name)
+        name.encode()  # as the host will read it
+        if len(parts) > wire.MAX_BUFFERS:
+            raise ValueError(f"call_host_raw: {len(parts)} parts are more than {wire.MAX_BUFFERS}; join some")
+        views = [memoryview(part).cast("B") for part in parts]
+        answer: bytes = self._ship(dump(name), views, wire.CALLBACK_RAW, wire.RAW_MAPPED)
+        return answer
+
+    def _ship(self, text: bytes, buffers: list[Any], plain: int, mapped: int) -> Any:
         if buffers:  # an arena takes them, but not this; and one that was marked as lent must be sent
             _check_size(len(text) + 8 * len(buffers) + 16)
         from pihost.inside import arenas  # which speaks with the host through this module
 
         kind, parts = arenas.ship(text, buffers)
-        return self._ask(wire.CALLBACK if kind == wire.RESULT else wire.CALLBACK_MAPPED, parts)
-
-    def call_raw(self, name: str, parts: tuple[bytes, ...]) -> bytes:
-        answer: bytes = self._ask(wire.CALLBACK_RAW, wire.pack_value(dump(str(name)), list(parts)))
-        return answer
+        return self._ask(plain if kind == wire.RESULT else mapped, parts)
 
     def ask_for_room(self, size: int) -> tuple[bytes, list[int]]:
         """What the host says, and the descriptors that ride on it."""
@@ -101,6 +109,11 @@ class Host:
                 continue
             self._serve_one(frame)
             self.call_id = own
+
+
+def _check_name(name: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"call_host: the name of a function of the host is text, not {type(name).__name__}")
 
 
 def _check_size(size: int) -> None:

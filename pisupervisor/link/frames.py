@@ -22,7 +22,7 @@ _RESULT_WORD = wire.MAGIC | wire.VERSION << 16 | wire.RESULT << 24
 _PLAIN_SIZE = _PLAIN.size
 _COUNTS = struct.Struct("<II")
 READ = 1 << 16
-QUESTIONS = frozenset((wire.CALLBACK, wire.CALLBACK_RAW, wire.CALLBACK_MAPPED, wire.ROOM))
+QUESTIONS = frozenset((wire.CALLBACK, wire.CALLBACK_RAW, wire.CALLBACK_MAPPED, wire.RAW_MAPPED, wire.ROOM))
 
 
 class Answer(NamedTuple):
