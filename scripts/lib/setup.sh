@@ -1,4 +1,4 @@
-# Sourced by scripts/test, scripts/demo and scripts/bench: everything between a bare Debian 12 and a working .venv.
+# Sourced by all that is in scripts/: everything between a bare Debian 12 and a working .venv.
 # Needs no network but apt and pip, and names no mirror: both are used as the machine has them configured.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
