@@ -100,6 +100,24 @@ def test_after_an_exit_calls_are_refused_until_restart(plugin: Path) -> None:
         assert isolator.invoke(len, "abc") == 3
 
 
+@pytest.mark.parametrize("before", ["retired", "crashed", "stubborn"])
+def test_that_is_so_wherever_the_child_was_in_its_life(plugin: Path, before: str) -> None:
+    """Also where there was none at that moment, and where it had to be killed."""
+    with nothing_left(), ProcessIsolator.create(max_calls=1 if before == "retired" else None) as isolator:
+        if before == "crashed":
+            with pytest.raises(ChildTerminated):
+                isolator.invoke(os._exit, 3)
+        else:
+            isolator.invoke_method(plugin, *(("hang_at_exit",) if before == "stubborn" else ("at_exit", "x")))
+        isolator.exit(timeout=0.2)
+        for _ in range(2):
+            with pytest.raises(IsolatorClosed, match=r"exit\(\) was called.*restart\(\)"):
+                isolator.invoke(len, "abc")
+            isolator.terminate()
+        isolator.restart()
+        assert isolator.invoke(len, "abc") == 3
+
+
 def test_an_exit_that_takes_too_long_is_a_kill(plugin: Path) -> None:
     with nothing_left(), ProcessIsolator.create() as isolator:
         isolator.invoke_method(plugin, "hang_at_exit")

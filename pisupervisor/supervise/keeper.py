@@ -60,6 +60,7 @@ class Keeper:
         self._template: Template | None = template
         self.crashes = restart.Crashes(options.restart)
         self.crashed = False  # whether the last child died of itself
+        self.is_left = False  # exit() was called, and restart() not since
         self.unsettled: set[int] = set()  # crashes whose handlers have not returned yet
         self.log: Log | None = None
         self.watched = self._watched()

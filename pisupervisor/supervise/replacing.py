@@ -69,6 +69,10 @@ def _delay(keeper: Keeper) -> float:
     policy, info = keeper.options.restart, keeper.last_exit
     if info is not None and not restart.permits(policy, info, crashed=keeper.crashed):
         raise IsolatorClosed(f"the child {predicate(info)}, and restart mode {policy.mode!r} starts no other")
+    if keeper.is_left and policy.mode != "always":
+        raise IsolatorClosed(
+            f"exit() was called, and restart mode {policy.mode!r} starts no other child; restart() does"
+        )
     with keeper.lock:
         delay = None if keeper.state == "failed" else keeper.crashes.delay(time.monotonic())
         if delay is None and keeper.state != "failed" and not keeper.teller.is_telling():

@@ -22,6 +22,8 @@ def leave(keeper: Keeper, reason: str | None, timeout: float) -> ExitInfo:
     deadline = time.monotonic() + _seconds(timeout, "timeout")
     text = _text(reason, "exit() was called")
     _not_from_a_callback(keeper)
+    keeper.check_open()
+    keeper.is_left = True  # also where there is no child at the moment
     child = _stop(keeper)
     if child is None:
         return last_exit(keeper)
@@ -103,6 +105,7 @@ def restart(keeper: Keeper) -> None:
     """Another child, whatever the policy says; past crashes are forgotten."""
     _not_from_a_callback(keeper)
     child = _stop(keeper)
+    keeper.is_left = False
     if child is not None:
         keeper.end(child, ExitReason.KILLED, "restart() was called")
     with keeper.turn:
