@@ -126,7 +126,8 @@ def build(value: Any, returns: Any) -> Any:
         return value
     try:
         return _convert(value, returns)
-    except (msgspec.ValidationError, ValueError, AttributeError) as error:  # an array, say, where a dict is wanted
+    # An array, say, where a dict is wanted; a number too large for a complex one, a signalling NaN for an enum.
+    except (msgspec.ValidationError, ValueError, AttributeError, ArithmeticError) as error:
         raise SerializationError(f"the result is not a {_named(returns)}: {error}", direction=_FROM_CHILD) from error
     except (TypeError, RecursionError) as error:
         message = f"returns={_named(returns)} cannot be built: {error}"
@@ -136,7 +137,10 @@ def build(value: Any, returns: Any) -> Any:
 def _convert(value: Any, returns: Any) -> Any:
     import msgspec
 
+    from pisupervisor.link.keys import check_comparable
+
     if _is_mixed_enum(returns):
+        check_comparable([value, *(member.value for member in returns)])
         return returns(value)
     try:
         return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)

@@ -9,7 +9,6 @@ import datetime
 import re
 import sys
 from binascii import a2b_base64
-from collections import Counter
 from collections.abc import Callable, Sequence
 from decimal import Decimal
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,10 +16,10 @@ from typing import Any
 from uuid import UUID
 
 from pisupervisor.errors import ProtocolError, SerializationError
+from pisupervisor.link.keys import Keys
 from pisupervisor.link.reader import DATA, Reader
 
 MAX_DECIMAL = 10_000  # characters
-MAX_COLLISIONS = 100  # keys of one hash: a legitimate set of powers of two reaches that at 6,100 elements
 
 _HEX = re.compile(r"-?[0-9a-f]+", re.ASCII)
 _UUID = re.compile(r"[0-9a-f]{32}", re.ASCII)
@@ -37,6 +36,7 @@ class Rebuilder:
         self.buffers: list[bytes | memoryview | None] = list(buffers)
         self.max_nesting = max_nesting
         self.reader = reader
+        self.keys = Keys()
         self._arrow_budget: Any = None
         self._records: Any = None
 
@@ -118,34 +118,15 @@ def _matching(payload: Any, pattern: re.Pattern[str], limit: int) -> str:
     return text
 
 
-def _check_collisions(keys: list[Any]) -> None:
-    """Hashes of numbers and tuples are no secret: keys made to collide would take the host hours to insert."""
-    hashes = list(map(hash, keys))
-    spare = len(hashes) - len(set(hashes))
-    if spare >= MAX_COLLISIONS and max(Counter(hashes).values()) > MAX_COLLISIONS:
-        raise SerializationError(
-            f"more than {MAX_COLLISIONS} keys or elements of one hash; return a list instead", direction="from child"
-        )
+def _set(rebuilder: Rebuilder, payload: Any) -> set[Any]:
+    return rebuilder.keys.set_of(_exactly(payload, list))
 
 
-def _set(_: Rebuilder, payload: Any) -> set[Any]:
-    elements = _exactly(payload, list)
-    _check_collisions(elements)
-    built = set(elements)
-    if len(built) != len(elements):
-        raise ProtocolError("an element that comes twice")
-    return built
-
-
-def _dict(_: Rebuilder, payload: Any) -> dict[Any, Any]:
+def _dict(rebuilder: Rebuilder, payload: Any) -> dict[Any, Any]:
     keys, values = _exactly(payload, list)[::2], payload[1::2]
     if len(keys) != len(values):
         raise ProtocolError("a key without a value")
-    _check_collisions(keys)
-    built = dict(zip(keys, values, strict=True))
-    if len(built) != len(keys):
-        raise ProtocolError("a key that comes twice")
-    return built
+    return rebuilder.keys.dict_of(keys, values)
 
 
 def _float(_: Rebuilder, payload: Any) -> float:

@@ -1,0 +1,94 @@
+"""Keys and elements of a child's choosing, on their way into dicts and sets of the host.
+
+Hashes of text are secret, those of numbers and tuples are not. A child could choose such as take hours to insert, in one call
+of the interpreter that no deadline ends: keys of one hash; keys of different hashes, each of which goes past nearly all that are
+there already (7 MB of them took 6 minutes); numbers of one hash that take long to compare (two, in 1 MB, took half a minute).
+"""
+
+from __future__ import annotations
+
+import time
+from decimal import Decimal
+from itertools import islice
+from operator import eq
+
+from pisupervisor.errors import ProtocolError, SerializationError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+MAX_COLLISIONS = 100  # keys of one hash: a legitimate set of powers of two reaches that at 6,100 elements
+MAX_BITS = 512  # of a whole number that a Decimal is compared with, which takes the square of them
+_TEXT = frozenset((str, bytes))
+_FEW = 1000  # keys that are inserted without a look at the clock
+_STEP = 64  # keys between two looks
+_PATIENCE = (
+    4  # times as long as their hashes took to compute and to sort; inserting takes an honest child's keys about as long
+)
+
+
+class Keys:
+    """Of one answer. ``spare``: seconds of CPU time that inserting all of them may take beyond what is usual."""
+
+    def __init__(self, spare: float = 1.0) -> None:
+        self._spare = spare
+
+    def set_of(self, elements: list[Any]) -> set[Any]:
+        """Raises ProtocolError, and SerializationError for what may be honest."""
+        built: set[Any] = set()
+        self._insert(built, elements, lambda part: elements[part])
+        return built
+
+    def dict_of(self, keys: list[Any], values: list[Any]) -> dict[Any, Any]:
+        """Raises ProtocolError, and SerializationError for what may be honest."""
+        built: dict[Any, Any] = {}
+        self._insert(built, keys, lambda part: zip(keys[part], values[part], strict=True))
+        return built
+
+    def _insert(self, built: Any, keys: list[Any], take: Callable[[slice], Iterable[Any]]) -> None:
+        if _TEXT.issuperset(map(type, keys)):
+            built.update(take(slice(None)))
+        elif len(keys) <= _FEW:
+            check(keys)
+            built.update(take(slice(None)))
+        else:
+            self._insert_many(built, keys, take)
+        if len(built) != len(keys):
+            raise ProtocolError("a key or element that comes twice")
+
+    def _insert_many(self, built: Any, keys: list[Any], take: Callable[[slice], Iterable[Any]]) -> None:
+        began = time.thread_time()
+        check(keys)
+        checked = time.thread_time()
+        usual = checked + _PATIENCE * (checked - began)
+        for start in range(0, len(keys), _STEP):
+            built.update(take(slice(start, start + _STEP)))
+            if time.thread_time() > usual + self._spare:
+                raise _refused("keys or elements that take too long to insert")
+        self._spare -= max(0.0, time.thread_time() - usual)
+
+
+def check(keys: list[Any]) -> None:
+    """Raises SerializationError for too many of one hash. Sorted, for their table could be attacked as well."""
+    hashes = sorted(map(hash, keys))
+    if any(map(eq, hashes, islice(hashes, 1, None))):
+        if any(map(eq, hashes, islice(hashes, MAX_COLLISIONS, None))):
+            raise _refused(f"more than {MAX_COLLISIONS} keys or elements of one hash")
+        check_comparable(keys)
+
+
+def check_comparable(values: Iterable[Any]) -> None:
+    """Raises SerializationError where a Decimal among them might be compared with a large whole number, in tuples too."""
+    level, decimals, large = list(values), False, False
+    while level:
+        decimals |= any(type(value) is Decimal for value in level)
+        large |= any(type(value) is int and value.bit_length() > MAX_BITS for value in level)
+        level = [inner for value in level if type(value) in (tuple, frozenset) for inner in value]
+    if decimals and large:
+        raise _refused(f"a Decimal beside a whole number of more than {MAX_BITS} bits, of one hash")
+
+
+def _refused(what: str) -> SerializationError:
+    return SerializationError(f"{what}; return a list instead", direction="from child")
