@@ -6,11 +6,13 @@ import errno
 import mmap
 import os
 import signal
+import socket
 import stat
 import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -877,6 +879,50 @@ class TestPassedOn:
         finally:
             os.close(memory)
         assert passed_on(group, heirs)
+
+    def test_not_with_what_tcp_has_yet_to_deliver(
+        self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]
+    ) -> None:
+        """Whoever has died with data under way: v1 counts it apart from memory, up to the same limit."""
+        group = new_group(memory=64 * MIB)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            def send_in_vain() -> None:
+                for _ in range(8):
+                    one = socket.create_connection(server.getsockname())
+                    kept.append(one)
+                    one.setblocking(False)
+                    with suppress(BlockingIOError):
+                        while True:
+                            one.send(bytes(1 << 16))
+
+            kept: list[socket.socket] = []
+            assert run(group, send_in_vain) == 0
+            group.close_attach_fds()
+            assert not wait_until(lambda: group.pass_on(group_name(time.monotonic_ns()), heirs.append), 1.0)
+        assert passed_on(group, heirs)
+
+    def test_not_with_a_debt_of_cpu_time(self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]) -> None:
+        """Who dies does so on credit (Linux 6.18 throttles on the way back to user space alone): the next one must not pay."""
+        group = new_group(cpus=0.02)
+        reader, writer = os.pipe()
+        memory = os.memfd_create("freed by whoever dies")
+        for _ in range(256):
+            os.write(memory, bytes(MIB))
+
+        def wait_for_the_end() -> None:
+            os.close(writer)
+            os.read(reader, 1)
+
+        pid = start(group, wait_for_the_end)
+        for fd in (memory, writer, reader):
+            os.close(fd)
+        assert finish(pid) == 0
+        group.close_attach_fds()
+        assert passed_on(group, heirs)
+        heirs[0].open_attach_fds()
+        assert run(heirs[0], lambda: 7) == 7
+        assert heirs[0].events().throttled < 5
 
     def test_a_child_is_born_in_it_although_it_was_killed(
         self, new_group: Callable[..., ChildGroup], heirs: list[ChildGroup]

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 _POLL = 0.0005
 _BUSY = 0.5  # seconds that remove() waits for exiting tasks
 _CLEAN = 2 << 20  # bytes that may be left of a child in a group that another one gets; most leave 0.3 MB
-_LIFTED = ("pids.max", "cpu.cfs_quota_us")  # by ``kill`` and ``let_die``
+_QUOTA = "cpu.cfs_quota_us"
+_LIFTED = ("pids.max", _QUOTA)  # by ``kill`` and ``let_die``
 _UNIFIED = "unified"  # beside the controllers: a group on the v2 hierarchy of a hybrid host, which can kill
 
 
@@ -280,7 +281,7 @@ class V1Group:
     def let_die(self) -> None:
         """Dying takes CPU time too: at 0.02 cores, 20 spinning processes took 400 ms to die, without a quota 6 ms."""
         self._is_lifted = True
-        self._write_if_there("cpu", "cpu.cfs_quota_us", b"-1")
+        self._write_if_there("cpu", _QUOTA, b"-1")
         self._write_if_there("freezer", "freezer.state", b"THAWED")
 
     def _write_if_there(self, controller: str, file: str, value: bytes) -> None:
@@ -293,8 +294,7 @@ class V1Group:
 
     def pass_on(self, name: str, receive: Callable[[ChildGroup], object]) -> bool:
         # A removed memory group lives on in the kernel as long as a page is charged to it: one more reason.
-        left = self._integer("memory", "memory.usage_in_bytes") or 0
-        if not self.paths or self.attach_fds or left > _CLEAN or self.pids():
+        if not self.paths or self.attach_fds or self._left() > _CLEAN or self.pids():
             return False
         heir = V1Group(self._host, self._limits)
         heir._owner, heir.tolerated = self._owner, self.tolerated
@@ -308,13 +308,24 @@ class V1Group:
         self._owner[0] = heir  # at one stroke: what a signal's handler raises finds one owner, not two or none
         return True
 
+    def _left(self) -> int:
+        """Bytes that the next child could not have: what was swapped out too, and what TCP has yet to deliver for the dead, which
+        v1 counts apart (seen: all that the limit allows).
+        """
+        memory = "memory.memsw.usage_in_bytes" if self._host.memsw else "memory.usage_in_bytes"
+        return sum(self._integer("memory", file) or 0 for file in (memory, "memory.kmem.tcp.usage_in_bytes"))
+
     def _renew(self) -> None:
         """Set back what the end of a child has left, which ``remove`` does not mind. Raises OSError."""
+        renewed: tuple[str, ...] = (
+            _QUOTA,
+        )  # written again, it forgives what was used on credit: else the next child pays that
         if self._is_lifted:
             self._write_if_there("freezer", "freezer.state", b"THAWED")
             self._write_if_there("pids", "pids.max", b"max")
-            self.write([write for write in file_writes(self._limits, self._host.memsw) if write.file in _LIFTED])
+            renewed = _LIFTED
             self._is_lifted, self._pids_max_before_kill = False, None
+        self.write([write for write in file_writes(self._limits, self._host.memsw) if write.file in renewed])
         if "memory" in self.paths:
             directories.write(f"{self.paths['memory']}/memory.max_usage_in_bytes", b"0")
 
