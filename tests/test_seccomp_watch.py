@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import fcntl
 import json
 import os
 import subprocess
@@ -33,6 +34,7 @@ from pisupervisor import (
 from pisupervisor.launch import seccomp_compile, seccomp_watch
 from pisupervisor.launch.seccomp import PACKAGED, is_listened_to, load_profile, packaged_path
 from pisupervisor.launch.seccomp_rules import ALLOW, NOTIFY, parse_profile
+from pisupervisor.supervise import listener
 
 X86 = seccomp_compile._ARCHES["x86_64"]
 EINVAL, EIO, EPERM = 22, 5, 1
@@ -278,6 +280,22 @@ def test_a_listener_that_fails_ends_the_child(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(seccomp_watch, "answer", lambda *_: 1 / 0)
         with pytest.raises(ChildTerminated, match="can no longer be answered: ZeroDivisionError"):
             isolator.invoke(errno_of, "ptrace", timeout=20)
+
+
+def test_an_answer_that_a_signal_interrupts_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel says where another thread of the child asks at the same time."""
+    honest, interrupted = fcntl.ioctl, set()
+
+    def ioctl(fd: int, request: int, *more: Any) -> Any:
+        if request not in interrupted:
+            interrupted.add(request)
+            raise InterruptedError
+        return honest(fd, request, *more)
+
+    with ProcessIsolator.create(security=Security(watch="trace")) as isolator:
+        monkeypatch.setattr(fcntl, "ioctl", ioctl)
+        assert isolator.invoke(errno_of, "chroot", timeout=10) == EPERM
+    assert interrupted == {listener._RECEIVE, listener._SEND}
 
 
 def test_a_watched_child_holds_no_listener() -> None:

@@ -105,6 +105,13 @@ def test_what_counts_of_a_process() -> None:
     assert mapped(SMAPS, (42,), ("/tmp",)) == (8 + 1000 + 24 + 300) << 10
 
 
+@pytest.mark.parametrize("name", [b"abc", b"Anonymous: -99999999 kB", b"Anonymous: many kB", b"7f00-7f01 rw-p"])
+def test_a_files_name_is_no_line_of_its_own(name: bytes) -> None:
+    """The kernel writes line ends in it as \\012, and leaves \\r as it is."""
+    named = SMAPS.replace(b"/tmp/file", b"/tmp/file\r" + name)
+    assert mapped(named, (), ("/tmp",)) == mapped(SMAPS, (), ("/tmp",))
+
+
 def test_the_words_say_what_stands_in() -> None:
     told = words(Limits(), LACKING, ("pids",))
     assert set(told) == set(LACKING)
@@ -254,7 +261,26 @@ LEADERLESS = """
 """
 
 
-OTHERS = (("leaderless", LEADERLESS), ("memfds", FILES), ("shared", SHARED), ("hopping", HOPPING))
+NAMED = """
+    def eat():
+        import mmap, os, time
+        kept = []
+        for name in ("abc", "Anonymous: -999999999 kB"):
+            with open(f"/tmp/file{chr(13)}{name}", "w+b") as file:
+                file.write(bytes(4096))
+                file.flush()
+                kept.append(mmap.mmap(file.fileno(), 4096))
+                kept[-1][0] = 1
+        for _ in range(10):
+            if os.fork() == 0:
+                more = bytearray(b"x") * (20 << 20)
+                time.sleep(60)
+        time.sleep(6)
+        return "lived"
+"""
+
+
+OTHERS = (("named", NAMED), ("leaderless", LEADERLESS), ("memfds", FILES), ("shared", SHARED), ("hopping", HOPPING))
 
 
 @pytest.mark.rootless

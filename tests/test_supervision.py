@@ -555,6 +555,18 @@ def test_without_a_group_the_process_tree_is_counted() -> None:
         assert usage.memory is None
 
 
+@pytest.mark.parametrize("name", ["a\rSigPnd:\tzz", "a\rVmHWM:", "a\rVmHWM: x"])
+def test_the_name_of_a_process_is_no_line_of_its_status(name: str) -> None:
+    """The kernel writes line ends in it as \\n, and leaves \\r as it is."""
+    with start_without("limits") as isolator:
+        isolator.run_source(f"import ctypes; ctypes.CDLL(None).prctl(15, {name.encode()!r}, 0, 0, 0)")
+        with pytest.raises(TimeoutError):
+            isolator.wait_for_exit(0.05)
+        used = isolator.execute(abs, -1).usage
+        assert used.peak_memory is not None
+        assert used.peak_memory > 1 << 20
+
+
 def test_the_priority_is_lowered() -> None:
     """parity: 31"""
     with ProcessIsolator.create(limits=Limits(nice=7)) as isolator:

@@ -106,7 +106,7 @@ def mapped(smaps: bytes, counted: Iterable[int], scratch: tuple[str, ...]) -> in
     """Bytes of anonymous and shared memory, in proportion, and of swap, in one process. Pure."""
     total, known = 0, set(counted)
     takes: tuple[bytes, ...] = ()
-    for line in smaps.splitlines():
+    for line in smaps.split(b"\n"):  # not splitlines: a child gives its files names with \r in them
         if line and line[0] in _HEADING:
             takes = _what_counts(line.split(None, 5), known, scratch)
         elif line.startswith(takes):

@@ -97,7 +97,7 @@ class Listener:
 
     def _serve(self) -> None:
         question = bytearray(_ASKED.size)
-        fcntl.ioctl(self._fd, _RECEIVE, question, True)
+        _ioctl(self._fd, _RECEIVE, question)
         ident, process, _flags, number, _arch, _where, *arguments = _ASKED.unpack(question)
         known = self._answers.decisions.get(number, Decision((), ERRNO | 38))
         answer = seccomp_watch.answer(known, tuple(arguments), self._answers.watch)
@@ -111,8 +111,20 @@ class Listener:
             self._end(f"the seccomp profile kills for it: {call}")
         else:
             reply = _ANSWER.pack(ident, 0, -answer.error, 0 if answer.error else _CONTINUE)
-            fcntl.ioctl(self._fd, _SEND, bytearray(reply), True)
+            _ioctl(self._fd, _SEND, bytearray(reply))
 
     def _end(self, why: str) -> None:
         while not self._kill(why) and not self._closing.wait(_AGAIN):
             pass
+
+
+def _ioctl(fd: int, request: int, data: bytearray) -> None:
+    """Again where a signal of the application's came in between: Python does not see to that, and a call whose answer was
+    not sent would wait for ever. Raises OSError.
+    """
+    while True:
+        try:
+            fcntl.ioctl(fd, request, data, True)
+            return
+        except InterruptedError:
+            continue

@@ -88,7 +88,7 @@ def usage_from_proc(pid: int) -> Usage:
     """
     try:
         ticks = sum(map(int, directories.stat_fields(f"/proc/{pid}")[11:15]))
-        status = directories.read(f"/proc/{pid}/status").splitlines()
+        status = _status(pid)
     except OSError:
         return Usage()
     peak = next((int(line.split()[1]) << 10 for line in status if line.startswith(b"VmHWM:")), None)
@@ -98,12 +98,17 @@ def usage_from_proc(pid: int) -> Usage:
 def has_signal_pending(pid: int) -> bool:
     """Whether a signal was sent to the process that it neither blocks nor ignores, and has not seen yet."""
     try:
-        status = directories.read(f"/proc/{pid}/status").splitlines()
+        status = _status(pid)
     except OSError:
         return True  # it is gone
     parted = (line.partition(b":\t") for line in status)
     masks = {name: int(text, 16) for name, _, text in parted if name in _MASKS}
     return bool((masks[b"SigPnd"] | masks[b"ShdPnd"]) & ~masks[b"SigBlk"] & ~masks[b"SigIgn"])
+
+
+def _status(pid: int) -> list[bytes]:
+    """Its lines, of which no name that the process has given itself can make one more: it may have ``\\r`` in it."""
+    return directories.read(f"/proc/{pid}/status").split(b"\n")
 
 
 _MASKS = (b"SigPnd", b"ShdPnd", b"SigBlk", b"SigIgn")

@@ -138,7 +138,12 @@ class StandIn:
         try:
             found = census.take(self._child.meter.pids(), self._scratch if "memory" in self._names else None)
             memory = self._memory(found)
-        except (PermissionError, IsolationError) as error:
+        except (
+            PermissionError,
+            IsolationError,
+            ValueError,
+            LookupError,
+        ) as error:  # the last two: of what it has /proc say
             self._end(
                 keeper,
                 Verdict(
