@@ -67,6 +67,32 @@ def test_returns_for_types_beyond_json() -> None:
     assert serializer.build([1], typing.Any) == [1]
 
 
+Value = typing.TypeVar("Value")
+
+
+@dataclasses.dataclass
+class Box(typing.Generic[Value]):
+    value: Value
+
+
+OF_ENUMS = [
+    ([Color.RED, Color.PAIR], list[Color]), ({"a": Color.PAIR}, dict[str, Color]), (Color.RED, Color | None),
+    (None, Color | None), ((Color.RED, 5), tuple[Color, int]), ({Color.RED}, set[Color]),
+    (Color.RED, typing.Annotated[Color, "any"]), (Color.PAIR, typing.Optional[Color]),  # noqa: UP045
+    ([[Color.RED]], typing.List[typing.Sequence[Color]]), ([Box(Color.PAIR)], list[Box[Color]]),  # noqa: UP006
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "returns"), OF_ENUMS, ids=[str(returns) for _, returns in OF_ENUMS])
+def test_enums_of_mixed_values_inside_of_other_types(value: object, returns: object) -> None:
+    assert cross(value, returns) == value
+
+
+def test_what_is_no_member_is_named() -> None:
+    with pytest.raises(SerializationError, match=r"'no' is not a valid Color - at `\$\[1\]`"):
+        cross([Color.RED.value, "no"], list[Color])
+
+
 class Answer(msgspec.Struct):
     total: int
     parts: list[Point] = []
@@ -160,7 +186,10 @@ class Dangling:
 @linux
 @pytest.mark.parametrize(
     "returns",
-    ["int", 5, Point | Shape, list[Point | Shape], Dangling, Iterator["int"], Generator[int, None, Point | Shape], typing.Self],
+    [
+        "int", 5, Color | int, dict[Color, int], Point | Shape, list[Point | Shape], Dangling, Iterator["int"],
+        Generator[int, None, Point | Shape], typing.Self,
+    ],
     ids=str,
 )  # fmt: skip
 def test_a_type_that_nothing_can_be_built_as_is_told_before_the_call(isolator: ProcessIsolator, returns: Any) -> None:

@@ -7,6 +7,7 @@ Calls to the child are in ``arguments``, its exceptions in ``remote_errors``.
 from __future__ import annotations
 
 import sys
+from types import GenericAlias
 
 from pisupervisor.errors import OptionsError, ProtocolError, SerializationError
 from pisupervisor.link.arguments import child_importable, dump_call, dump_function
@@ -137,11 +138,6 @@ def build(value: Any, returns: Any) -> Any:
 def _convert(value: Any, returns: Any) -> Any:
     import msgspec
 
-    from pisupervisor.link.keys import check_comparable
-
-    if _is_mixed_enum(returns):
-        check_comparable([value, *(member.value for member in returns)])
-        return returns(value)
     try:
         return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)
     except msgspec.ValidationError:
@@ -149,6 +145,11 @@ def _convert(value: Any, returns: Any) -> Any:
         if plain is value:
             raise
         return msgspec.convert(plain, returns, builtin_types=_already_built(), dec_hook=_build_other)
+    except TypeError:
+        buildable = _with_members(returns)
+        if buildable == returns:
+            raise
+        return _convert(value, buildable)
 
 
 def _without_scalars(value: Any) -> Any:
@@ -179,8 +180,10 @@ def check_returns(returns: Any) -> None:
     if returns is None or returns is Any:
         return
     try:
-        if not _is_mixed_enum(returns):
+        try:
             msgpack.Decoder(returns)  # looks at the type alone; 0.3 us once it is known
+        except TypeError:
+            msgpack.Decoder(_with_members(returns))
     except Exception as error:  # TypeError, or what the annotations of a class raise
         raise OptionsError(f"returns={_named(returns)} cannot be built: {error}") from None
 
@@ -189,13 +192,46 @@ def _named(returns: Any) -> str:
     return returns.__qualname__ if isinstance(returns, type) and not hasattr(returns, "__origin__") else repr(returns)
 
 
-def _is_mixed_enum(returns: Any) -> bool:
-    """An Enum with values msgspec cannot take: it knows enums of str and of int only."""
-    from enum import Enum
+class _AnyMember(type):
+    def __instancecheck__(cls, value: object) -> bool:  # msgspec asks that of what was built
+        from enum import Enum
 
-    if not (isinstance(returns, type) and issubclass(returns, Enum)):
-        return False
-    return {type(member.value) for member in returns} not in ({str}, {int})
+        return isinstance(value, Enum)
+
+    def __getitem__(cls, enum: type) -> GenericAlias:
+        return GenericAlias(cls, (enum,))
+
+
+class Member(metaclass=_AnyMember):
+    """``Member[E]`` stands for an Enum E that msgspec cannot take: it knows enums of str and of int only."""
+
+
+def _with_members(returns: Any) -> Any:
+    """``returns`` with such a stand-in for each of these enums, as far as it is made of generic types and unions."""
+    from collections.abc import Mapping
+    from enum import Enum
+    from functools import reduce
+    from operator import or_
+    from typing import Annotated, Literal, get_args, get_origin
+
+    if isinstance(returns, type) and issubclass(returns, Enum):
+        return returns if {type(member.value) for member in returns} in ({str}, {int}) else Member[returns]
+    origin, parts = get_origin(returns), get_args(returns)
+    if not parts or origin is Literal:
+        return returns
+    if origin is Annotated:
+        return Annotated[_with_members(parts[0]), *parts[1:]]
+    built = tuple(map(_with_members, parts))
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        built = parts[0], *built[1:]  # of keys that are text msgspec 0.22 asks nobody: they would stay what they are
+    return reduce(or_, built) if _is_union(origin) else origin[built]
+
+
+def _is_union(origin: Any) -> bool:
+    from types import UnionType
+    from typing import Union
+
+    return origin is Union or origin is UnionType
 
 
 def _already_built() -> tuple[type, ...]:
@@ -212,6 +248,8 @@ def _build_other(wanted: Any, value: Any) -> Any:
     from pathlib import PurePath
 
     kind = getattr(wanted, "__origin__", wanted)
+    if kind is Member:
+        return _member(wanted.__args__[0], value)
     if isinstance(kind, type):
         if isinstance(value, kind):
             return value
@@ -221,6 +259,13 @@ def _build_other(wanted: Any, value: Any) -> Any:
             return complex(value)
         raise ValueError(f"expected {_named(wanted)}, got {type(value).__name__}")
     raise TypeError(f"{wanted!r} is not a type this library can build")
+
+
+def _member(enum: Any, value: Any) -> Any:
+    from pisupervisor.link.keys import check_comparable
+
+    check_comparable([value, *(member.value for member in enum)])
+    return enum(value)
 
 
 def load_pickled(data: bytes, buffers: Sequence[memoryview] = ()) -> Any:
