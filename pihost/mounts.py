@@ -68,12 +68,16 @@ class Bind(Mount):
 
 def set_flags_late(path: str, flags: int, kernel: Any) -> None:
     """Add flags to what is mounted at ``path`` and below it, one by one; those that are set stay (some are locked)."""
-    with open("/proc/self/mountinfo") as mountinfo:
-        for fields in [line.split(" ") for line in mountinfo]:
-            point = fields[4].replace("\\040", " ")
+    is_listed = False
+    with open("/proc/self/mountinfo", "rb") as mountinfo:
+        for fields in [os.fsdecode(line).split(" ") for line in mountinfo]:
+            point = fields[4].replace(r"\040", " ").replace(r"\011", "\t").replace(r"\012", "\n").replace(r"\134", "\\")
             if (point + "/").startswith(path + "/"):
                 held = sum(flag for name, flag in _OPTIONS.items() if name in fields[5].split(","))
                 kernel.mount("", point, "", syscalls.MS_REMOUNT | syscalls.MS_BIND | flags | held)
+                is_listed |= point == path
+    if not is_listed:
+        raise OSError(2, "a mount that is not listed keeps the flags of the host's", path)
 
 
 class Layer(Bind):

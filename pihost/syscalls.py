@@ -121,12 +121,12 @@ def setns(fd: int, kind: int) -> None:
 
 
 def mount(source: str, target: str, kind: str, flags: int, data: str = "") -> None:
-    encoded = [text.encode() or None for text in (source, target, kind)]
-    _check(_libc.mount(*encoded, _ULong(flags), data.encode() or None), f"mount {target}")
+    encoded = [os.fsencode(text) or None for text in (source, target, kind)]
+    _check(_libc.mount(*encoded, _ULong(flags), os.fsencode(data) or None), f"mount {target}")
 
 
 def umount_detach(target: str) -> None:
-    _check(_libc.umount2(target.encode(), 2), f"umount {target}")
+    _check(_libc.umount2(os.fsencode(target), 2), f"umount {target}")
 
 
 def pivot_root(new: str, old: str) -> None:
@@ -136,7 +136,7 @@ def pivot_root(new: str, old: str) -> None:
 def open_tree(source: str) -> int:
     """An fd of a detached copy of what is mounted at ``source``, with everything below it (Linux 5.2)."""
     flags = _OPEN_TREE_CLONE | _AT_RECURSIVE | os.O_CLOEXEC
-    return _syscall(f"open_tree {source}", _SYS_OPEN_TREE, _AT_FDCWD, source.encode(), _UInt(flags))
+    return _syscall(f"open_tree {source}", _SYS_OPEN_TREE, _AT_FDCWD, os.fsencode(source), _UInt(flags))
 
 
 def set_mount_flags(tree: int, flags: int) -> None:

@@ -123,12 +123,8 @@ def place(lengths: list[int]) -> tuple[list[int], int]:
 
 def pack_mapped(number: int, text: bytes, lengths: list[int]) -> list[bytes]:
     """The parts of a value whose buffers lie in the arena ``number``."""
-    return [
-        _NUMBER.pack(number),
-        _COUNTS.pack(len(text), len(lengths)),
-        struct.pack(f"<{len(lengths)}Q", *lengths),
-        text,
-    ]
+    counts = _COUNTS.pack(len(text), len(lengths))
+    return [_NUMBER.pack(number), counts, struct.pack(f"<{len(lengths)}Q", *lengths), text]
 
 
 def unpack_mapped(body: bytes) -> tuple[int, bytes, list[int]]:

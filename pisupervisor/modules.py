@@ -57,7 +57,9 @@ class Modules:
         found = self.find(name.decode("utf-8", "replace"))
         if found is None:
             return None
-        return b"\0".join((b"p" if found.is_package else b"m", found.origin.encode("utf-8", "replace"), found.text))
+        return b"\0".join(
+            (b"p" if found.is_package else b"m", found.origin.encode("utf-8", "surrogateescape"), found.text)
+        )
 
 
 def check_loader(loader: object) -> object:

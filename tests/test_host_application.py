@@ -187,3 +187,24 @@ def test_a_working_directory_that_is_gone():
         os.chdir(folder)
         os.rmdir(folder)
     """)
+
+
+@pytest.mark.parametrize("name", ["M\udcfcller", "a\rb", "a\x85b", "a\u3000- proc"], ids=ascii)
+def test_something_is_mounted_at_a_place_of_any_name(tmp_path: Path, name: str):
+    """As a volume with an old label is. What is open on it can be passed, for it is a file system of files."""
+    run(
+        f"""
+        import ctypes
+        libc, place = ctypes.CDLL(None), os.fsencode({str(tmp_path / name)!r})
+        os.mkdir(place)
+        assert libc.unshare(0x20000) == 0
+        assert libc.mount(None, b"/", None, 1 << 18 | 1 << 14, None) == 0
+        assert libc.mount(b"tmpfs", place, b"tmpfs", 0, None) == 0
+        with open(place + b"/file", "w") as file:
+            file.write("hello")
+        """,
+        """
+        with open(place + b"/file") as file:
+            assert isolator.invoke(lambda file: file.read(), file) == "hello"
+        """,
+    )

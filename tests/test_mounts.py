@@ -70,7 +70,8 @@ def test_a_folder_is_read_only_before_it_is_mounted(tmp_path: Path) -> None:
 
 
 @pytest.mark.root
-def test_before_linux_5_12_flags_come_mount_by_mount(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["a b", "a\\b", "a\tb", "a\nb", "a\\134b", "a\rb", "M\udcfcller"], ids=ascii)
+def test_before_linux_5_12_flags_come_mount_by_mount(tmp_path: Path, name: str) -> None:
     """In a mount namespace of its own, a folder with another file system below it: both read-only, noexec kept."""
     source, base = tmp_path / "the source", tmp_path / "the base"
     (source / "deep").mkdir(parents=True)
@@ -83,14 +84,23 @@ def test_before_linux_5_12_flags_come_mount_by_mount(tmp_path: Path) -> None:
         syscalls.mount("", "/", "", syscalls.MS_REC | syscalls.MS_PRIVATE)
         syscalls.mount("tmpfs", {str(source / "deep")!r}, "tmpfs", syscalls.MS_NOEXEC)
         syscalls.set_mount_flags = refuse
-        mounts.Bind({str(source)!r}, "/a b", mounts.READ_ONLY).execute({str(base)!r})
-        for line in open("/proc/self/mountinfo"):
-            if "a\\\\040b" in line: print(line.split()[5])
+        mounts.Bind({str(source)!r}, {"/" + name!r}, mounts.READ_ONLY).execute({str(base)!r})
+        for line in open("/proc/self/mountinfo", "rb"):
+            fields = line.split(b" ")
+            if b"the\\\\040base" in fields[4]: print(fields[5].decode())
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=True)
     first, second = (line.split(",") for line in done.stdout.splitlines())
     assert {"ro", "nosuid", "nodev"} <= set(first)
     assert {"ro", "nosuid", "nodev", "noexec"} <= set(second)
+
+
+def test_flags_of_a_mount_that_is_not_listed(tmp_path: Path) -> None:
+    """Whatever its name is: it would keep those that it had."""
+    kernel = Recorder()
+    with pytest.raises(OSError, match="keeps the flags"):
+        mounts.set_flags_late(str(tmp_path / "none"), mounts.READ_ONLY, kernel)
+    assert kernel.calls == []
 
 
 def test_a_layer_names_no_path(tmp_path: Path) -> None:

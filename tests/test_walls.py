@@ -347,6 +347,21 @@ def test_what_was_given_is_there_as_it_was_given(tmp_path: Path) -> None:
     assert not (tmp_path / "in" / "new").exists()
 
 
+@pytest.mark.parametrize("name", ["M\udcfcller", "a b", "a\\b", "a\nb", "a,b:c"], ids=ascii)
+def test_a_folder_of_any_name_is_shown(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    folder.chmod(0o777)
+    write(folder, "data.txt", "given")
+    write(folder, "tool.py", "def where(): return __file__")
+    here = (str(folder), f"/shown/{name}")
+    for shown in (Filesystem(read_only=[folder, here]), Filesystem(frozen=[here]), Filesystem(writable=[here])):
+        with ProcessIsolator.create(filesystem=shown, import_paths=[folder]) as isolator:
+            for place in (str(folder), here[1]):
+                assert isolator.run_source(f"open({place + '/data.txt'!r}).read()").value == "given"
+            assert isolator.invoke_method("tool", "where") == f"{folder}/tool.py"
+
+
 # --- network -----------------------------------------------------------------------------------------------------
 
 

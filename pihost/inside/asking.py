@@ -56,8 +56,9 @@ class Finder:
         except callbacks.HostError as error:
             raise ImportError(f"{name}: {error}", name=name) from None
         kind, origin, source = answer.split(b"\0", 2)
-        loader: Any = Loader(origin.decode(), source)
-        spec = ModuleSpec(name, loader, origin=origin.decode(), is_package=kind == b"p")
+        path = origin.decode("utf-8", "surrogateescape")
+        loader: Any = Loader(path, source)
+        spec = ModuleSpec(name, loader, origin=path, is_package=kind == b"p")
         spec.has_location = True
         return spec
 

@@ -109,7 +109,7 @@ def _delegation(host: CgroupHost) -> str:
 def _seccomp() -> str:
     """What the kernel offers, and whether this process is filtered already: an outer filter may refuse what we need."""
     actions = _line("/proc/sys/kernel/seccomp/actions_avail") or "not there"
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", errors="replace") as status:
         mode = next((line.split()[1] for line in status if line.startswith("Seccomp:")), "0")
     return f"{actions}; {'this process is filtered by somebody' if mode != '0' else 'this process is not filtered'}"
 

@@ -179,7 +179,7 @@ def _capabilities(status: dict[str, str]) -> Applied:
 def _check_group(cgroup: str, places: Mapping[str, str]) -> None:
     """Limits in a group's files hold nobody who is not in it. Its name is its own, wherever we see it from."""
     groups: dict[str, str] = {}
-    for line in cgroup.splitlines():
+    for line in filter(None, cgroup.split("\n")):
         _number, controllers, path = line.split(":", 2)
         groups.update(dict.fromkeys(controllers.split(","), path))
     for controller, place in places.items():

@@ -6,6 +6,7 @@ import os
 
 from pisupervisor.errors import FeatureUnavailable, LaunchError
 from pisupervisor.launch.ids import IdBlock
+from pisupervisor.limits import directories
 from pisupervisor.records import NamedTuple
 
 TYPE_CHECKING = False
@@ -107,7 +108,6 @@ def _path_of(tool: str) -> str:
 
 def _read(path: str) -> str:
     try:
-        with open(path) as file:
-            return file.read()
+        return directories.text(path)
     except OSError:
         return ""

@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from errno import EACCES, ENOSYS, EPERM
 
+from pisupervisor.limits import directories
 from pisupervisor.records import NamedTuple
 
 #: what root needs for a launch, and is left without by a container
@@ -47,8 +48,7 @@ class Situation(NamedTuple):
 
 def situation() -> Situation:
     """As it is now."""
-    with open("/proc/self/status") as file:
-        status = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    status = dict(line.split(":\t", 1) for line in _read("/proc/self/status").split("\n") if ":\t" in line)
     switches = {name: text for name in _SWITCHES if (text := _read(f"/proc/sys/{name.replace('.', '/')}"))}
     lacks = tuple(name for name, number in _ROOTS.items() if not has_capability(number))
     nested = os.path.isdir("/pis/pihost")  # root.OURS: where each of our children finds our code
@@ -62,20 +62,19 @@ def situation() -> Situation:
 
 def has_capability(number: int) -> bool:
     """Whether this process has it in effect."""
-    effective = next(line for line in _read("/proc/self/status").splitlines() if line.startswith("CapEff:"))
+    effective = next(line for line in _read("/proc/self/status").split("\n") if line.startswith("CapEff:"))
     return bool(int(effective.split()[1], 16) >> number & 1)
 
 
 def _read(path: str) -> str:
     try:
-        with open(path) as file:
-            return file.read().strip()
+        return directories.text(path).strip()
     except OSError:
         return ""  # this kernel has no such switch
 
 
 def _over_proc(mountinfo: str) -> tuple[str, ...]:
-    points = (line.split(" ")[4] for line in mountinfo.splitlines())
+    points = (line.split(" ")[4] for line in mountinfo.split("\n") if line)
     return tuple(
         point for point in points if point.startswith("/proc/") and not point.startswith("/proc/sys/fs/binfmt")
     )

@@ -124,7 +124,7 @@ def claim_scope(refused: Claim, member: int, mountinfo: str) -> Claim:
     except systemd.NoScope as error:
         remedy = f"{refused.remedy}; or {error.remedy}" if error.remedy else refused.remedy
         return refused._replace(why=f"{refused.why}, and {error}", remedy=remedy)
-    path = find_unified(directories.read(f"/proc/{member}/cgroup").decode(), mountinfo)
+    path = find_unified(directories.text(f"/proc/{member}/cgroup"), mountinfo)
     whose = "the system's" if os.geteuid() == 0 else "the user's"
     return Claim(str(path), top=str(path), how=f"{scope}, asked of {whose} systemd", remedy=refused.remedy, scope=scope)
 

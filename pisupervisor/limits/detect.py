@@ -78,8 +78,7 @@ def detect(member: int | None = None, group: str | None = None) -> CgroupHost:
     ``member``: the process from which children will be born. On v2, where this process has no group of its own, systemd
     is asked to give that one a scope. ``group``: use this v2 group and no other. Raises OptionsError for that on v1.
     """
-    with open("/proc/self/cgroup") as own, open("/proc/self/mountinfo") as mounts:
-        cgroup, mountinfo = own.read(), mounts.read()
+    cgroup, mountinfo = directories.text("/proc/self/cgroup"), directories.text("/proc/self/mountinfo")
     mode, found = find_groups(cgroup, mountinfo)
     name = directories.group_name(time.monotonic_ns())  # once: it reads our own /proc/PID/stat, 50 us
     if mode == "v2":
@@ -138,21 +137,21 @@ def find_groups(cgroup: str, mountinfo: str, is_dir: IsDir = os.path.isdir) -> t
 
 def find_unified(cgroup: str, mountinfo: str, is_dir: IsDir = os.path.isdir) -> str | None:
     """The directory of the own group on the v2 hierarchy, from the text of the two /proc files."""
-    own = next((line[3:] for line in cgroup.splitlines() if line.startswith("0::")), None)
+    own = next((line[3:] for line in cgroup.split("\n") if line.startswith("0::")), None)
     mounts = [(root, mount) for root, mount, kind, _options in _cgroup_mounts(mountinfo) if kind == "cgroup2"]
     return _own_directory(mounts[0][1], mounts[0][0], own, is_dir) if mounts and own is not None else None
 
 
 def _own_paths(cgroup: str) -> dict[str, str]:
     """``"4:cpu,cpuacct:/user.slice"`` -> {"cpu": "/user.slice", "cpuacct": "/user.slice"}."""
-    lines = (line.split(":", 2) for line in cgroup.splitlines())
+    lines = (line.split(":", 2) for line in cgroup.split("\n"))
     return {name: line[2] for line in lines if len(line) == 3 for name in line[1].split(",")}
 
 
 def _cgroup_mounts(mountinfo: str) -> list[tuple[str, str, str, list[str]]]:
     """(root, mount point, "cgroup" or "cgroup2", super options) of each cgroup mount; proc(5) describes the lines."""
     mounts = []
-    for line in mountinfo.splitlines():
+    for line in mountinfo.split("\n"):
         fields, _, tail = line.partition(" - ")
         kind, _, rest = tail.partition(" ")
         if kind in ("cgroup", "cgroup2"):

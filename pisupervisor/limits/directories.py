@@ -62,6 +62,14 @@ def read(path: str) -> bytes:
         os.close(fd)
 
 
+def text(path: str) -> str:
+    """A whole file in which names stand that others have chosen, as ``os`` has them: of any bytes, so no more is sure of its
+    lines than that they part at ``\\n``. Raises OSError.
+    """
+    with open(path, "rb", buffering=0) as file:
+        return os.fsdecode(file.read())
+
+
 def write(path: str, *values: bytes) -> None:
     """One write(2) per value, as kernel files want it: a buffered file object may lose the error. Raises OSError."""
     fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)

@@ -169,13 +169,13 @@ def _check_file(fd: int) -> None:
 
 def _file_system(fd: int) -> str | None:
     """The type of what it is mounted from, None for what is mounted nowhere here."""
-    with open(f"/proc/self/fdinfo/{fd}") as info:
-        mount = next(line.split()[1] for line in info if line.startswith("mnt_id:"))
-    with open("/proc/self/mountinfo") as mounts:
+    with open(f"/proc/self/fdinfo/{fd}", "rb") as info:
+        mount = next(line.split()[1] for line in info if line.startswith(b"mnt_id:"))
+    with open("/proc/self/mountinfo", "rb") as mounts:  # names of mount points are of any bytes
         for line in mounts:
-            fields = line.split()
+            fields = line.split(b" ")
             if fields[0] == mount:
-                return fields[fields.index("-", 6) + 1]
+                return fields[fields.index(b"-", 6) + 1].decode("ascii", "replace")
     return None
 
 
