@@ -28,7 +28,7 @@ from pisupervisor.callbacks import is_coroutine_function
 from pisupervisor.control import Master
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.callers import acting_for, this_caller
-from pisupervisor.link.serializer import build
+from pisupervisor.link.returns import build
 from pisupervisor.objects import IsolatedStream
 from pisupervisor.options import IsolationOptions
 from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage

@@ -223,7 +223,7 @@ class ProcessIsolator(Control):
         if returns is not None:
             from functools import partial
 
-            from pisupervisor.link.serializer import build, check_returns
+            from pisupervisor.link.returns import build, check_returns
 
             check_returns(returns)
             finish = partial(build, returns=returns)

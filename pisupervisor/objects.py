@@ -168,7 +168,7 @@ class IsolatedStream:
 def _built(value: Any, returns: Any) -> Any:
     if returns is None:
         return value
-    from pisupervisor.link.serializer import build
+    from pisupervisor.link.returns import build
 
     return build(value, returns)
 

@@ -21,7 +21,7 @@ from test_values import ARRAYS, LIMIT, SCALARS, UNCHANGED, Point, cross
 
 from pihost.inside import encode as child
 from pisupervisor.errors import ProtocolError, SerializationError
-from pisupervisor.link import serializer
+from pisupervisor.link import returns as returning, serializer
 from pisupervisor.link.keys import Keys
 
 
@@ -289,10 +289,10 @@ def test_numbers_of_one_hash_that_take_long_to_compare_are_refused() -> None:
         with pytest.raises(SerializationError, match="of one hash"):
             serializer.decode(text, [])
     with pytest.raises(SerializationError, match="of one hash"):
-        serializer.build(serializer.decode(json.dumps(large).encode(), []), Price)
+        returning.build(serializer.decode(json.dumps(large).encode(), []), Price)
     for both in ({Decimal(5), 5 + (sys.hash_info.modulus << 400)}, {Decimal(5), 1 << 10_000, ("a", Decimal(5))}):
         assert cross(both) == both
-    assert serializer.build(Decimal(5), Price) is Price.LOW
+    assert returning.build(Decimal(5), Price) is Price.LOW
 
 
 class Price(enum.Enum):
@@ -303,7 +303,7 @@ class Price(enum.Enum):
 def test_numbers_that_a_type_cannot_take_are_an_error_of_ours() -> None:
     for value, wanted in ((1 << 5000, complex), (Decimal("sNaN"), Price)):
         with pytest.raises(SerializationError):
-            serializer.build(value, wanted)
+            returning.build(value, wanted)
 
 
 def test_text_full_of_commas_and_brackets_is_one_item() -> None:

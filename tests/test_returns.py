@@ -19,7 +19,7 @@ from helpers import linux
 from test_values import BERLIN, Color, Level, Pair, Point, Row, Shape, Size, cross
 
 from pisupervisor import OptionsError, ProcessIsolator, SerializationError
-from pisupervisor.link import serializer
+from pisupervisor.link import returns as returning
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_returns_for_types_beyond_json() -> None:
     assert cross(3, float) == 3.0
     np.testing.assert_array_equal(cross(np.arange(3), np.ndarray), np.arange(3))
     assert cross(np.float64(0.5), np.float64) == np.float64(0.5)
-    assert serializer.build([1], typing.Any) == [1]
+    assert returning.build([1], typing.Any) == [1]
 
 
 Value = typing.TypeVar("Value")
@@ -86,6 +86,33 @@ OF_ENUMS = [
 @pytest.mark.parametrize(("value", "returns"), OF_ENUMS, ids=[str(returns) for _, returns in OF_ENUMS])
 def test_enums_of_mixed_values_inside_of_other_types(value: object, returns: object) -> None:
     assert cross(value, returns) == value
+
+
+POINT = {"x": 1.0, "y": 2.0, "label": None}
+PATH = pathlib.Path("/a")
+OF_KEYS = [
+    ({"/a": 1}, dict[pathlib.Path, int], {PATH: 1}), ({PATH: 1}, dict[pathlib.Path, int], {PATH: 1}),
+    ([{"/a": {"/a": POINT}}], list[dict[pathlib.Path, dict[pathlib.Path, Point]]], [{PATH: {PATH: Point(1.0, 2.0)}}]),
+    ({"/a": 1}, typing.Mapping[pathlib.Path, int] | None, {PATH: 1}), ({"red": 1}, dict[Color, int], {Color.RED: 1}),
+    ({"value": {"red": 1}}, Box[dict[Color, int]], Box({Color.RED: 1})), ({1: 2}, dict[complex, int], {1 + 0j: 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "returns", "built"), OF_KEYS, ids=[f"{v!r:.20}-{r}" for v, r, _ in OF_KEYS])
+def test_keys_are_built_and_checked_too(value: object, returns: object, built: object) -> None:
+    got = cross(value, returns)
+    assert got == built
+    assert repr(got) == repr(built)  # "1 + 0j" and 1 are equal
+
+
+@pytest.mark.parametrize(
+    ("value", "returns"),
+    [({"a": 1}, dict[complex, int]), ({"a": 1}, dict[Color, int]), ([1], dict[pathlib.Path, int])],
+    ids=str,
+)
+def test_keys_that_are_not_as_declared(value: object, returns: object) -> None:
+    with pytest.raises(SerializationError, match="the result is not a dict"):
+        cross(value, returns)
 
 
 def test_what_is_no_member_is_named() -> None:
@@ -111,7 +138,6 @@ class Reply(typing.TypedDict):
     points: typing.NotRequired[list[Point]]
 
 
-POINT = {"x": 1.0, "y": 2.0, "label": None}
 DECLARED = [
     ({"total": 1, "parts": [POINT]}, Answer, Answer(1, [Point(1.0, 2.0)])),
     ({"type": "square", "side": 2.0}, Circle | Square, Square(2.0)),
@@ -179,6 +205,12 @@ def test_returns_that_nobody_can_build_is_said() -> None:
 
 
 @dataclasses.dataclass
+class SizeOfFiles:
+    sizes: dict[pathlib.Path, int]
+    more: SizeOfFiles | None = None
+
+
+@dataclasses.dataclass
 class Dangling:
     x: "NoSuchName"  # type: ignore[name-defined]  # noqa: F821, UP037
 
@@ -187,7 +219,7 @@ class Dangling:
 @pytest.mark.parametrize(
     "returns",
     [
-        "int", 5, Color | int, dict[Color, int], Point | Shape, list[Point | Shape], Dangling, Iterator["int"],
+        "int", 5, Color | int, SizeOfFiles, list[SizeOfFiles], Point | Shape, list[Point | Shape], Dangling, Iterator["int"],
         Generator[int, None, Point | Shape], typing.Self,
     ],
     ids=str,

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from pihost.inside import encode as child
-from pisupervisor.link import serializer
+from pisupervisor.link import returns as returning, serializer
 
 LIMIT = 64 << 20
 BERLIN = zoneinfo.ZoneInfo("Europe/Berlin")
@@ -35,7 +35,7 @@ def cross(value: object, returns: object = None) -> typing.Any:
     text, buffers = child.encode(value, LIMIT)
     text.decode("ascii")
     built = serializer.decode(text, [memoryview(bytes(buffer)) for buffer in buffers])
-    return built if returns is None else serializer.build(built, returns)
+    return built if returns is None else returning.build(built, returns)
 
 
 def tagged(tag: object, payload: object, **more: object) -> bytes:

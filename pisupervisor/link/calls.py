@@ -88,7 +88,7 @@ def unpack_answer(
     """
     packed = wire.PICKLED if reader.pickled else wire.RESULT
     if answer.kind == packed or (answer.kind == wire.MAPPED and arenas is not None):
-        from pisupervisor.link.serializer import build
+        from pisupervisor.link.returns import build
 
         value = _value(answer, reader, arenas)
         return value if returns is None else build(value, returns)
@@ -140,7 +140,7 @@ def split_returns(returns: Any) -> tuple[bool, Any, StreamTypes]:
         return True, None, StreamTypes()
     from typing import Any
 
-    from pisupervisor.link.serializer import check_returns
+    from pisupervisor.link.returns import check_returns
 
     origin: Any = getattr(returns, "__origin__", returns)
     if getattr(origin, "__module__", "") != "collections.abc" or origin.__name__ not in _ITERATORS:

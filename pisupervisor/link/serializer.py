@@ -7,9 +7,8 @@ Calls to the child are in ``arguments``, its exceptions in ``remote_errors``.
 from __future__ import annotations
 
 import sys
-from types import GenericAlias
 
-from pisupervisor.errors import OptionsError, ProtocolError, SerializationError
+from pisupervisor.errors import ProtocolError, SerializationError
 from pisupervisor.link.arguments import child_importable, dump_call, dump_function
 from pisupervisor.link.reader import DATA, Reader
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-__all__ = ["build", "child_importable", "decode", "dump_call", "dump_function", "load_pickled"]
+__all__ = ["child_importable", "decode", "dump_call", "dump_function", "load_pickled"]
 
 MAX_ITEMS = 2_000_000
 MAX_NESTING = 210  # the child's 100 levels; a tagged one takes two
@@ -112,160 +111,6 @@ def _check_depth(value: object) -> None:
             return
         level = list(chain(chain.from_iterable(lists), chain.from_iterable(map(dict.values, dicts))))
     raise ProtocolError(f"a result nested deeper than {MAX_NESTING} levels")
-
-
-def build(value: Any, returns: Any) -> Any:
-    """``value`` as ``returns`` (a dataclass, TypedDict, NamedTuple, Enum, ``list[X]``, ``X | None`` ...), checked.
-
-    Raises SerializationError that names the part which does not fit, or says that ``returns`` cannot be built.
-    """
-    from typing import Any
-
-    import msgspec
-
-    if returns is None or returns is Any:
-        return value
-    try:
-        return _convert(value, returns)
-    # An array, say, where a dict is wanted; a number too large for a complex one, a signalling NaN for an enum.
-    except (msgspec.ValidationError, ValueError, AttributeError, ArithmeticError) as error:
-        raise SerializationError(f"the result is not a {_named(returns)}: {error}", direction=_FROM_CHILD) from error
-    except (TypeError, RecursionError) as error:
-        message = f"returns={_named(returns)} cannot be built: {error}"
-        raise SerializationError(message, direction=_FROM_CHILD) from error
-
-
-def _convert(value: Any, returns: Any) -> Any:
-    import msgspec
-
-    try:
-        return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)
-    except msgspec.ValidationError:
-        plain = _without_scalars(value)  # numpy.mean() of numbers will do for a float
-        if plain is value:
-            raise
-        return msgspec.convert(plain, returns, builtin_types=_already_built(), dec_hook=_build_other)
-    except TypeError:
-        buildable = _with_members(returns)
-        if buildable == returns:
-            raise
-        return _convert(value, buildable)
-
-
-def _without_scalars(value: Any) -> Any:
-    """``value`` with Python's numbers and text in the place of numpy's; itself where there are none."""
-    generic = getattr(sys.modules.get("numpy"), "generic", None)
-    if generic is None:
-        return value
-    if isinstance(value, generic):
-        return value.item() if value.dtype.char in "?bhilqBHILQefdFDSU" else value
-    if type(value) is dict:
-        pairs = [(_without_scalars(key), _without_scalars(item)) for key, item in value.items()]
-        changed = any(
-            a is not b for pair, old in zip(pairs, value.items(), strict=True) for a, b in zip(pair, old, strict=True)
-        )
-        return dict(pairs) if changed else value
-    if type(value) in (list, tuple, set, frozenset):
-        parts = [_without_scalars(part) for part in value]
-        return type(value)(parts) if any(a is not b for a, b in zip(parts, value, strict=True)) else value
-    return value
-
-
-def check_returns(returns: Any) -> None:
-    """Raises OptionsError for a type that ``build`` could make of nothing: better before the call than after it."""
-    from typing import Any
-
-    from msgspec import msgpack
-
-    if returns is None or returns is Any:
-        return
-    try:
-        try:
-            msgpack.Decoder(returns)  # looks at the type alone; 0.3 us once it is known
-        except TypeError:
-            msgpack.Decoder(_with_members(returns))
-    except Exception as error:  # TypeError, or what the annotations of a class raise
-        raise OptionsError(f"returns={_named(returns)} cannot be built: {error}") from None
-
-
-def _named(returns: Any) -> str:
-    return returns.__qualname__ if isinstance(returns, type) and not hasattr(returns, "__origin__") else repr(returns)
-
-
-class _AnyMember(type):
-    def __instancecheck__(cls, value: object) -> bool:  # msgspec asks that of what was built
-        from enum import Enum
-
-        return isinstance(value, Enum)
-
-    def __getitem__(cls, enum: type) -> GenericAlias:
-        return GenericAlias(cls, (enum,))
-
-
-class Member(metaclass=_AnyMember):
-    """``Member[E]`` stands for an Enum E that msgspec cannot take: it knows enums of str and of int only."""
-
-
-def _with_members(returns: Any) -> Any:
-    """``returns`` with such a stand-in for each of these enums, as far as it is made of generic types and unions."""
-    from collections.abc import Mapping
-    from enum import Enum
-    from functools import reduce
-    from operator import or_
-    from typing import Annotated, Literal, get_args, get_origin
-
-    if isinstance(returns, type) and issubclass(returns, Enum):
-        return returns if {type(member.value) for member in returns} in ({str}, {int}) else Member[returns]
-    origin, parts = get_origin(returns), get_args(returns)
-    if not parts or origin is Literal:
-        return returns
-    if origin is Annotated:
-        return Annotated[_with_members(parts[0]), *parts[1:]]
-    built = tuple(map(_with_members, parts))
-    if isinstance(origin, type) and issubclass(origin, Mapping):
-        built = parts[0], *built[1:]  # of keys that are text msgspec 0.22 asks nobody: they would stay what they are
-    return reduce(or_, built) if _is_union(origin) else origin[built]
-
-
-def _is_union(origin: Any) -> bool:
-    from types import UnionType
-    from typing import Union
-
-    return origin is Union or origin is UnionType
-
-
-def _already_built() -> tuple[type, ...]:
-    import datetime
-    from decimal import Decimal
-    from uuid import UUID
-
-    times = (datetime.datetime, datetime.date, datetime.time, datetime.timedelta)
-    return (bytes, bytearray, Decimal, UUID, *times)
-
-
-def _build_other(wanted: Any, value: Any) -> Any:
-    """For the types msgspec does not know. The value is ours by now: built from checked data."""
-    from pathlib import PurePath
-
-    kind = getattr(wanted, "__origin__", wanted)
-    if kind is Member:
-        return _member(wanted.__args__[0], value)
-    if isinstance(kind, type):
-        if isinstance(value, kind):
-            return value
-        if issubclass(kind, PurePath) and isinstance(value, str):
-            return kind(value)
-        if kind is complex and type(value) in (int, float):
-            return complex(value)
-        raise ValueError(f"expected {_named(wanted)}, got {type(value).__name__}")
-    raise TypeError(f"{wanted!r} is not a type this library can build")
-
-
-def _member(enum: Any, value: Any) -> Any:
-    from pisupervisor.link.keys import check_comparable
-
-    check_comparable([value, *(member.value for member in enum)])
-    return enum(value)
 
 
 def load_pickled(data: bytes, buffers: Sequence[memoryview] = ()) -> Any:

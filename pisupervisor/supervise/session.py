@@ -25,7 +25,8 @@ from pisupervisor.errors import (
 from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.calls import Payload, body_of, pack_code, unpack_answer
 from pisupervisor.link.connection import Answer, Connection, DeadlinePassed, LinkClosed
-from pisupervisor.link.serializer import build, decode_plain
+from pisupervisor.link.returns import build
+from pisupervisor.link.serializer import decode_plain
 from pisupervisor.link.sources import Code
 from pisupervisor.results import ExitReason, Usage
 from pisupervisor.supervise.call import (

@@ -19,7 +19,8 @@ from pisupervisor.link.calls import unpack_answer
 from pisupervisor.link.connection import Connection, LinkClosed, Request
 from pisupervisor.link.frames import Pending
 from pisupervisor.link.reader import DATA
-from pisupervisor.link.serializer import build, decode, decode_plain
+from pisupervisor.link.returns import build
+from pisupervisor.link.serializer import decode, decode_plain
 
 LARGEST = 1 << 16
 CALLS = 8
