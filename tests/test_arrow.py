@@ -6,6 +6,7 @@ import datetime
 import decimal
 import pickle
 import random
+import re
 import struct
 import sys
 import time
@@ -328,6 +329,11 @@ def test_labels_that_take_long_to_compare_are_refused() -> None:
     labels = [(decimal.Decimal(5), 1), (5 + (sys.hash_info.modulus << 1_000_000), 1)]
     with pytest.raises(SerializationError, match="of one hash"):
         arrow.build_frame(labels, [None, None], [0, 1, 1, None], ["", ""], stream(pyarrow.table({"a": [1], "b": [1]})))
+
+
+def test_no_name_of_a_field_steers_a_terminal() -> None:
+    union = pyarrow.UnionArray.from_sparse(pyarrow.array([0], pyarrow.int8()), [pyarrow.array([1])], ["\x1b[2J"])
+    not_taken(stream(pyarrow.table({"a": union})), re.escape("<\\x1b[2J: "))
 
 
 def test_no_path_for_a_time_zone() -> None:

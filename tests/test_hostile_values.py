@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import dataclasses
 import enum
 import json
 import pathlib
@@ -12,9 +13,11 @@ import random
 import re
 import sys
 import time
+import traceback
 import typing
 from decimal import Decimal
 
+import msgspec
 import numpy as np
 import pytest
 from test_values import ARRAYS, LIMIT, SCALARS, UNCHANGED, Point, cross
@@ -293,6 +296,39 @@ def test_numbers_of_one_hash_that_take_long_to_compare_are_refused() -> None:
     for both in ({Decimal(5), 5 + (sys.hash_info.modulus << 400)}, {Decimal(5), 1 << 10_000, ("a", Decimal(5))}):
         assert cross(both) == both
     assert returning.build(Decimal(5), Price) is Price.LOW
+
+
+@dataclasses.dataclass
+class Basket:
+    numbers: set[int]
+    prices: set[int | Decimal]
+
+
+def test_sets_made_of_lists_are_no_way_around_that() -> None:
+    """``returns=set[int]`` takes a list, too."""
+    prime = sys.hash_info.modulus
+    many = [prime * number for number in range(1, 40_000)]
+    few = [Decimal(5), 5 + (prime << 1_000_000)]
+    for value, wanted in (
+        (many, set[int]), ([[number, 1] for number in many], frozenset[tuple[int, int]]), ([few] * 3, list[set[int | Decimal]]),
+        ({"numbers": many, "prices": []}, Basket), ({"numbers": [], "prices": few}, Basket),
+    ):  # fmt: skip
+        with pytest.raises(SerializationError, match=r"too long to insert|of one hash"):
+            returning.build(value, wanted)
+    assert returning.build([0] * 100_000 + [*range(100_000)], set[int]) == set(range(100_000))
+    assert returning.build(many, list[int]) == many
+
+
+def test_an_error_of_what_was_to_be_built_cannot_steer_a_terminal() -> None:
+    class Strict(msgspec.Struct, forbid_unknown_fields=True):
+        x: int
+
+    with pytest.raises(SerializationError) as caught:
+        returning.build({"\x1b[2J" + "x" * 100_000: 1}, Strict)
+    told = "".join(traceback.format_exception(caught.value))
+    assert "\x1b" not in told
+    assert "\\x1b[2J" in told
+    assert len(told) < 10_000
 
 
 class Price(enum.Enum):

@@ -11,6 +11,7 @@ from typing import Any
 from pisupervisor.errors import ProtocolError, SerializationError
 from pisupervisor.link.arrow_messages import check_stream, not_taken
 from pisupervisor.link.keys import check_comparable
+from pisupervisor.link.reader import text_of
 
 #: values of columns that pandas makes Python objects of; as many as a result has items otherwise
 MAX_OBJECTS = 2_000_000
@@ -66,7 +67,7 @@ def build_table(data: bytes | memoryview, budget: Budget | None = None) -> Any:
     except (ProtocolError, SerializationError):
         raise
     except Exception as error:  # pyarrow's own, OSError, KeyError, MemoryError ...: whatever hostile bytes can provoke
-        raise ProtocolError(f"Arrow data that is not valid: {str(error)[:200]}") from None
+        raise ProtocolError(f"Arrow data that is not valid: {text_of(error, 200)}") from None
     return _without_pandas_word(table)
 
 
@@ -236,7 +237,7 @@ def _check_type(types: Any, kind: Any) -> None:
     if types.is_timestamp(kind) and kind.tz is not None and not _ZONE.fullmatch(kind.tz):
         raise not_taken(f"a time zone that is none: {kind.tz[:60]!r}")
     if not any(getattr(types, f"is_{name}")(kind) for name in _ALLOWED):
-        raise not_taken(f"Arrow data of the type {str(kind)[:100]}")
+        raise not_taken(f"Arrow data of the type {text_of(kind, 100)}")
 
 
 _ALLOWED = (
@@ -271,5 +272,5 @@ def _needed(name: str) -> Any:
 
 
 def _not_here(what: str, error: Exception) -> SerializationError:
-    message = f"a {what} that pandas cannot make here: {type(error).__name__}: {str(error)[:300]}"
+    message = f"a {what} that pandas cannot make here: {type(error).__name__}: {text_of(error, 300)}"
     return SerializationError(message, direction="from child")

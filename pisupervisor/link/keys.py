@@ -8,20 +8,23 @@ there already (7 MB of them took 6 minutes); numbers of one hash that take long 
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from decimal import Decimal
 from itertools import islice
 from operator import eq
+from uuid import UUID
 
 from pisupervisor.errors import ProtocolError, SerializationError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Iterator
     from typing import Any
 
 MAX_COLLISIONS = 100  # keys of one hash: a legitimate set of powers of two reaches that at 6,100 elements
 MAX_BITS = 512  # of a whole number that a Decimal is compared with, which takes the square of them
 _TEXT = frozenset((str, bytes))
+_KNOWN = frozenset((bool, int, float, complex, Decimal, timedelta, UUID, frozenset))  # whose hashes are no secret
 _FEW = 1000  # keys that are inserted without a look at the clock
 _STEP = 64  # keys between two looks
 _PATIENCE = (
@@ -47,22 +50,31 @@ class Keys:
         self._insert(built, keys, lambda part: zip(keys[part], values[part], strict=True))
         return built
 
+    def try_lists(self, value: Any) -> None:
+        """For somebody who makes sets of lists: every one in ``value``, whichever it is. Raises SerializationError."""
+        for elements in _lists(value):
+            began = time.thread_time()
+            if _are_shared(sorted(map(hash, elements))):
+                check_comparable(elements)
+            if len(elements) > MAX_COLLISIONS:
+                self._insert_many(set(), elements, elements.__getitem__, began)
+
     def _insert(self, built: Any, keys: list[Any], take: Callable[[slice], Iterable[Any]]) -> None:
-        if _TEXT.issuperset(map(type, keys)):
-            built.update(take(slice(None)))
-        elif len(keys) <= _FEW:
+        began = time.thread_time() if len(keys) > _FEW else 0.0
+        is_secret = _TEXT.issuperset(map(type, keys))
+        if not is_secret:
             check(keys)
+        if is_secret or len(keys) <= _FEW:
             built.update(take(slice(None)))
         else:
-            self._insert_many(built, keys, take)
+            self._insert_many(built, keys, take, began)
         if len(built) != len(keys):
             raise ProtocolError("a key or element that comes twice")
 
-    def _insert_many(self, built: Any, keys: list[Any], take: Callable[[slice], Iterable[Any]]) -> None:
-        began = time.thread_time()
-        check(keys)
-        checked = time.thread_time()
-        usual = checked + _PATIENCE * (checked - began)
+    def _insert_many(self, built: Any, keys: list[Any], take: Callable[[slice], Iterable[Any]], began: float) -> None:
+        """Their hashes were computed and sorted since ``began``."""
+        now = time.thread_time()
+        usual = now + _PATIENCE * (now - began)
         for start in range(0, len(keys), _STEP):
             built.update(take(slice(start, start + _STEP)))
             if time.thread_time() > usual + self._spare:
@@ -73,10 +85,15 @@ class Keys:
 def check(keys: list[Any]) -> None:
     """Raises SerializationError for too many of one hash. Sorted, for their table could be attacked as well."""
     hashes = sorted(map(hash, keys))
-    if any(map(eq, hashes, islice(hashes, 1, None))):
-        if any(map(eq, hashes, islice(hashes, MAX_COLLISIONS, None))):
+    if _are_shared(hashes):
+        if _are_shared(hashes, MAX_COLLISIONS):
             raise _refused(f"more than {MAX_COLLISIONS} keys or elements of one hash")
         check_comparable(keys)
+
+
+def _are_shared(hashes: list[int], others: int = 1) -> bool:
+    """Whether one of them is that of so many others."""
+    return any(map(eq, hashes, islice(hashes, others, None)))
 
 
 def check_comparable(values: Iterable[Any]) -> None:
@@ -90,5 +107,27 @@ def check_comparable(values: Iterable[Any]) -> None:
         raise _refused(f"a Decimal beside a whole number of more than {MAX_BITS} bits, of one hash")
 
 
+def _lists(value: Any) -> Iterator[list[Any]]:
+    """The lists in a decoded value, as far as a hash of what is in them is known."""
+    level = [value]
+    while level:
+        below: list[Any] = []
+        for part in level:
+            if type(part) is dict:
+                below += part.values()
+            elif type(part) in (list, tuple):
+                below += part
+                if len(part) > 1:
+                    yield [each for each in map(_as_element, part) if each is not None]
+        level = [part for part in below if type(part) in (dict, list, tuple)]
+
+
+def _as_element(value: Any) -> Any:
+    """What would stand in a set for it; None for what cannot, or is secret."""
+    if type(value) in (list, tuple):
+        return tuple(map(_as_element, value))
+    return value if type(value) in _KNOWN else None
+
+
 def _refused(what: str) -> SerializationError:
-    return SerializationError(f"{what}; return a list instead", direction="from child")
+    return SerializationError(f"{what}; a list will do", direction="from child")

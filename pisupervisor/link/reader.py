@@ -53,6 +53,13 @@ def reader_for(options: IsolationOptions) -> Reader:
     )
 
 
+def text_of(error: object, most: int = 1000) -> str:
+    """What an exception says, perhaps in a child's words: they must neither drive a terminal nor fill a log."""
+    from pisupervisor.link.remote_errors import CONTROLS
+
+    return str(error)[:most].translate(CONTROLS)
+
+
 def _refusal(what: str, error: Exception) -> SerializationError:
     """Whatever class it is of: a decoder that lets ours out has not taken the value either."""
-    return SerializationError(f"{what} raised {type(error).__name__}: {str(error)[:1000]}", direction="from child")
+    return SerializationError(f"{what} raised {type(error).__name__}: {text_of(error)}", direction="from child")

@@ -11,6 +11,7 @@ from functools import lru_cache
 from types import GenericAlias
 
 from pisupervisor.errors import OptionsError, SerializationError
+from pisupervisor.link.reader import text_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,16 +29,22 @@ def build(value: Any, returns: Any) -> Any:
 
     import msgspec
 
+    from pisupervisor.link.keys import Keys
+
     if returns is None or returns is Any:
         return value
     try:
-        return _convert(value, _buildable(returns))
+        wanted, has_sets = _buildable(returns)
+        if has_sets and type(value) in (list, tuple, dict):
+            Keys().try_lists(value)
+        return _convert(value, wanted)
     # An array, say, where a dict is wanted; a number too large for a complex one, a signalling NaN for an enum.
     except (msgspec.ValidationError, ValueError, AttributeError, ArithmeticError) as error:
-        raise SerializationError(f"the result is not a {_named(returns)}: {error}", direction=_FROM_CHILD) from error
+        message = f"the result is not a {_named(returns)}: {text_of(error)}"
+        raise SerializationError(message, direction=_FROM_CHILD) from None  # its text is the child's in part
     except (TypeError, RecursionError) as error:
-        message = f"returns={_named(returns)} cannot be built: {error}"
-        raise SerializationError(message, direction=_FROM_CHILD) from error
+        message = f"returns={_named(returns)} cannot be built: {text_of(error)}"
+        raise SerializationError(message, direction=_FROM_CHILD) from None
 
 
 def _convert(value: Any, returns: Any) -> Any:
@@ -103,8 +110,10 @@ class Table(metaclass=_StandIn):
     """``Table[K, V]``: a dict with keys of a type that msgspec does not know: of keys that are text it asks nobody (0.22)."""
 
 
-def _buildable(returns: Any) -> Any:
-    """What msgspec is to build in the place of ``returns``. Raises TypeError, and what the annotations of a class raise."""
+def _buildable(returns: Any) -> tuple[Any, bool]:
+    """What msgspec is to build in the place of ``returns``, and whether it may have to make sets of lists. Raises TypeError, and
+    what the annotations of a class raise.
+    """
     try:
         hash(returns)
     except TypeError:  # by what it is annotated with
@@ -113,15 +122,16 @@ def _buildable(returns: Any) -> Any:
 
 
 @lru_cache(maxsize=256)
-def _looked_at(returns: Any) -> Any:
+def _looked_at(returns: Any) -> tuple[Any, bool]:
     from msgspec import inspect, msgpack
 
     wanted = _with_stand_ins(returns)
     msgpack.Decoder(wanted)  # looks at the type alone
-    unasked = _unasked_keys(inspect.type_info(wanted), set())
+    known = inspect.type_info(wanted)
+    unasked = _unasked_keys(known, set())
     if unasked is not None:
         raise TypeError(f"within a class, keys of a dict cannot be {_named(unasked)}: declare text or numbers")
-    return wanted
+    return wanted, "set" in repr(known).lower()
 
 
 def _with_stand_ins(returns: Any) -> Any:

@@ -10,7 +10,7 @@ import sys
 
 from pisupervisor.errors import ProtocolError, SerializationError
 from pisupervisor.link.arguments import child_importable, dump_call, dump_function
-from pisupervisor.link.reader import DATA, Reader
+from pisupervisor.link.reader import DATA, Reader, text_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -42,7 +42,9 @@ def decode(
     except (ProtocolError, SerializationError):
         raise
     except Exception as error:  # RecursionError, MemoryError, msgspec's own ...: whatever hostile bytes can provoke
-        raise ProtocolError(f"a result that cannot be decoded: {type(error).__name__}: {str(error)[:200]}") from error
+        raise ProtocolError(
+            f"a result that cannot be decoded: {type(error).__name__}: {text_of(error, 200)}"
+        ) from error
 
 
 def decode_plain(text: bytes, reader: Reader) -> Any:
@@ -61,7 +63,9 @@ def decode_plain(text: bytes, reader: Reader) -> Any:
         MemoryError,
         sys.modules["msgspec"].MsgspecError,
     ) as error:  # no signal's handler's
-        raise ProtocolError(f"a result that cannot be decoded: {type(error).__name__}: {str(error)[:200]}") from error
+        raise ProtocolError(
+            f"a result that cannot be decoded: {type(error).__name__}: {text_of(error, 200)}"
+        ) from error
 
 
 def _is_small_int(text: bytes) -> bool:
