@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from pisupervisor import (
 )
 from pisupervisor.launch import attest
 from pisupervisor.launch.templates import template_key
+from pisupervisor.link.arguments import dump_function
 
 pytestmark = [pytest.mark.linux, pytest.mark.matrix]
 
@@ -335,6 +337,32 @@ def test_a_template_that_cannot_be_leaves_nothing() -> None:
         for _ in range(3):
             with pytest.raises(OptionsError):
                 Template(python="/nowhere/python")
+
+
+def test_a_fork_in_the_middle_of_another_threads_pickling() -> None:
+    """Whose lock nobody would ever give back in the fork."""
+
+    def sent_by_value() -> int:
+        signal.alarm(30)
+        with ProcessIsolator.create() as isolator:
+            value: int = isolator.invoke(lambda: 6 * 7)
+            return value
+
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+            inside.set()
+            go_on.wait(60)
+            return int, ("7",)
+
+    with nothing_left():
+        thread = threading.Thread(target=dump_function, args=(abs, (Slow(),), {}, lambda _name: True))
+        thread.start()
+        inside.wait(10)
+        assert in_fork(sent_by_value) == "42"
+        go_on.set()
+        thread.join()
 
 
 def test_a_forgotten_template_leaves_nothing() -> None:

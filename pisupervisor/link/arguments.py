@@ -27,7 +27,7 @@ Importable = Callable[[str], bool]
 
 _OURS = frozenset(("pihost", "cloudpickle"))
 _CODE = (FunctionType, BuiltinFunctionType, type, ModuleType, _lru_cache_wrapper)
-_registry_lock = RLock()  # cloudpickle's registry belongs to the process
+_registry_lock, _lock_owner = RLock(), os.getpid()  # cloudpickle's registry belongs to the process
 
 
 def child_importable(import_paths: Iterable[str | os.PathLike[str]], stdlib: Iterable[str] | None = None) -> Importable:
@@ -283,13 +283,21 @@ def _dump_registered(value: Any, importable: Importable, new: NewSheet) -> Any:
 
     registered: list[ModuleType] = []
     sheet = new()
-    with _registry_lock:
+    with _own_registry_lock():
         try:
             _value_pickler()(sheet, importable, registered).dump(value)
         finally:
             for module in registered:
                 cloudpickle.unregister_pickle_by_value(module)
     return sheet
+
+
+def _own_registry_lock() -> Any:
+    """A fork of the application gets another: who held this one may be a thread that it has not."""
+    global _registry_lock, _lock_owner
+    if _lock_owner != os.getpid():
+        _registry_lock, _lock_owner = RLock(), os.getpid()
+    return _registry_lock
 
 
 def _labelled(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, Any]]:
