@@ -1,37 +1,37 @@
 """``AsyncProcessIsolator``: the surface of ``ProcessIsolator``, awaited.
 
 The commonest call is made by the loop itself, which reads the answer when it is there. What takes longer, or is more than
-plain values, goes on in a thread, as do all other calls; what ends or pauses a child goes by one of its own, so that it
-never stands behind a call. The event loop is never blocked, and cancelling a task that awaits a call kills the work.
+plain values, goes on in a thread, as do all other calls; what ends or pauses a child (``aio_control``) goes by one of its
+own, so that it never stands behind a call. The event loop is never blocked, and cancelling a task that awaits a call kills
+the work.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Coroutine, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from contextvars import ContextVar
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from pisupervisor.aio_control import AsyncControl
 from pisupervisor.aio_objects import (
     AsyncIsolatedMethod,
     AsyncIsolatedObject,
     AsyncIsolatedStream,
     AsyncPipeline,
     Done,
-    Pids,
 )
 from pisupervisor.aio_workers import Workers, run_in
 from pisupervisor.callbacks import is_coroutine_function
-from pisupervisor.control import Master
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.returns import build
 from pisupervisor.objects import IsolatedStream
 from pisupervisor.options import IsolationOptions
-from pisupervisor.results import Applied, CallResult, ExitInfo, ExitReason, SystemCall, Usage
+from pisupervisor.results import CallResult, ExitInfo, ExitReason
 from pisupervisor.supervise.aio_link import LoopLink, until
 from pisupervisor.supervise.call import Sent
 from pisupervisor.template import chosen
@@ -40,14 +40,13 @@ from pisupervisor.worker import Worker
 if TYPE_CHECKING:
     from pisupervisor.link.connection import Connection
     from pisupervisor.supervise.child import Child
-    from pisupervisor.supervise.lifecycle import State
 
 Made = TypeVar("Made", bound="AsyncProcessIsolator")
 _KNOWN = 1000
 _within: ContextVar[int] = ContextVar("_within", default=0)  # the caller whose callback this is
 
 
-class AsyncProcessIsolator(Master):
+class AsyncProcessIsolator(AsyncControl):
     """One confined child and the calls into it, from coroutines of one event loop at a time. Made by ``await create()``, or
     ``async with create()``.
 
@@ -178,72 +177,9 @@ class AsyncProcessIsolator(Master):
         """See ``ProcessIsolator.shared_array``."""
         return self._isolator.shared_array(shape, dtype)
 
-    # --- life -------------------------------------------------------------------------------------------------
-
-    async def exit(self, reason: str | None = None, timeout: float = 5.0) -> ExitInfo:
-        """See ``ProcessIsolator.exit``."""
-        info: ExitInfo = await self._act(self._isolator.exit, reason, timeout)
-        return info
-
-    async def terminate(self, grace: float = 1.0) -> bool:
-        """See ``ProcessIsolator.terminate``."""
-        return bool(await self._act(self._isolator.terminate, grace))
-
-    async def abort(self, reason: str | None = None) -> bool:
-        """See ``ProcessIsolator.abort``."""
-        return bool(await self._act(self._isolator.abort, reason))
-
-    async def restart(self) -> None:
-        """See ``ProcessIsolator.restart``."""
-        await self._act(self._isolator.restart)
-
-    async def pause(self) -> None:
-        """See ``ProcessIsolator.pause``."""
-        await self._act(self._isolator.pause)
-
-    async def resume(self) -> None:
-        """See ``ProcessIsolator.resume``."""
-        await self._act(self._isolator.resume)
-
-    async def wait_for_exit(self, timeout: float | None = None) -> ExitInfo:
-        """See ``ProcessIsolator.wait_for_exit``. Waits in a thread that is there for this alone."""
-        waiter = Worker("pisupervisor-async-wait")
-        try:
-            info: ExitInfo = await run_in(waiter, self._isolator.wait_for_exit, timeout)
-            return info
-        finally:
-            waiter.end()
-
-    async def close(self) -> None:
-        """See ``ProcessIsolator.close``. Ends its threads, too."""
-        control, self._control = self._control or Worker("pisupervisor-async-control"), None
-        try:
-            await asyncio.shield(run_in(control, self._isolator.close))
-        finally:
-            control.end()
-            self._calls.end()
-            self._rest.end()
-            if self._link is not None:
-                self._link.close()
-
-    # --- looking ----------------------------------------------------------------------------------------------
-
-    async def resource_usage(self) -> Usage:
-        """See ``ProcessIsolator.resource_usage``."""
-        usage: Usage = await self._act(self._isolator.resource_usage)
-        return usage
-
     async def object_count(self) -> int:
         """See ``ProcessIsolator.object_count``."""
         return int(await self._call(self._isolator.object_count))
-
-    def pids(self) -> Pids:
-        """See ``ProcessIsolator.pids``."""
-        return Pids(self._isolator.pids())
-
-    def system_calls(self) -> tuple[SystemCall, ...]:
-        """See ``ProcessIsolator.system_calls``."""
-        return self._isolator.system_calls()
 
     def set_data(self, name: str, value: Any) -> Done:
         """See ``ProcessIsolator.set_data``."""
@@ -264,20 +200,19 @@ class AsyncProcessIsolator(Master):
         """What it was made with."""
         return self._isolator.options
 
-    @property
-    def pid(self) -> int | None:
-        """See ``ProcessIsolator.pid``."""
-        return self._isolator.pid
+    # --- the end ----------------------------------------------------------------------------------------------
 
-    @property
-    def state(self) -> State:
-        """See ``ProcessIsolator.state``."""
-        return self._isolator.state
-
-    @property
-    def applied(self) -> Mapping[str, Applied]:
-        """See ``ProcessIsolator.applied``."""
-        return self._isolator.applied
+    async def close(self) -> None:
+        """See ``ProcessIsolator.close``. Ends its threads, too."""
+        control, self._control = self._control or Worker("pisupervisor-async-control"), None
+        try:
+            await asyncio.shield(run_in(control, self._isolator.close))
+        finally:
+            control.end()
+            self._calls.end()
+            self._rest.end()
+            if self._link is not None:
+                self._link.close()
 
     # --- waiting ----------------------------------------------------------------------------------------------
 
