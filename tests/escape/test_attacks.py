@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import os
 import re
@@ -846,14 +847,18 @@ def told(name):
 [os.stat("/proc/self/ns/net").st_ino, *(told(name) for name in ("snmp", "snmp6", "netstat", "rt6_stats", "ip6_flowlabel"))]
 """
     seen, first, again = set(), attack(isolator, look), 0
-    for _ in range(4):
-        network, *told = attack(isolator, look)
-        assert told == first[1:]
-        again += network in seen
-        seen.add(network)
-        attack(isolator, leave)
-        assert attack(isolator, look)[1:] != told or not leave, "the control: here it tells"
-        isolator.restart()
+    with contextlib.ExitStack() as held:
+        for _ in range(4):
+            held.callback(
+                os.close, os.open(f"/proc/{isolator.pid}/ns/net", os.O_RDONLY)
+            )  # else its number is given anew
+            network, *told = attack(isolator, look)
+            assert told == first[1:]
+            again += network in seen
+            seen.add(network)
+            attack(isolator, leave)
+            assert attack(isolator, look)[1:] != told or not leave, "the control: here it tells"
+            isolator.restart()
     assert (again > 0) == (not leave)
 
 
