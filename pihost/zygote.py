@@ -76,7 +76,7 @@ def prepare(plan: TemplatePlan) -> None:
         try:
             __import__(name)
         except BaseException as error:  # SystemExit too: a silent end would explain nothing
-            raise StepFailed(f"preload {name}", error) from error
+            raise StepFailed(f"preload {name}", Exception(f"{type(error).__name__}: {error}")) from error
     # From here on the zygote, which has rights, imports nothing of the user's: even the standard library tries names
     # that a folder of the user's could hold (pickle: org.python.core).
     sys.path[:] = plan.sys_path

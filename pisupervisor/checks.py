@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LONGEST = 2e6  #: seconds, 23 days: the longest wait that poll(2) takes
 #: places in the child's tree where nothing of the host's can be shown, and those that cannot be made writable
+_LONGEST_VARIABLE = 1 << 17  # MAX_ARG_STRLEN: with its name, "=" and the 0 at the end
 _OURS = frozenset(("/", "/proc", "/dev", "/tmp", "/usr", "/etc", "/sys", "/py", "/pis"))
 _NO_OVERLAY = frozenset(("/", "/proc", "/dev", "/tmp", "/sys", "/py", "/pis"))
 
@@ -71,7 +72,9 @@ def environment(value: Mapping[str, str]) -> dict[str, str]:
         raise OptionsError(f"environment: expected a mapping, not {value!r}")
     for key, text in value.items():
         if not _is_variable(key, text):
-            raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable")
+            raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable"[:300])
+        if len(os.fsencode(key + text)) + 2 > _LONGEST_VARIABLE:
+            raise OptionsError(f"environment: {key[:100]!r} is longer than the kernel takes, {_LONGEST_VARIABLE} bytes")
     return dict(value)
 
 
@@ -128,7 +131,15 @@ def existing(paths: Any, name: str) -> tuple[str, ...]:
     for each in found:
         if not os.path.exists(each):
             raise OptionsError(f"{name}: {each} does not exist")
+        if each != "/usr":  # which is there anyway
+            _check_place(each, name)
     return found
+
+
+def _check_place(target: str, name: str) -> None:
+    """Raises OptionsError where something of the child's own is."""
+    if not target.startswith("/") or target in _OURS or target.startswith(("/proc/", "/dev/", "//")):
+        raise OptionsError(f"{name}: cannot show anything at {target!r} in the child")
 
 
 def bind(entry: Any, name: str) -> tuple[str, str]:
@@ -141,8 +152,7 @@ def bind(entry: Any, name: str) -> tuple[str, str]:
     target = target or source
     if not os.path.exists(source):
         raise OptionsError(f"{name}: {source} does not exist on the host")
-    if not target.startswith("/") or target in _OURS or target.startswith(("/proc/", "/dev/", "//")):
-        raise OptionsError(f"{name}: cannot show anything at {target!r} in the child")
+    _check_place(target, name)
     return source, target
 
 

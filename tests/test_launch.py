@@ -180,10 +180,12 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """parity: 55"""
     monkeypatch.setenv("HOST_SECRET", "hunter2")
     monkeypatch.setenv("SHARED", "yes")
-    options = IsolationOptions(inherit_environment=["SHARED"], environment={"GIVEN": "too"})
+    longest = "x" * ((1 << 17) - len("LONG=") - 1)
+    options = IsolationOptions(inherit_environment=["SHARED"], environment={"GIVEN": "too", "LONG": longest})
     with ProcessIsolator.create() as bare, ProcessIsolator.create(options) as given:
         assert set(bare.invoke_method(INSIDE, "facts")["environment"]) == {"PATH", "HOME", "TMPDIR", "LANG"}
         found = given.invoke_method(INSIDE, "facts")["environment"]
+        assert given.invoke(lambda: os.environ["LONG"]) == longest
         assert (found["SHARED"], found["GIVEN"], "HOST_SECRET" in found) == ("yes", "too", False)
         for where in ("/proc/self/environ", "/proc/1/environ"):
             assert (

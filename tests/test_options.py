@@ -186,6 +186,8 @@ def test_a_limit_that_cannot_be_is_named(name: str, value: Any) -> None:
         ("inherit_environment", "PATH"), ("inherit_environment", [""]), ("inherit_environment", ["\ud800"]),
         ("inherit_environment", ["A=B"]), ("inherit_environment", ["A\0"]), ("preload", "json"), ("preload", ["a b"]),
         ("preload", ["os; evil"]), ("tenant", 7), ("import_paths", "/usr/lib"), ("import_paths", ["/nowhere/at/all"]),
+        ("import_paths", ["/"]), ("import_paths", ["/etc"]), ("import_paths", ["/tmp"]), ("import_paths", ["/dev/shm"]),
+        ("import_paths", ["/proc/self"]), ("environment", {"A": "x" * ((1 << 17) - 2)}), ("environment", {"A": 7 * 10**2000}),
         ("degrade", ["memroy"]), ("degrade", "memory"), ("start_timeout", -1), ("start_timeout", "5"),
         ("call_timeout", 0), ("log_level", "LOUD"),
     ],

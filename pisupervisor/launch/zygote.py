@@ -32,6 +32,8 @@ _GRACE = 2.0  # seconds to hear why it ended
 _UNSHARE_GRACE = 30.0  # seconds for an interpreter to start and make its user namespace, as start_timeout by default
 _ROOM_GRACE = 0.02  # seconds to have room for a request: a zygote that is busy, or stopped, must not hold its host
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
+_PRELOAD_FOUND = "a preloaded module must be importable in the child: name its folder in import_paths"
+_PRELOAD_IMPORTED = "it must be fit to be forked, in one thread and before there is a child: else import it in on_start"
 _REMEDIES = {
     "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
     "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
@@ -186,7 +188,11 @@ def failure(message: dict[str, Any]) -> LaunchError:
 
         remedy = userns.remedy_for(step, number, detail, userns.situation()) or remedy
     if step.startswith("preload"):
-        remedy = "a preloaded module must be importable in the child: name its folder in import_paths"
+        remedy = _PRELOAD_FOUND if "ModuleNotFoundError" in detail else _PRELOAD_IMPORTED
+    if number == errno.EROFS and step.startswith(("bind", "mounts")):
+        remedy = (
+            "a place in the child must be there already where it lies in what is read-only; choose one outside of that"
+        )
     return LaunchError(
         detail,
         step=step,

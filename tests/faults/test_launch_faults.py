@@ -33,6 +33,7 @@ from zoo import SOON, lives_on, within
 
 from pisupervisor import (
     FeatureUnavailable,
+    Filesystem,
     IsolationOptions,
     LaunchError,
     ProcessIsolator,
@@ -128,7 +129,7 @@ def test_a_package_that_is_not_there(spoil: Spoil) -> None:
 
 
 PRELOADS = {
-    "raising": ("1 / 0", "division by zero"),
+    "raising": ("1 / 0", "ZeroDivisionError: division by zero"),
     "with_thread": ("import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()", "thread"),
     "missing_part": ("import no_such_module_anywhere", "no_such_module_anywhere"),
 }  # fmt: skip
@@ -140,7 +141,14 @@ def test_a_preload_that_cannot_be(tmp_path: Path, name: str) -> None:
     write(tmp_path, f"{name}.py", source)
     error = refused("preload" if name == "with_thread" else f"preload {name}", import_paths=[tmp_path], preload=[name])
     assert said in str(error)
-    assert error.remedy
+    assert ("import_paths" if name == "missing_part" else "on_start") in str(error.remedy)
+
+
+@pytest.mark.parametrize("changes", [{"read_only": [("/etc", "/usr/nowhere")]}, {"overlay": ["/nowhere"]}], ids=str)
+def test_a_place_in_what_is_read_only(changes: dict[str, Any]) -> None:
+    error = refused("mounts" if "overlay" in changes else "bind /etc at /usr/nowhere", filesystem=Filesystem(**changes))
+    assert error.errno == errno.EROFS
+    assert "outside of that" in str(error.remedy)
 
 
 def test_a_preload_that_is_not_there() -> None:
