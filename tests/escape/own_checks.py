@@ -179,4 +179,12 @@ OWN: dict[str, dict[str, object]] = {
         "source": "CVE-2025-39682, CVE-2025-39946 (kernel TLS)",
         "code": "s=socket.socket()\nfor u in (b'tls',b'espintcp',b'smc'): deny(lambda:s.setsockopt(6,31,u),'EPERM')",
     },
+    "O30": {
+        "title": "keys for signed TCP segments, tunnels over UDP", "mechanism": "seccomp: no TCP_AO, TCP_MD5SIG, UDP_ENCAP",
+        "needs": ["seccomp"],
+        "source": "tcp_ao.rst (6.7): any hash of the kernel's crypto for whoever names it, as by AF_ALG (O11); 8 places in all",
+        "code": "s=socket.socket(); a=struct.pack('HH4s120xBBHi80s',2,0,bytes(4),0,0,3,0,b'key')\n"
+        "for o in (14,32,38): deny(lambda:s.setsockopt(6,o,a),'EPERM')\n"
+        "deny(lambda:socket.socket(2,2).setsockopt(17,100,2),'EPERM')",
+    },
 }  # fmt: skip
