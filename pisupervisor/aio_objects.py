@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Self
 
-from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream
+from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream, set_own
 
 if TYPE_CHECKING:
     from pisupervisor.aio import AsyncProcessIsolator
@@ -47,6 +47,8 @@ class AsyncIsolatedObject:
         if name.startswith("_"):
             raise AttributeError(f"{name!r}: call what is private with invoke({name!r}, ...)")
         return self.find_method(name)
+
+    __setattr__ = set_own
 
     def release(self) -> Done:
         """See ``IsolatedObject.release``."""

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from pisupervisor.link.sources import Code
 
 
+def set_own(handle: Any, name: str, value: Any) -> None:
+    """``__setattr__`` of handles: what is meant for the object would be seen here alone, and nobody would say so."""
+    if not name.startswith("_"):
+        raise AttributeError(
+            f"{name!r} of an object in the child: set it there, isolator.invoke(setattr, obj, {name!r}, ...)"
+        )
+    object.__setattr__(handle, name, value)
+
+
 class IsolatedObject:
     """An object in the child. ``obj.add(2)`` or ``obj.invoke("add", 2)`` call its methods; names that begin with an
     underscore, and those that this class has itself, only the second way. It can be an argument of calls into its child.
@@ -62,6 +71,8 @@ class IsolatedObject:
         if name.startswith("_"):
             raise AttributeError(f"{name!r}: call what is private with invoke({name!r}, ...)")
         return self.find_method(name)
+
+    __setattr__ = set_own
 
     def release(self) -> None:
         """Let go of the object in the child. Idempotent."""

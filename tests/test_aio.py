@@ -112,6 +112,8 @@ def test_what_is_no_path_and_no_name_is_told_as_by_the_plain_class(plugin: Path)
                 with pytest.raises(OptionsError, match=r"a path or a module name|no dotted name"):
                     await call
             counter = await isolator.create_object(plugin, "Counter", 5)
+            with pytest.raises(AttributeError, match="setattr"):
+                counter.value = 6
             with pytest.raises(OptionsError, match="expected the name of a method"):
                 await counter.invoke(wrong)
             assert await counter.add() == 6

@@ -225,6 +225,15 @@ def test_names_that_the_handle_has_itself(isolator: ProcessIsolator, plugin: Pat
         counter.invoke("invoke")
 
 
+def test_an_attribute_is_set_in_the_child_or_not_at_all(isolator: ProcessIsolator, plugin: Path) -> None:
+    counter = isolator.create_object(plugin, "Counter", 5)
+    with pytest.raises(AttributeError, match=r"invoke\(setattr, obj, 'value'"):
+        counter.value = 6
+    assert counter.add() == 6
+    isolator.invoke(setattr, counter, "value", 10)
+    assert counter.add() == 11
+
+
 def test_what_methods_raise_and_return(isolator: ProcessIsolator, plugin: Path) -> None:
     counter = isolator.create_object(plugin, "Counter")
     with pytest.raises(KeyError, match="no such thing"):
