@@ -269,7 +269,10 @@ class AsyncProcessIsolator(AsyncControl):
         link, loop = self._link, asyncio.get_running_loop()
         if link is None or link.fd < 0 or link.connection is not connection or link.loop is not loop:
             self._close_link()
-            link = self._link = LoopLink(connection, loop)
+            try:
+                link = self._link = LoopLink(connection, loop)
+            except OSError:  # no descriptor to be had: a thread waits instead
+                raise TimeoutError from None
         return link
 
     def _close_link(self) -> None:

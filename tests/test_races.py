@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 import queue
@@ -30,6 +31,7 @@ from helpers import (
 )
 
 from pisupervisor import (
+    AsyncProcessIsolator,
     CallTimeout,
     ChildTerminated,
     ExitReason,
@@ -601,6 +603,47 @@ def test_a_watch_outlives_a_want_of_descriptors() -> None:
             assert isolator.state == "ready"
             time.sleep(0.3)
         assert wait_until(lambda: isolator.state == "stopped", 4), "the watch still watches"
+
+
+def test_a_captured_call_among_others_in_a_want_of_descriptors() -> None:
+    with nothing_left(), ProcessIsolator.create(max_concurrency=2) as isolator:
+        assert isolator.execute(len, "abc").value == 3
+        pid = isolator.pid
+        with room_for(0), pytest.raises(IsolationError, match="ulimit"):
+            isolator.execute(len, "abc")
+        assert isolator.execute(len, "abc").value == 3
+        assert isolator.pid == pid, "the child was ended for it"
+
+
+def test_an_exit_is_waited_for_in_a_want_of_descriptors() -> None:
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(mode="never")) as isolator:
+        with pytest.raises(TimeoutError):
+            isolator.wait_for_exit(timeout=0)
+        pid = isolator.pid
+        assert pid is not None
+        with room_for(0):
+            with pytest.raises(TimeoutError):
+                isolator.wait_for_exit(timeout=0.05)
+            killer = threading.Timer(0.1, os.kill, (pid, signal.SIGKILL))
+            killer.start()
+            assert isolator.wait_for_exit(timeout=5).signal == signal.SIGKILL
+        killer.join()
+
+
+def test_an_awaited_call_in_a_want_of_descriptors() -> None:
+    async def main() -> None:
+        async with AsyncProcessIsolator.create() as isolator:
+            for _ in range(2):  # the first one, made by a thread, leaves the loop nothing to read yet
+                assert await isolator.invoke(len, "abc") == 3
+            isolator._close_link()  # as after some time without a call
+            pid = isolator.pid
+            with room_for(0):
+                assert await isolator.invoke(len, "abc") == 3
+            assert await isolator.invoke(len, "abc") == 3
+            assert isolator.pid == pid
+
+    with nothing_left():
+        asyncio.run(main())
 
 
 @pytest.mark.parametrize("room", range(16))

@@ -26,6 +26,7 @@ from pisupervisor import (
     Limits,
     OptionsError,
     ProcessIsolator,
+    ProfileError,
     RestartPolicy,
     Security,
     Template,
@@ -41,6 +42,26 @@ def test_equal_options_share_a_zygote() -> None:
     with nothing_left(), ProcessIsolator.create() as one, ProcessIsolator.create() as two:
         assert zygote_of(one) == zygote_of(two)
         assert zygote_of(one) in descendants(os.getpid())
+
+
+class _Vanishing(os.PathLike[str]):
+    """The path of a file that is gone when one asks again."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._asked = path, False
+
+    def __fspath__(self) -> str:
+        if self._asked:
+            self._path.unlink(missing_ok=True)
+        self._asked = True
+        return str(self._path)
+
+
+def test_a_profile_that_goes_while_equal_options_are_looked_for(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    path.write_text('{"defaultAction": "SCMP_ACT_ALLOW"}')
+    with nothing_left(), pytest.raises(ProfileError, match=r"profile\.json"):
+        ProcessIsolator.create(security=Security(seccomp=_Vanishing(path)))
 
 
 def test_the_last_user_ends_it() -> None:

@@ -207,9 +207,12 @@ def template_key(options: IsolationOptions) -> tuple[Any, ...]:
 
 def _profile_key(profile: Any) -> Any:
     """A profile's file may change under the same name."""
-    if not isinstance(profile, (str, os.PathLike)) or not os.path.exists(profile):
+    if not isinstance(profile, (str, os.PathLike)):
         return profile
-    found = os.stat(profile)
+    try:
+        found = os.stat(profile)
+    except (OSError, ValueError):  # which reading it says better
+        return profile
     return os.path.abspath(profile), found.st_mtime_ns, found.st_size, found.st_ino
 
 

@@ -10,6 +10,7 @@ import struct
 import time
 
 from pihost import wire
+from pisupervisor.errors import IsolationError
 from pisupervisor.link.answers import Answers
 from pisupervisor.link.bells import Bell, PollBell
 from pisupervisor.link.channel import FINE, LONG, LOOK_AROUND, SEND, Broken, DeadlinePassed, LinkClosed, NeverSent
@@ -146,7 +147,10 @@ class Connection(Answers):
     # --- a call whose output is captured ----------------------------------------------------------------------
 
     def _call_captured(self, request: Request, deadline: float | None, output: int, ident: int) -> Answer:
-        bell = PollBell() if self._leader is not None else None
+        try:
+            bell = PollBell() if self._leader is not None else None
+        except OSError as error:
+            raise IsolationError(f"the call cannot be waited for: {error.strerror} (remedy: raise ulimit -n)") from None
         pending = Pending(ident or self.new_ident(), self.largest, bell)
         try:
             with Output(output) as captured:

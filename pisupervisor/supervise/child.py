@@ -29,6 +29,7 @@ END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measu
 DEATH_GRACE = 0.25  # seconds for a child that closed its link to be seen dying of what it was doing
 _BUSY_GRACE = 1.5  # the same where its payload is dead
 _DISCARD_GRACE = 1.0  # the same for a child that nobody has used
+_AGAIN = 0.005  # seconds from one look to the next where nothing tells of the end
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 
 
@@ -112,13 +113,27 @@ class Child(Birth):
                 return True
             if timeout == 0 or self.init_pidfd < 0:
                 return self.init_pidfd >= 0 and has_ended(self.init_pidfd)
-            fd = os.dup(self.init_pidfd)  # another thread may take the account, and close ours, while this one waits
+            try:  # another thread may take the account, and close ours, while this one waits
+                fd = os.dup(self.init_pidfd)
+            except OSError:
+                fd = -1
+        if fd < 0:
+            return self._ask_until_ended(timeout)
         try:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
             return bool(poll.poll(None if timeout is None else timeout * 1000))
         finally:
             os.close(fd)
+
+    def _ask_until_ended(self, timeout: float | None) -> bool:
+        """``wait`` where no descriptor is to be had."""
+        until = None if timeout is None else time.monotonic() + timeout
+        while not self.wait(0):
+            if until is not None and time.monotonic() >= until:
+                return False
+            time.sleep(_AGAIN)
+        return True
 
     @property
     def payload_ended(self) -> bool:
