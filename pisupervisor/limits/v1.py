@@ -350,13 +350,14 @@ class V1Group:
         return new
 
     def _counted(self) -> _Counts:
-        """All that was counted since the directories were made."""
+        """All that was counted in the directories that the heir gets. That of v2, which counts CPU time, is a new one."""
         now = V1Group(self._host, self._limits)
         now._paths = self.paths
         cpu = now._counts("cpu", "cpu.stat")
         throttled, throttled_time = cpu.get(b"nr_throttled", 0), cpu.get(b"throttled_time", 0) / 1e9
         events = now.refusals()._replace(throttled=throttled, throttled_time=throttled_time)
-        return _Counts(True, events, now._cpu_time() or 0.0, now.io() or GroupIo())
+        cpu_time = 0.0 if _UNIFIED in self.paths else now._cpu_time() or 0.0
+        return _Counts(True, events, cpu_time, now.io() or GroupIo())
 
     def remove(self) -> bool:
         self.close_attach_fds()
