@@ -68,8 +68,8 @@ class Serializer(Protocol):
     that it can be trusted with them is up to who plugs it in.
     """
 
-    def dumps(self, value: Any, /) -> bytes:
-        """In the child, where the serializer is sent by value, or imported if it is a module."""
+    def dumps(self, value: Any, /) -> bytes | str:
+        """In the child, where the serializer is sent by value, or imported if it is a module. Text travels as UTF-8."""
 
     def loads(self, data: bytes, /) -> Any:
         """In the host. What it raises is a SerializationError of the call."""

@@ -302,10 +302,18 @@ def letters() -> Iterator[str]:
 
 
 @linux
+def test_the_standard_librarys_json_is_such_a_serializer() -> None:
+    with ProcessIsolator.create(results=json) as isolator:
+        assert isolator.invoke(lambda: {"a": [1, "\u00e4", None]}) == {"a": [1, "\u00e4", None]}
+        assert list(isolator.map(str.upper, ["a"])) == ["A"]
+        assert isolator.invoke(lambda: [1.0], returns=tuple[float, ...]) == (1.0,)
+
+
+@linux
 def test_what_such_a_serializer_may_get_wrong() -> None:
     class Wrong(Json):
         def dumps(self, value: Any) -> Any:
-            return "text" if value == "text" else super().dumps(value)
+            return 5 if value == "text" else super().dumps(value)
 
         def loads(self, data: bytes) -> Any:
             if data == b'"bad"':
@@ -316,7 +324,7 @@ def test_what_such_a_serializer_may_get_wrong() -> None:
         pid = isolator.pid
         with pytest.raises(SerializationError, match=r"results= raised KeyError: .*of the host's"):
             isolator.invoke(lambda: "bad")
-        with pytest.raises(TypeError, match="must make bytes, not str"):
+        with pytest.raises(TypeError, match="must make bytes or text, not int"):
             isolator.invoke(lambda: "text")
         with pytest.raises(TypeError, match="not JSON serializable"):
             isolator.invoke(lambda: {1, 2})

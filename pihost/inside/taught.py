@@ -52,6 +52,8 @@ def serialized(value: Any) -> Any:
     if serializer is None or awaiting.is_stream(value):
         return value
     data = serializer.dumps(value)
+    if isinstance(data, str):  # as the standard library's json makes it, which reads bytes too
+        data = data.encode()
     if not isinstance(data, (bytes, bytearray)):
-        raise TypeError(f"the serializer in results= must make bytes, not {type(data).__name__}")
+        raise TypeError(f"the serializer in results= must make bytes or text, not {type(data).__name__}")
     return Serialized(bytes(data))
