@@ -180,6 +180,23 @@ def test_an_application_that_reaps_everything():
     )
 
 
+@pytest.mark.parametrize("before", ["os.close(2)", "os.close(2); os.open('/dev/null', os.O_RDWR | os.O_CLOEXEC)"])
+def test_a_daemon_without_stderr(before: str):
+    """Its zygote's first descriptor was number 2 then, and no child had a stderr."""
+    run(
+        before,
+        """
+        from pisupervisor import ChildTerminated
+        assert isolator.invoke(lambda: sys.stderr.fileno()) == 2
+        assert isolator.invoke(lambda: [os.fstat(fd) and fd for fd in range(3)]) == [0, 1, 2]
+        try:
+            isolator.invoke(lambda: os.write(2, b"last words") and os._exit(3))
+        except ChildTerminated as error:
+            assert error.exit_info.stderr_tail == "last words"
+        """,
+    )
+
+
 def test_a_working_directory_that_is_gone():
     run("""
         import tempfile

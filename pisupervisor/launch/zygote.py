@@ -292,6 +292,8 @@ def _spawn_with(python: str, spares: list[int]) -> int:
         (os.POSIX_SPAWN_DUP2, spares[1], _HOST),
         (os.POSIX_SPAWN_DUP2, spares[2], _LIFELINE),
     ]
+    if not _keeps_over_exec(2):  # else what is opened first would be the stderr of all children
+        actions.append((os.POSIX_SPAWN_OPEN, 2, "/dev/null", os.O_RDWR, 0))
     environment = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     arguments = [python, "-I", "-S", f"{PACKAGE}/__main__.py", "root", str(_CONTROL), str(_HOST)]
     return os.posix_spawn(
@@ -303,6 +305,13 @@ def _spawn_with(python: str, spares: list[int]) -> int:
         setsigmask=(),
         setsigdef=signal.valid_signals(),
     )
+
+
+def _keeps_over_exec(fd: int) -> bool:
+    try:
+        return os.get_inheritable(fd)
+    except OSError:  # it is closed
+        return False
 
 
 def _ensure_compiled() -> None:
