@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -133,7 +134,19 @@ def test_no_place_for_the_lock(tmp_path: Path) -> None:
     with pytest.raises(LaunchError) as caught:
         IdBlock(str(tmp_path / "nowhere" / "lock"))
     assert (caught.value.step, caught.value.errno) == ("ids", 2)
-    assert "writable" in str(caught.value.remedy)
+    assert str(caught.value.remedy).startswith(f"outer ids are claimed in {tmp_path}/nowhere,")
+
+
+def test_a_place_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_arguments: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fds = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(ids.fcntl, "fcntl", refuse)
+    with pytest.raises(LaunchError, match=r"cannot lock .*: No locks available") as caught:
+        IdBlock(str(tmp_path / "lock"))
+    assert (caught.value.step, caught.value.errno) == ("ids", errno.ENOLCK)
+    assert os.listdir("/proc/self/fd") == fds
 
 
 def test_a_link_in_the_locks_place_is_not_followed(tmp_path: Path) -> None:

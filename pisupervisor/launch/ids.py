@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import struct
@@ -74,11 +75,20 @@ class IdBlock:
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
             self._fd = os.open(lock_file, flags, 0o600)
         except OSError as error:
-            raise LaunchError(
-                f"cannot open {lock_file}: {error.strerror}", step="ids", errno=error.errno,
-                remedy="mount a writable /run, where outer ids are claimed",
-            ) from error  # fmt: skip
-        self.base = first + size * self._claim()
+            remedy = f"outer ids are claimed in {os.path.dirname(lock_file)}, which must be writable"
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                remedy = "raise ulimit -n, or close isolators"
+            text = f"cannot open {lock_file}: {error.strerror}"
+            raise LaunchError(text, step="ids", errno=error.errno, remedy=remedy) from error
+        try:
+            self.base = first + size * self._claim()
+        except OSError as error:
+            os.close(self._fd)
+            text, remedy = f"cannot lock {lock_file}: {error.strerror}", "mount a tmpfs there, which has such locks"
+            raise LaunchError(text, step="ids", errno=error.errno, remedy=remedy) from error
+        except LaunchError:
+            os.close(self._fd)
+            raise
 
     def _claim(self) -> int:
         for number in range(self._count):
@@ -88,7 +98,6 @@ class IdBlock:
             except BlockingIOError:
                 continue
             return number
-        os.close(self._fd)
         raise LaunchError(
             f"all {self._count} blocks of outer ids are taken", step="ids", remedy="close other supervisors"
         )
