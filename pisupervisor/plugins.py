@@ -12,6 +12,7 @@ import io
 import os
 import threading
 from collections.abc import Iterable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
@@ -208,10 +209,12 @@ class NullHost(_Host):
         context = self._check(plugin, context)
         if timeout is not None:
             raise OptionsError("NullHost cannot end a plugin: leave timeout out, or use ProcessHost")
+        own = copy(context)  # as elsewhere, the caller's shows what a plugin did that has come to an end
+        own.properties, own.arguments = dict(context.properties), list(context.arguments)
         out, err = io.StringIO(), io.StringIO()
         with _stdout_lock, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                outcome = run_plugin(plugin, context)
+                outcome = run_plugin(plugin, own)
                 if inspect.iscoroutine(outcome):
                     import asyncio
 
@@ -220,6 +223,7 @@ class NullHost(_Host):
                 told = _as_remote(error)
                 told.stdout, told.stderr = out.getvalue(), err.getvalue()
                 raise told from error
+        _take_over(context, outcome["properties"], outcome["arguments"])
         return PluginResult(stdout=out.getvalue(), stderr=err.getvalue(), result=outcome["result"], context=context)
 
 
