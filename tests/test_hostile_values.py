@@ -307,7 +307,7 @@ class Basket:
 def test_sets_made_of_lists_are_no_way_around_that() -> None:
     """``returns=set[int]`` takes a list, too."""
     prime = sys.hash_info.modulus
-    many = [prime * number for number in range(1, 40_000)]
+    many = [prime * number for number in range(1, 80_000)]
     few = [Decimal(5), 5 + (prime << 1_000_000)]
     for value, wanted in (
         (many, set[int]), ([[number, 1] for number in many], frozenset[tuple[int, int]]), ([few] * 3, list[set[int | Decimal]]),

@@ -170,9 +170,11 @@ OWN: dict[str, dict[str, object]] = {
         "    deny(lambda:sc(*call),'ENOSYS')",
     },
     "O28": {
-        "title": "whether others have the same page", "mechanism": "seccomp: no MADV_MERGEABLE", "needs": ["seccomp"],
+        "title": "whether others have the same page", "mechanism": "seccomp: no MADV_MERGEABLE, PR_SET_MEMORY_MERGE",
+        "needs": ["seccomp"],
         "source": "ksm.rst; Suzaki et al., EuroSec 2011; Razavi et al., Flip Feng Shui, USENIX Security 2016",
-        "code": "m=mmap.mmap(-1,8192); deny(lambda:m.madvise(12),'EINVAL')",
+        "code": "m=mmap.mmap(-1,8192); deny(lambda:m.madvise(12),'EINVAL')\n"
+        "deny(lambda:sc(157,67,1,0,0,0),'EINVAL')",
     },
     "O29": {
         "title": "protocols of the kernel's own on top of TCP", "mechanism": "seccomp: no TCP_ULP", "needs": ["seccomp"],
