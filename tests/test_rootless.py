@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import features
 import pytest
 from conftest import OrdinaryUser
 from helpers import DEGRADE
@@ -113,6 +115,27 @@ def test_everything_else_holds(ordinary_user: OrdinaryUser) -> None:
     assert {status[name] for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {"0" * 16}
     assert (status["NoNewPrivs"], status["Seccomp"]) == ("1", "2")
     assert set(status["Uid"].split()) == {"1000"}
+
+
+def test_somebody_in_very_many_groups(ordinary_user: OrdinaryUser) -> None:
+    """/proc/PID/status lists them all before what is read back there."""
+    become = f"""
+        import os, sys
+        os.setgroups(range(10000, 11500))
+        os.setgid({features.ORDINARY_USER})
+        os.setuid({features.ORDINARY_USER})
+        os.execv(sys.executable, [sys.executable, "-c", sys.argv[1]])
+    """
+    source = """
+        with ProcessIsolator.create(DEGRADED) as isolator:
+            tell(groups=len(os.getgroups()), said=isolator.invoke(len, "abc"), seccomp=isolator.applied["seccomp"].holds)
+    """
+    command = [ordinary_user.python, "-c", textwrap.dedent(become), textwrap.dedent(PRELUDE) + textwrap.dedent(source)]
+    done = subprocess.run(
+        command, cwd=ordinary_user.home, env=ordinary_user.environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"groups": 1500, "said": 3, "seccomp": True}
 
 
 def test_calls_and_their_ends(ordinary_user: OrdinaryUser) -> None:

@@ -7,6 +7,7 @@ import os
 from pihost.plan import ChildPlan
 from pisupervisor.errors import LaunchError
 from pisupervisor.launch.features import NAMESPACE_LINKS
+from pisupervisor.limits import directories
 from pisupervisor.options import IsolationOptions, Limits
 from pisupervisor.records import NamedTuple
 from pisupervisor.results import Applied
@@ -56,11 +57,7 @@ def read(pid: int, host_links: dict[str, str]) -> Readings:
 
 
 def _text(path: str) -> str:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # a file object would cost more than the read
-    try:
-        return os.read(fd, 8192).decode("ascii", "replace")
-    finally:
-        os.close(fd)
+    return directories.read(path).decode("ascii", "replace")
 
 
 def read_links(pid: int | str) -> dict[str, str]:
