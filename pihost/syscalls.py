@@ -1,5 +1,6 @@
 """Thin functions over the kernel, for what the standard library has no name for. The only place that uses ctypes: the C
-module of it, because the package around that costs 1 ms, and a start from nothing pays it three times.
+module of it, because the package around that costs 1 ms, and a start from nothing pays it three times. No Structure: from
+Python 3.14 on those import the package, and with it threading, whose hooks every fork then runs.
 
 Every function raises OSError whose ``filename`` is the call's name. ``tests/fake_kernel.py`` has the same names and
 records instead of acting.
@@ -83,12 +84,6 @@ def _prctl(name: str, option: int, value: int = 0) -> int:
     return _check(_libc.prctl(option, value, 0, 0, 0), name)  # unused arguments must be zero for the newer options
 
 
-class _CloneArgs(_ctypes.Structure):
-    _fields_ = [(name, _UInt64) for name in (
-        "flags", "pidfd", "child_tid", "parent_tid", "exit_signal", "stack", "stack_size", "tls",
-        "set_tid", "set_tid_size", "cgroup")]  # fmt: skip
-
-
 def clone(flags: int, group: int = 0) -> tuple[int, int]:
     """Fork this single-threaded process into new namespaces: (pid, pidfd) in the parent, (0, -1) in the child.
     With CLONE_INTO_CGROUP, the child begins in the v2 group on whose directory ``group`` is open.
@@ -102,7 +97,8 @@ def clone(flags: int, group: int = 0) -> tuple[int, int]:
         word = _ULong(flags | CLONE_PIDFD | 17)
         pid = _libc.syscall(_Long(_SYS_CLONE), word, None, _ctypes.byref(pidfd), None, None)
         return _check(pid, "clone"), pidfd.value
-    arguments = _CloneArgs(flags=flags | CLONE_PIDFD, pidfd=_ctypes.addressof(pidfd), exit_signal=17, cgroup=group)
+    # struct clone_args: flags, pidfd, two tids, exit signal, stack, its size, tls, set_tid, its size, cgroup
+    arguments = _CLONE_ARGS(flags | CLONE_PIDFD, _ctypes.addressof(pidfd), 0, 0, 17, 0, 0, 0, 0, 0, group)
     pid = _libc.syscall(_Long(_SYS_CLONE3), _ctypes.byref(arguments), _ctypes.sizeof(arguments))
     return _check(pid, "clone3"), pidfd.value
 
@@ -203,7 +199,7 @@ def lock_securebits() -> None:
 
 
 # Made here, in the zygote: a new ctypes array type costs 30 us, which every child would pay.
-_THREE_WORDS, _FOUR_WORDS = _UInt64 * 3, _UInt64 * 4
+_THREE_WORDS, _FOUR_WORDS, _CLONE_ARGS = _UInt64 * 3, _UInt64 * 4, _UInt64 * 11
 _CAPABILITY_HEADER = (_UInt * 2)(0x20080522, 0)
 _NO_CAPABILITIES = (_UInt * 6)()
 
@@ -242,21 +238,19 @@ def landlock_restrict(ruleset: int) -> None:
     _syscall("landlock_restrict_self", _SYS_LANDLOCK_RESTRICT, ruleset, _UInt(0))
 
 
-class _SockFprog(_ctypes.Structure):
-    _fields_ = [("length", _UShort), ("filter", _Bytes)]
-
-
-def seccomp_program(code: bytes) -> _ctypes.Structure:
+def seccomp_program(code: bytes) -> tuple[bytes, Any]:
     """For load_seccomp, from 8 bytes an instruction: made in the zygote, for a child that holds ``code`` itself copies its
     page (9 us). What is no program gets a length that the kernel refuses.
     """
-    return _SockFprog(len(code) // 8 if len(code) % 8 == 0 and len(code) <= 8 * 4096 else 0, code)
+    count = len(code) // 8 if len(code) % 8 == 0 and len(code) <= 8 * 4096 else 0
+    kept = (_UInt64 * count).from_buffer_copy(code)
+    return struct.pack("HP", count, _ctypes.addressof(kept)), kept  # struct sock_fprog, and what it points to
 
 
-def load_seccomp(program: _ctypes.Structure, listen: bool = False) -> int:
+def load_seccomp(program: tuple[bytes, Any], listen: bool = False) -> int:
     """Install a filter for this thread and all it will start; ``listen``: an fd by which others are asked where it says so."""
     flags = _UInt(8 if listen else 0)  # SECCOMP_FILTER_FLAG_NEW_LISTENER
-    return _syscall("seccomp", _SYS_SECCOMP, _UInt(1), flags, _ctypes.byref(program))
+    return _syscall("seccomp", _SYS_SECCOMP, _UInt(1), flags, program[0])
 
 
 def flush_c_stdio() -> None:

@@ -34,7 +34,7 @@ _LAYERS = {
 }
 _MAX_JSON = 4 << 20
 _MAX_ENTRIES = 500_000
-_MAX_READ = 16 << 20  # bytes at once: tarfile takes a header at its word
+_MAX_HEADERS = 16 << 20  # bytes before a member: tarfile takes a header at its word
 _REMOVED, _OPAQUE = ".wh.", ".wh..wh..opq"
 
 
@@ -66,9 +66,7 @@ def unpack_image(layout: str | os.PathLike[str], folder: str | os.PathLike[str],
         room = _Room(parse_size(max_size, "max_size"))
         for layer in _manifest(source)["layers"]:
             _apply(source, layer, target, room)
-    except (
-        BaseException
-    ) as error:  # whatever a hostile image can provoke in three readers (tar, gzip, JSON), and Ctrl-C
+    except BaseException as error:  # Ctrl-C, and whatever a hostile image can provoke in three readers: tar, gzip, JSON
         shutil.rmtree(target, ignore_errors=True)
         if isinstance(error, OptionsError) or not isinstance(error, Exception):
             raise
@@ -126,15 +124,19 @@ def _blob(layout: str, descriptor: dict[str, Any]) -> bytes:
 
 
 class _Reader:
-    """A layer as tarfile reads it: never more than so much at once, whatever a header says."""
+    """A layer as tarfile reads it: never more than so much between two members, whatever a header says. (Not at once: from 3.13
+    on tarfile takes a header's 2 GB a piece at a time, and keeps them all.)
+    """
 
     def __init__(self, file: Any) -> None:
         self._file, self.seek, self.tell = file, file.seek, file.tell
+        self.left = _MAX_HEADERS
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= _MAX_READ:
-            raise OptionsError(f"a header of {size} bytes in a layer")
+        if not 0 <= size <= self.left:
+            raise OptionsError(f"headers of more than {_MAX_HEADERS} bytes in a layer")
         data: bytes = self._file.read(size)
+        self.left -= len(data)
         return data
 
 
@@ -149,7 +151,9 @@ def _apply(layout: str, descriptor: dict[str, Any], root: str, room: _Room) -> N
             for member in layer:
                 layer.members.clear()  # type: ignore[attr-defined]  # else it keeps a kilobyte for each
                 room.take(max(0, member.size))
+                reader.left = max(0, member.size) + _MAX_HEADERS
                 own.update(_extract(layer, member, root, own))
+                reader.left = _MAX_HEADERS
 
 
 def _extract(layer: tarfile.TarFile, member: tarfile.TarInfo, root: str, own: set[str]) -> Iterator[str]:

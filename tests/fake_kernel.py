@@ -4,7 +4,6 @@ launch uses. ``failing`` names the one call that is refused.
 
 from __future__ import annotations
 
-import _ctypes
 import errno
 import os
 from collections.abc import Callable
@@ -114,10 +113,10 @@ class Recorder:
     def landlock_restrict(self, ruleset: int) -> None:
         self.note("landlock_restrict", ruleset)
 
-    def seccomp_program(self, code: bytes) -> _ctypes.Structure:
-        return _ctypes.Structure()
+    def seccomp_program(self, code: bytes) -> tuple[bytes, Any]:
+        return code, None
 
-    def load_seccomp(self, program: _ctypes.Structure, listen: bool = False) -> int:
+    def load_seccomp(self, program: tuple[bytes, Any], listen: bool = False) -> int:
         self.note("load_seccomp", program, listen)
         return 9 if listen else 0
 

@@ -10,6 +10,7 @@ import os
 import statistics
 import struct
 import time
+from typing import Any
 
 import pyseccomp
 
@@ -71,7 +72,7 @@ def in_child(code: bytes) -> Sample:
     return load, allowed, decided
 
 
-def sample(program: ctypes.Structure | None) -> Sample:
+def sample(program: tuple[bytes, Any] | None) -> Sample:
     syscalls.set_no_new_privs()
     load = 0.0
     if program:
