@@ -59,7 +59,7 @@ _SYS_OPEN_TREE, _SYS_MOVE_MOUNT, _SYS_MOUNT_SETATTR = 428, 429, 442
 _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
-_OPEN_TREE_CLONE, _MOVE_BOTH_BY_FD = 1, 0x44
+_OPEN_TREE_CLONE, _MOVE_BOTH_BY_FD, _LOG_NOTHING = 1, 0x44, 5  # the last: LOG_SAME_EXEC_OFF, LOG_SUBDOMAINS_OFF
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 1, 4, 24, 28
 _PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
 LAST_FD = (1 << 32) - 1
@@ -234,8 +234,8 @@ def landlock_allow(ruleset: int, path: str, access: int) -> None:
         os.close(parent)
 
 
-def landlock_restrict(ruleset: int) -> None:
-    _syscall("landlock_restrict_self", _SYS_LANDLOCK_RESTRICT, ruleset, _UInt(0))
+def landlock_restrict(ruleset: int, quiet: bool = False) -> None:
+    _syscall("landlock_restrict_self", _SYS_LANDLOCK_RESTRICT, ruleset, _UInt(_LOG_NOTHING if quiet else 0))
 
 
 def seccomp_program(code: bytes) -> tuple[bytes, Any]:

@@ -110,8 +110,8 @@ class Recorder:
     def landlock_allow(self, ruleset: int, path: str, access: int) -> None:
         self.note("landlock_allow", ruleset, path, access)
 
-    def landlock_restrict(self, ruleset: int) -> None:
-        self.note("landlock_restrict", ruleset)
+    def landlock_restrict(self, ruleset: int, quiet: bool = False) -> None:
+        self.note("landlock_restrict", ruleset, quiet)
 
     def seccomp_program(self, code: bytes) -> tuple[bytes, Any]:
         return code, None

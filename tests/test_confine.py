@@ -132,6 +132,13 @@ def test_landlock_handles_what_the_plan_says(kernel: Recorder) -> None:
     assert kernel.calls[1:3] == [("landlock_allow", NEW_FD, "/", 13), ("landlock_allow", NEW_FD, "/tmp", 99)]
 
 
+@pytest.mark.parametrize(("abi", "quiet"), [(6, False), (7, True), (9, True)])
+def test_what_landlock_denies_is_not_audited_where_it_would_be(kernel: Recorder, abi: int, quiet: bool) -> None:
+    """From Linux 6.15 on (version 7): a child could fill the machine's audit log."""
+    acts(BEFORE_FORK[-1:], kernel, plan(landlock_abi=abi))
+    assert ("landlock_restrict", NEW_FD, quiet) in kernel.calls
+
+
 def test_without_landlock_nothing_is_asked(kernel: Recorder) -> None:
     assert acts(BEFORE_FORK[-1:], kernel, plan(landlock_abi=0)) == []
 
