@@ -202,6 +202,19 @@ def _write(fd: int, text: bytes) -> None:
         text = text[os.write(fd, text) :]
 
 
+@pytest.mark.parametrize("most", [1, 2])
+def test_a_line_is_told_when_it_is_printed(most: int) -> None:
+    """Not when the buffer is full, the next captured call comes, or never: what a child printed last was lost."""
+    lines: list[str] = []
+    events = IsolationEvents(stdout=lambda event: lines.append(event.line))
+    with ProcessIsolator.create(events=events, max_concurrency=most) as isolator:
+        isolator.invoke(print, "after the call")
+        assert wait_until(lambda: lines == ["after the call"])
+        future = isolator.submit(lambda: (print("in the middle"), time.sleep(1000)))
+        assert wait_until(lambda: lines[1:] == ["in the middle"])
+        assert not future.done()
+
+
 def test_a_megabyte_without_a_line_end(told: Told) -> None:
     """parity: 35"""
     with ProcessIsolator.create(events=told.events()) as isolator:

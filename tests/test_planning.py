@@ -298,7 +298,7 @@ def test_preloaded_libraries_are_told_to_start_no_threads() -> None:
 
 def test_the_inside_knows_no_more_than_it_must() -> None:
     plan = child(IsolationOptions(limits=Limits(result="2M"), results="pickle"))
-    assert plan.limits == {"result": 2 << 20, "pickle": 1, "modules": 0, "concurrency": 1}
+    assert plan.limits == {"result": 2 << 20, "pickle": 1, "modules": 0, "concurrency": 1, "lines": 0}
 
 
 def test_every_limit_that_is_reported_is_a_protection() -> None:

@@ -211,7 +211,7 @@ def test_a_child_that_dies_in_a_known_call(isolator: ProcessIsolator) -> None:
 def answers(said: bytes, cut: int) -> bytes:
     """What a worker says to these bytes, of which it gets so many first."""
     ours, theirs = socket.socketpair()
-    limits = {"pickle": 0, "result": 1 << 20, "modules": 0, "concurrency": 1}
+    limits = {"pickle": 0, "result": 1 << 20, "modules": 0, "concurrency": 1, "lines": 0}
     worker = Worker()
     worker.begin(Link(theirs.detach()), limits)
     with ours:

@@ -36,6 +36,8 @@ def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> in
         from pihost.inside import asking
 
         asking.install()
+    if limits["lines"] and sys.__stdout__ is not None:  # somebody waits for them: not only when 8 KB are full
+        sys.__stdout__.reconfigure(line_buffering=True)
     if limits["concurrency"] > 1:
         from pihost.inside.threads import Threads
 

@@ -71,7 +71,7 @@ def child_plan(
         output=output, cgroups=cgroups,
         limits={
             "result": int(options.limits.result), "pickle": int(options.results == "pickle"),
-            "modules": int(bool(options.modules)), "concurrency": options.max_concurrency,
+            "modules": int(bool(options.modules)), "concurrency": options.max_concurrency, "lines": int(output == 2),
         },
         debug=options.debug, without=sorted(left_out), **landlock.ruleset(options, features.landlock_abi),
     )  # fmt: skip
