@@ -347,6 +347,21 @@ def test_a_plain_answer_counts_besides_what_was_asked_before() -> None:
     assert pending.size == 100 + 9
 
 
+def test_of_what_was_taken_nothing_is_kept_though_the_next_has_always_begun() -> None:
+    """Measured: a child that calls the host again and again in such a way had it keep 95 MB more each second."""
+    frames, one = Frames(), frame(wire.CALLBACK, 1, b"x" * 60_000)
+    frames.feed(one + one[:10])
+    tracemalloc.start()
+    try:
+        for _ in range(100):
+            assert frames.next() is not None
+            assert frames.next() is None
+            frames.feed(one[10:] + one[:10])
+        assert tracemalloc.get_traced_memory()[0] < 5 * len(one)
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize("step", [1, 7, 1000])
 def test_plain_answers_come_by_the_dozen(pair: tuple[Connection, socket.socket], step: int) -> None:
     """However they are cut, and what is no plain answer among them."""

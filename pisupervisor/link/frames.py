@@ -70,8 +70,11 @@ class Frames:
         if self._at == len(self._data):
             self._data, self._at = data, 0
             return
-        if type(self._data) is bytes:
-            self._data, self._at = bytearray(self._data[self._at :]), 0
+        if isinstance(self._data, bytes):
+            self._data = bytearray(self._data[self._at :])
+        else:
+            del self._data[: self._at]  # who always has the next frame begun would have all of them kept
+        self._at = 0
         self._data += data
 
     def next(self) -> tuple[int, int, bytes] | None:
