@@ -493,7 +493,7 @@ def test_docker_style_profile_loads_as_it_is(tmp_path: Path) -> None:
 
 GOOD_RULE = '{"names": ["read"], "action": "SCMP_ACT_ALLOW"}'
 BAD_PROFILES = {
-    "not JSON": ('{\n"defaultAction": "SCMP_ACT_ALLOW",\n}', 3, "not JSON"),
+    "not JSON": ('{\n"defaultAction": "SCMP_ACT_ALLOW",\n]', 3, "not JSON"),
     "no object": ("[]", 1, "must be an object, not a list"),
     "deep": ("[" * 100_000, None, "not JSON"),
     "not UTF-8": (b'{\n"comment": "\xff"}', 2, "UTF-8"),

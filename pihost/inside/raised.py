@@ -15,6 +15,7 @@ MAX_CAUSES = 8
 MAX_CHAIN = 32  # exceptions in one rendered traceback
 
 _CUT = " [cut]"
+_NO_SITE = ". Site initialization is disabled"  # what traceback says of a missing module: a child has other ways
 _CAUSE, _CONTEXT = BaseException.__dict__["__cause__"], BaseException.__dict__["__context__"]
 _TRACEBACK, _ERRNO = BaseException.__dict__["__traceback__"], OSError.__dict__["errno"]
 _FILENAME, _LINENO = SyntaxError.__dict__["filename"], SyntaxError.__dict__["lineno"]
@@ -127,8 +128,9 @@ def _trim(whole: Any, hide: tuple[str, ...]) -> None:
             continue
         seen.add(id(one))
         one.stack[:] = [frame for frame in one.stack if not frame.filename.startswith(hide)]
-        if len(getattr(one, "_str", None) or "") > MAX_MESSAGE:  # private, but the same from Python 3.9 to 3.14
-            one._str = clean(one._str, MAX_MESSAGE)
+        text = getattr(one, "_str", None) or ""  # private, but the same from Python 3.9 to 3.15
+        if _NO_SITE in text or len(text) > MAX_MESSAGE:
+            one._str = clean(text.partition(_NO_SITE)[0], MAX_MESSAGE)
         todo += [one.__cause__, one.__context__, *(getattr(one, "exceptions", None) or ())]
 
 

@@ -12,7 +12,7 @@ class _Settings:
     """What ``json.JSONDecoder`` would tell the scanner."""
 
     strict = True
-    object_hook = object_pairs_hook = None
+    object_hook = object_pairs_hook = array_hook = None  # the last one since 3.15
     parse_float, parse_int, parse_constant = float, int, float
 
 
