@@ -112,8 +112,9 @@ def state_of(pid: int) -> str:
 
 
 def stat_of(pid: int | str) -> list[str]:
+    """What follows the name, which may be of any bytes."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return []
 
