@@ -249,6 +249,14 @@ def test_a_list_where_an_iterator_was_asked_for_is_checked_too(isolator: Process
 
 
 @linux
+def test_anything_may_be_a_generator_too(isolator: ProcessIsolator) -> None:
+    assert isolator.invoke(lambda: 5, returns=Any) == 5
+    assert list(isolator.invoke(lambda: (n for n in (1, "a")), returns=Any)) == [1, "a"]
+    with pytest.raises(SerializationError, match="returned a generator"):
+        isolator.invoke(lambda: (n for n in (1, "a")), returns=object)
+
+
+@linux
 def test_classes_that_results_were_built_as_can_still_be_sent(isolator: ProcessIsolator) -> None:
     for value, returns in ((7, Level), ("small", Size), ({"x": 1.0, "y": 2.0}, Point), ({"name": "a", "size": 1}, Row)):
         built = isolator.invoke(lambda value: value, value, returns=returns)

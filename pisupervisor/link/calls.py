@@ -134,7 +134,8 @@ def split_returns(returns: Any) -> tuple[bool, Any, StreamTypes]:
     """(whether a generator may come back, what a value is built as, what a generator's items and end are built as).
 
     ``returns=Iterator[X]`` asks for a generator of X (a list of X will do), ``Generator[X, S, R]`` for one that returns R at
-    its end; any other type asks for a value that is none. Raises OptionsError for a type that nothing can be built as.
+    its end; ``Any`` for either, any other type for a value that is no generator. Raises OptionsError for a type that nothing can
+    be built as.
     """
     if returns is None:
         return True, None, StreamTypes()
@@ -142,6 +143,8 @@ def split_returns(returns: Any) -> tuple[bool, Any, StreamTypes]:
 
     from pisupervisor.link.returns import check_returns
 
+    if returns is Any:
+        return True, None, StreamTypes()
     origin: Any = getattr(returns, "__origin__", returns)
     if getattr(origin, "__module__", "") != "collections.abc" or origin.__name__ not in _ITERATORS:
         check_returns(returns)
