@@ -24,7 +24,7 @@ import pytest
 TOP = Path(__file__).parent.parent
 SHELL = [
     "scripts/test", "scripts/demo", "scripts/bench", "scripts/soak", "scripts/fuzz", "scripts/vm-test", "scripts/compat",
-    "scripts/container-test",     ".ci/run",
+    "scripts/container-test", "scripts/python-test", ".ci/run",
     *sorted(str(path.relative_to(TOP)) for path in (TOP / "scripts/lib").rglob("*.sh")),
 ]  # fmt: skip
 # deploy holds an application, which knows us
