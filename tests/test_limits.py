@@ -286,8 +286,11 @@ def new_group(host: CgroupHost) -> Iterator[Callable[..., ChildGroup]]:
 
 
 def own_groups(host: CgroupHost, pid: int | None = None) -> list[str]:
-    bases = host.directories()
-    return [str(path) for base in bases for path in Path(base, "pisupervisor").glob(f"{pid or os.getpid()}-*")]
+    found: list[str] = []
+    for base in host.directories():
+        with suppress(FileNotFoundError):  # another's tests may remove the parent as we look
+            found += [str(path) for path in Path(base, "pisupervisor").glob(f"{pid or os.getpid()}-*")]
+    return found
 
 
 def start(group: ChildGroup | None, work: Callable[[], object]) -> int:
