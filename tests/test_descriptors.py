@@ -517,7 +517,7 @@ def test_an_encoding_that_the_child_lacks_is_told_and_closes_nothing_else(tmp_pa
     try:
         with (
             nothing_left(),
-            open(path, encoding="pisupervisor-own") as file,
+            open(path, encoding="pisupervisor_own") as file,
             ProcessIsolator.create(tenant="own") as isolator,  # no spare child stays for others of this file
         ):
             before = isolator.invoke(lambda: len(__import__("os").listdir("/proc/self/fd")))

@@ -15,7 +15,7 @@ MAX_CAUSES = 8
 MAX_CHAIN = 32  # exceptions in one rendered traceback
 
 _CUT = " [cut]"
-_NO_SITE = ". Site initialization is disabled"  # what traceback says of a missing module: a child has other ways
+_NO_SITE = ". Site initialization is disabled"
 _CAUSE, _CONTEXT = BaseException.__dict__["__cause__"], BaseException.__dict__["__context__"]
 _TRACEBACK, _ERRNO = BaseException.__dict__["__traceback__"], OSError.__dict__["errno"]
 _FILENAME, _LINENO = SyntaxError.__dict__["filename"], SyntaxError.__dict__["lineno"]
@@ -130,8 +130,13 @@ def _trim(whole: Any, hide: tuple[str, ...]) -> None:
         one.stack[:] = [frame for frame in one.stack if not frame.filename.startswith(hide)]
         text = getattr(one, "_str", None) or ""  # private, but the same from Python 3.9 to 3.15
         if _NO_SITE in text or len(text) > MAX_MESSAGE:
-            one._str = clean(text.partition(_NO_SITE)[0], MAX_MESSAGE)
+            one._str = clean(without_site(text), MAX_MESSAGE)
         todo += [one.__cause__, one.__context__, *(getattr(one, "exceptions", None) or ())]
+
+
+def without_site(text: str) -> str:
+    """Without what traceback advises where a module is missing, from 3.15 on: a child has another way to get one."""
+    return "\n".join(line.partition(_NO_SITE)[0] for line in text.split("\n")) if _NO_SITE in text else text
 
 
 def _plainly(exc: BaseException, hide: tuple[str, ...], said: dict[str, Any]) -> str:

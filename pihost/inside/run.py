@@ -214,13 +214,17 @@ def print_exception(error: BaseException) -> None:
         error = error.__cause__.with_traceback(error.__traceback__)
         error.__context__ = None
     strip_frames(error)
-    import traceback  # the interpreter's own hook reads lines from files, which are not here
-
-    hook = traceback.print_exception if sys.excepthook is sys.__excepthook__ else sys.excepthook
     try:
-        hook(type(error), error, error.__traceback__)
-        if isinstance(error, ModuleNotFoundError) and hook is traceback.print_exception:
-            print(f"  hint: {IMPORT_HINT}", file=sys.stderr)
+        if sys.excepthook is not sys.__excepthook__:
+            sys.excepthook(type(error), error, error.__traceback__)
+            return
+        import traceback  # the interpreter's own hook reads lines from files, which are not here
+
+        from pihost.inside.raised import without_site
+
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        hint = f"  hint: {IMPORT_HINT}\n" if isinstance(error, ModuleNotFoundError) else ""
+        print(without_site(text) + hint, end="", file=sys.stderr)
     except Exception:  # noqa: S110  stderr may be closed or replaced by user code
         pass
 
