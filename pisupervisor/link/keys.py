@@ -27,9 +27,7 @@ _TEXT = frozenset((str, bytes))
 _KNOWN = frozenset((bool, int, float, complex, Decimal, timedelta, UUID, frozenset))  # whose hashes are no secret
 _FEW = 1000  # keys that are inserted without a look at the clock
 _STEP = 64  # keys between two looks
-_PATIENCE = (
-    4  # times as long as their hashes took to compute and to sort; inserting takes an honest child's keys about as long
-)
+_PATIENCE = 4  # times as long as hashing and sorting them took: about what the keys of an honest child take
 
 
 class Keys:
