@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import features
 import pytest
 from helpers import init_of, start_without, status_of, write, zygote_of
 
@@ -355,7 +356,10 @@ def test_a_folder_of_any_name_is_shown(tmp_path: Path, name: str) -> None:
     write(folder, "data.txt", "given")
     write(folder, "tool.py", "def where(): return __file__")
     here = (str(folder), f"/shown/{name}")
-    for shown in (Filesystem(read_only=[folder, here]), Filesystem(frozen=[here]), Filesystem(writable=[here])):
+    ways = [Filesystem(read_only=[folder, here]), Filesystem(writable=[here])]
+    if not features.missing("overlay"):
+        ways.append(Filesystem(frozen=[here]))
+    for shown in ways:
         with ProcessIsolator.create(filesystem=shown, import_paths=[folder]) as isolator:
             for place in (str(folder), here[1]):
                 assert isolator.run_source(f"open({place + '/data.txt'!r}).read()").value == "given"
