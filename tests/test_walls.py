@@ -128,9 +128,10 @@ def test_only_its_own_processes(child: ProcessIsolator, facts: dict[str, Any]) -
 
 
 @pytest.mark.unhurried
+@pytest.mark.timeout(300)  # of a machine that has only just been started it waits for YOUNG
 def test_the_clocks_since_boot_are_its_own(facts: dict[str, Any]) -> None:
     if time.clock_gettime(time.CLOCK_BOOTTIME) < YOUNG:
-        time.sleep(YOUNG)  # a machine that has only just been started
+        time.sleep(YOUNG)
     assert max(facts["clocks"]) < YOUNG
     assert min(without(("time namespace",), "facts")["clocks"]) > YOUNG
 
