@@ -71,13 +71,20 @@ def set_flags_late(path: str, flags: int, kernel: Any) -> None:
     is_listed = False
     with open("/proc/self/mountinfo", "rb") as mountinfo:
         for fields in [os.fsdecode(line).split(" ") for line in mountinfo]:
-            point = fields[4].replace(r"\040", " ").replace(r"\011", "\t").replace(r"\012", "\n").replace(r"\134", "\\")
+            point = unescaped(fields[4])
             if (point + "/").startswith(path + "/"):
                 held = sum(flag for name, flag in _OPTIONS.items() if name in fields[5].split(","))
                 kernel.mount("", point, "", syscalls.MS_REMOUNT | syscalls.MS_BIND | flags | held)
                 is_listed |= point == path
     if not is_listed:
         raise OSError(2, "a mount that is not listed keeps the flags of the host's", path)
+
+
+def unescaped(text: str) -> str:
+    """A path of mountinfo as it is."""
+    for code, char in ((r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", "\\")):
+        text = text.replace(code, char)
+    return text
 
 
 class Layer(Bind):

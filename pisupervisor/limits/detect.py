@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 
+from pihost.mounts import unescaped
 from pisupervisor.errors import OptionsError
 from pisupervisor.limits import directories
 from pisupervisor.records import NamedTuple
@@ -156,14 +157,8 @@ def _cgroup_mounts(mountinfo: str) -> list[tuple[str, str, str, list[str]]]:
         kind, _, rest = tail.partition(" ")
         if kind in ("cgroup", "cgroup2"):
             root, mount = fields.split(" ")[3:5]
-            mounts.append((_unescape(root), _unescape(mount), kind, rest.split(" ")[-1].split(",")))
+            mounts.append((unescaped(root), unescaped(mount), kind, rest.split(" ")[-1].split(",")))
     return mounts
-
-
-def _unescape(text: str) -> str:
-    for code, char in (("\\040", " "), ("\\011", "\t"), ("\\012", "\n"), ("\\134", "\\")):
-        text = text.replace(code, char)
-    return text
 
 
 def _own_directory(mount: str, root: str, own: str, is_dir: IsDir) -> str:

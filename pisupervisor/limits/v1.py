@@ -319,9 +319,8 @@ class V1Group:
 
     def _renew(self) -> None:
         """Set back what the end of a child has left, which ``remove`` does not mind. Raises OSError."""
-        renewed: tuple[str, ...] = (
-            _QUOTA,
-        )  # written again, it forgives what was used on credit: else the next child pays that
+        # Written again, the quota forgives what was used on credit: else the next child pays that.
+        renewed: tuple[str, ...] = (_QUOTA,)
         if self._is_lifted:
             self._write_if_there("freezer", "freezer.state", b"THAWED")
             self._write_if_there("pids", "pids.max", b"max")
@@ -334,9 +333,8 @@ class V1Group:
     def _renamed(self, name: str) -> dict[str, str]:
         """Give the directories another name, which v1 can. Raises OSError; ``remove`` then finds them by either name."""
         new = {controller: f"{os.path.dirname(path)}/{name}" for controller, path in self._paths.items()}
-        pairs = dict(
-            zip(self._paths.values(), new.values(), strict=True)
-        )  # some controllers have a directory in common
+        # A dict: some controllers have a directory in common.
+        pairs = dict(zip(self._paths.values(), new.values(), strict=True))
         unified = self._paths.get(_UNIFIED)
         self._paths = {**self._paths, **{f"new {controller}": path for controller, path in new.items()}}
         for old, path in pairs.items():

@@ -2,7 +2,7 @@
 
 Hashes of text are secret, those of numbers and tuples are not. A child could choose such as take hours to insert, in one call
 of the interpreter that no deadline ends: keys of one hash; keys of different hashes, each of which goes past nearly all that are
-there already (7 MB of them took 6 minutes); numbers of one hash that take long to compare (two, in 1 MB, took half a minute).
+there already (4.9 ms a key, and 7 MB hold 70,000); numbers of one hash that take long to compare (two, in half a MB: 6.2 s).
 """
 
 from __future__ import annotations

@@ -57,15 +57,10 @@ def decode_plain(text: bytes, reader: Reader) -> Any:
         return decode(text, (), reader=reader)
     try:
         return from_json(text)
-    except (
-        ValueError,
-        RecursionError,
-        MemoryError,
-        sys.modules["msgspec"].MsgspecError,
-    ) as error:  # no signal's handler's
-        raise ProtocolError(
-            f"a result that cannot be decoded: {type(error).__name__}: {text_of(error, 200)}"
-        ) from error
+    # Not what a signal's handler raises.
+    except (ValueError, RecursionError, MemoryError, sys.modules["msgspec"].MsgspecError) as error:
+        why = f"a result that cannot be decoded: {type(error).__name__}: {text_of(error, 200)}"
+        raise ProtocolError(why) from error
 
 
 def _is_small_int(text: bytes) -> bool:

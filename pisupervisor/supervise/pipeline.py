@@ -134,7 +134,8 @@ class Pipeline(Way):
         count = room(len(self._flight), self._size, self._most) - len(self._waiting)
         if self._session.options.max_calls is not None:
             under_way = len(self._flight) + len(self._waiting)
-            count = min(count, max(self._session.calls_left() - under_way, not under_way))
+            at_least = 0 if under_way else 1  # which the next child gets, if this one may answer no more
+            count = min(count, max(self._session.calls_left() - under_way, at_least))
         size = self._size
         while count > 0 and self._error is None and (size < _BYTES or not self._waiting):
             try:

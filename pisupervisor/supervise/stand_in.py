@@ -138,20 +138,10 @@ class StandIn:
         try:
             found = census.take(self._child.meter.pids(), self._scratch if "memory" in self._names else None)
             memory = self._memory(found)
-        except (
-            PermissionError,
-            IsolationError,
-            ValueError,
-            LookupError,
-        ) as error:  # the last two: of what it has /proc say
-            self._end(
-                keeper,
-                Verdict(
-                    "memory",
-                    ExitReason.MEMORY,
-                    f"it cannot be seen that it holds no more than {self._limits.memory} bytes: {error}",
-                ),
-            )
+        # The last two: of what it has /proc say.
+        except (PermissionError, IsolationError, ValueError, LookupError) as error:
+            why = f"it cannot be seen that it holds no more than {self._limits.memory} bytes: {error}"
+            self._end(keeper, Verdict("memory", ExitReason.MEMORY, why))
             return EVERY
         verdict = judge(self._limits, self._names, memory, found.threads)
         if verdict is not None:
