@@ -89,10 +89,6 @@ def await_id_maps(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     os.close(fds.go)
 
 
-def enter_cgroup_namespace(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
-    kernel.unshare(syscalls.CLONE_NEWCGROUP)
-
-
 def change_ids(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.set_ids(plan.uid, plan.gid)
     kernel.set_dumpable(True)  # changing ids cleared it, and /proc/self would belong to nobody we know
@@ -129,10 +125,6 @@ def enter_time_namespace(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     write_proc("self", "timens_offsets", f"monotonic -{monotonic} 0\nboottime -{boottime} 0\n")
 
 
-def set_hostname(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
-    kernel.sethostname(plan.hostname)
-
-
 def redirect_stdio(_plan: ChildPlan, fds: Fds, _kernel: Any) -> None:
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     stdout = fds.output[0] if len(fds.output) == 2 else os.dup(null)
@@ -152,14 +144,6 @@ def set_rlimits(plan: ChildPlan, _fds: Fds, _kernel: Any) -> None:
 def drop_bounding_set(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
     kernel.drop_bounding_set()
     kernel.lock_securebits()
-
-
-def drop_capabilities(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
-    kernel.drop_capabilities()
-
-
-def set_no_new_privs(_plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
-    kernel.set_no_new_privs()
 
 
 def restrict_with_landlock(plan: ChildPlan, _fds: Fds, kernel: Any) -> None:
@@ -193,18 +177,18 @@ BEFORE_FORK = (
     ("close fds", close_inherited),
     ("join cgroup", join_cgroup),
     ("id maps", await_id_maps),
-    ("cgroup namespace", enter_cgroup_namespace),
+    ("cgroup namespace", lambda _plan, _fds, kernel: kernel.unshare(syscalls.CLONE_NEWCGROUP)),
     ("ids", change_ids),
     ("death signal", arm_death_signal),
     ("mounts", mount_own),
     ("mount table", leave_mount_table),
     ("time namespace", enter_time_namespace),
-    ("hostname", set_hostname),
+    ("hostname", lambda plan, _fds, kernel: kernel.sethostname(plan.hostname)),
     ("stdio", redirect_stdio),
     ("rlimits", set_rlimits),
     ("bounding set", drop_bounding_set),
-    ("capabilities", drop_capabilities),
-    ("no_new_privs", set_no_new_privs),
+    ("capabilities", lambda _plan, _fds, kernel: kernel.drop_capabilities()),
+    ("no_new_privs", lambda _plan, _fds, kernel: kernel.set_no_new_privs()),
     ("landlock", restrict_with_landlock),
 )
 #: what the payload does by itself, behind the filter already

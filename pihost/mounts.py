@@ -187,7 +187,7 @@ class Folder(Mount):
         self.target = target
 
     def execute(self, base: str, kernel: Any = syscalls) -> None:  # noqa: ARG002
-        os.makedirs(base + self.target, exist_ok=True)
+        os.close(open_target(base, self.target, True))
 
 
 class File(Mount):

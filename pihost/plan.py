@@ -42,10 +42,6 @@ class Plan:
     def dump(self) -> bytes:
         return marshal.dumps({name: getattr(self, name) for name in self.FIELDS}, 2)
 
-    def replaced(self, **changes: object) -> Plan:
-        """A copy with other values for some fields."""
-        return type(self)(**{**{name: getattr(self, name) for name in self.FIELDS}, **changes})
-
     @classmethod
     def load(cls: type[_AnyPlan], data: bytes) -> _AnyPlan:
         values = marshal.loads(data)  # noqa: S302  from our own host only

@@ -86,7 +86,7 @@ class Zygote:
                 write_maps(self.pid)
                 self.control.send(b"1")
             # once for the zygote that wakes up inside it, whose memory children inherit: host paths are none of theirs
-            self.control.send(plan.replaced(root=[]).dump())
+            self.control.send(TemplatePlan(**{**vars(plan), "root": []}).dump())
         except OSError as error:
             if error.errno == errno.EMSGSIZE:
                 raise OptionsError(
