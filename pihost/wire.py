@@ -12,7 +12,7 @@
       | <------------------------- ROOM    id n, bytes needed: for a big answer that has no arena to lie in
       | ANSWER  id n, number and size ------>|   an arena's descriptor rides on it; or a single byte: there is none
       | EXIT    id n ----------------------->|   (no answer but the end: exit handlers run, the exit code is 0)
-      | <------------------------- PIECE  id n, a part of an answer that is larger than one frame
+      | <------------------------- PIECE  id n, a part of an answer, or of a question, that is larger than one frame
       | <------------------------- one of RESULT, MAPPED, PICKLED, STREAM, RAISED, REFUSED  id n, the (last part of the) answer
 
 Descriptors ride on STDIO, CALL, INNER and ANSWER, where their kind says so (RIDING); on nothing that a child sends.

@@ -18,9 +18,10 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pisupervisor.link.arenas import Arenas
+    from pisupervisor.link.calls import Payload
     from pisupervisor.modules import Modules
 
-    Dump = Callable[[Any], bytes]
+    Dump = Callable[[Any], bytes | Payload]
 
 _VALUE, _RAW, _FAILED, _UNKNOWN = b"\0", b"\1", b"\2", b"\3"
 _MAPPED = (wire.CALLBACK_MAPPED, wire.RAW_MAPPED)  # what it is about lies in an arena
@@ -75,8 +76,10 @@ class Callbacks:
                 raise OptionsError(f"there is no callback {name!r}")
             self._functions = {known: entry for known, entry in self._functions.items() if known != name}
 
-    def answer(self, kind: int, body: bytes, arenas: Callable[[], Arenas] | None = None) -> bytes:
-        """The body of the answer to one request of the child. Raises ProtocolError for what no honest child sends."""
+    def answer(self, kind: int, body: bytes, arenas: Callable[[], Arenas] | None = None) -> bytes | Payload:
+        """The body of the answer to one request of the child; a Payload is a value that is more than its pickle. Raises
+        ProtocolError for what no honest child sends.
+        """
         refusal = self._refusal(kind, body)  # before anything is decoded: that is what costs
         if refusal is not None:
             if kind in _MAPPED and arenas is not None:
@@ -102,10 +105,20 @@ class Callbacks:
         function, expose_errors = entry
         try:
             value = function(*args, **kwargs)
-            return _raw(value) if kind in _BYTES else _VALUE + self._dump(value)
+            return self._told_bytes(value) if kind in _BYTES else self._told_value(value)
         except Exception as error:
             self._log(f"the callback {name!r}", error)
             return _FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
+
+    def _told_value(self, value: Any) -> bytes | Payload:
+        payload = self._dump(value)
+        return _VALUE + payload if type(payload) is bytes else payload
+
+    def _told_bytes(self, value: Any) -> bytes | Payload:
+        if not isinstance(value, (bytes, bytearray, memoryview)):
+            raise TypeError(f"a function called by call_host_raw must return bytes, not {type(value).__name__}")
+        raw = bytes(value)
+        return _RAW + raw if len(raw) < wire.BIG else self._told_value(raw)
 
     def _refusal(self, kind: int, body: bytes) -> str | None:
         """Why a request is not even read. Raises ProtocolError."""
@@ -198,12 +211,6 @@ def _request(
     if not all(isinstance(key, str) for key in kwargs):
         raise ProtocolError("a callback whose keywords are no text")
     return name, args, kwargs
-
-
-def _raw(value: object) -> bytes:
-    if not isinstance(value, (bytes, bytearray, memoryview)):
-        raise TypeError(f"a function called by call_host_raw must return bytes, not {type(value).__name__}")
-    return _RAW + bytes(value)
 
 
 def _told(name: str, error: Exception, expose_errors: bool) -> str:

@@ -299,7 +299,8 @@ class ProcessIsolator(Control):
         return count
 
     def register_callback(self, name: str, function: Callable[..., Any], *, expose_errors: bool = False) -> None:
-        """Let code in the child call ``function``: ``pihost.call_host(name, *args, **kwargs)``, arguments and result as data.
+        """Let code in the child call ``function``: ``pihost.call_host(name, *args, **kwargs)``. Arguments are data, at most
+        ``Limits.result`` bytes; the result travels as arguments of a call do, big arrays, open files and shared arrays too.
 
         It runs in the thread that made the call which the child works on, and may call into the child in turn. What it
         raises is logged here; the child is told that it failed, and only with ``expose_errors`` how.

@@ -323,11 +323,12 @@ def test_what_is_refused_or_too_large_keeps_no_room(isolator: ProcessIsolator) -
         assert usual.invoke(lambda: b"x" * (1 << 20)) == b"x" * (1 << 20)
     with ProcessIsolator.create(limits=Limits(memory="192M")) as small:
         small.register_callback("size", len)
-        assert small.invoke(send, 3, 50 << 20) == ["ValueError"] * 3  # more room than there is
+        assert small.invoke(send, 1, 50 << 20) == [str(50 << 20)]  # more room than there is: over the socket
+        assert small.invoke(send, 3, 70 << 20) == ["ValueError"] * 3
         assert small.invoke(send, 1, 5 << 20) == [str(5 << 20)]
 
 
-def test_another_thread_and_too_long_a_text_take_no_arena() -> None:
+def test_another_thread_and_what_is_too_large_take_no_arena() -> None:
     def waste() -> list[str]:
         import threading
 
@@ -345,11 +346,11 @@ def test_another_thread_and_too_long_a_text_take_no_arena() -> None:
         thread = threading.Thread(target=call, args=(b"x" * 1_000_000,))
         thread.start()
         thread.join()
-        call(b"x" * 1_000_000, "x" * 5_000_000)
+        call(b"x" * 1_000_000, "x" * 9_000_000)
         call(b"x" * 1_000_000)
         return said
 
-    with ProcessIsolator.create() as isolator:
+    with ProcessIsolator.create(limits=Limits(result="8M")) as isolator:
         isolator.register_callback("count", lambda *args: len(args))
         assert isolator.invoke(waste) == ["1", "RuntimeError", "ValueError", "1"]
         assert len(isolator._keeper.connection.arenas()._out) == 1  # type: ignore[union-attr]
@@ -606,8 +607,14 @@ def test_large_arguments_and_too_large_ones(isolator: ProcessIsolator, plugin: P
     for part in (b"x" * (5 << 20), bytearray(20 << 20), array.array("d", [1.0]) * (1 << 20)):
         assert isolator.invoke_method(plugin, "ask_raw", "same", part) == bytes(part)
     assert isolator.invoke_method(plugin, "ask_raw", "joined", b"", b"y" * 200_000, b"z") == b"y" * 200_000 + b"z"
-    for name, large in (("ask", "x" * (5 << 20)), ("ask_raw", b"x" * (70 << 20))):  # what no arena takes
-        with pytest.raises(ValueError, match="send them in parts"):
+    for text in (
+        "x" * (5 << 20),
+        "\u00e4" * (10 << 20),
+        ["y" * (6 << 20), b"z" * (5 << 20)],
+    ):  # in pieces, one beside an arena
+        assert isolator.invoke_method(plugin, "ask", "same", text) == text
+    for name, large in (("ask", "x" * (65 << 20)), ("ask_raw", b"x" * (65 << 20)), ("ask", [b"x" * (33 << 20)] * 2)):
+        with pytest.raises(ValueError, match=r"more than 67108864 bytes \(Limits.result\); send them in parts"):
             isolator.invoke_method(plugin, name, "size", large)
     assert isolator.invoke_method(plugin, "down", 0) == 0
     assert isolator.pid == pid

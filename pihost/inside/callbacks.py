@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Frame = tuple[int, int, bytes]
 
 _NOT_THIS_THREAD = "the host can be called only by the thread that runs the call, and in no fork of it"
-VALUE, RAW, FAILED, UNKNOWN = 0, 1, 2, 3  # the first byte of an answer
+VALUE, RAW, FAILED, UNKNOWN, ATTACHED = 0, 1, 2, 3, 4  # the first byte of an answer
 
 
 class HostError(Exception):
@@ -54,6 +54,8 @@ class Host:
         _check_name(name)
         try:
             text, buffers = encode.encode([name, list(args), kwargs], self._limit)
+        except encode.TooLarge:
+            raise self._too_large() from None
         except encode.NotData as error:
             where = str(error).replace("result[1]", "args", 1).replace("result[2]", "kwargs", 1)
             raise TypeError(f"arguments of call_host({name!r}): {where}") from None
@@ -66,14 +68,20 @@ class Host:
         if len(parts) > wire.MAX_BUFFERS:
             raise ValueError(f"call_host_raw: {len(parts)} parts are more than {wire.MAX_BUFFERS}; join some")
         views = [memoryview(part).cast("B") for part in parts]
+        if len(name) + sum(view.nbytes for view in views) > self._limit:
+            raise self._too_large()
         answer: bytes = self._ship(dump(name), views, wire.CALLBACK_RAW, wire.RAW_MAPPED)
         return answer
 
+    def _too_large(self) -> ValueError:
+        why = f"arguments for the host of more than {self._limit} bytes (Limits.result)"
+        return ValueError(f"{why}; send them in parts, or raise Limits(result=...)")
+
     def _ship(self, text: bytes, buffers: list[Any], plain: int, mapped: int) -> Any:
-        if buffers:  # an arena takes them, but not this; and one that was marked as lent must be sent
-            _check_size(len(text) + 8 * len(buffers) + 16)
         from pihost.inside import arenas  # which speaks with the host through this module
 
+        if arenas.arguments.lent:
+            arenas.arguments.give_back([])  # what the last answer brought may lie where the next one is to
         kind, parts = arenas.ship(text, buffers)
         return self._ask(plain if kind == wire.RESULT else mapped, parts)
 
@@ -92,10 +100,9 @@ class Host:
 
     def _ask(self, kind: int, parts: list[Any]) -> Any:
         self._check_owner()
-        _check_size(sum(memoryview(part).nbytes for part in parts))
         own = self.call_id
         self.waiting[own] = self._inbox
-        self._link.send_whole(kind, own, parts)
+        self._link.send(kind, own, parts)
         while True:
             frame = self._inbox.receive()
             if frame is None:
@@ -103,7 +110,7 @@ class Host:
             if frame[0] == wire.ANSWER and frame[1] == own:
                 self.waiting.pop(own, None)
                 self._roomed = -1
-                return frame[2] if kind == wire.ROOM else _understand(frame[2])
+                return frame[2] if kind == wire.ROOM else _understand(frame[2], self._inbox.take_fds())
             if frame[0] == wire.CALL or frame[0] == wire.EXIT:
                 self._link.postpone(frame)
                 continue
@@ -116,19 +123,19 @@ def _check_name(name: str) -> None:
         raise TypeError(f"call_host: the name of a function of the host is text, not {type(name).__name__}")
 
 
-def _check_size(size: int) -> None:
-    if size > wire.MAX_FRAME:
-        raise ValueError(
-            f"arguments for the host of more than {wire.MAX_FRAME} bytes; return them, or send them in parts"
-        )
-
-
-def _understand(body: bytes) -> Any:
+def _understand(body: bytes, fds: list[int]) -> Any:
+    """The value is the one argument of a call that has no function."""
     kind, content = body[0], body[1:]
     if kind == RAW:
         return content
     if kind == VALUE:
-        return _pickle.loads(content)[0][0]  # the one argument of a call that has no function
+        return _pickle.loads(content)[0][0]
+    if kind == ATTACHED:
+        from pihost.inside import attached
+
+        parts = _pickle.loads(content)
+        with attached.Call((parts,), fds):
+            return attached.load(*parts)[0][0]
     text = content.decode()
     raise UnknownCallback(text) if kind == UNKNOWN else HostError(text)
 

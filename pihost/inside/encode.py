@@ -55,6 +55,10 @@ class NotData(Exception):
     """A value that cannot travel as data. The message names the part and the way out."""
 
 
+class TooLarge(NotData):
+    """One that takes more bytes than it may."""
+
+
 def encode(value: Any, max_bytes: int) -> tuple[bytes, list[Any]]:
     """``value`` as JSON text and the buffers (bytes-like) beside it, together at most ``max_bytes``; else NotData.
 
@@ -71,7 +75,7 @@ def encode(value: Any, max_bytes: int) -> tuple[bytes, list[Any]]:
 def check_size(size: int, limit: int) -> None:
     """Raises NotData for a value that takes more."""
     if size > limit:
-        raise NotData(
+        raise TooLarge(
             f"the result takes {size} bytes, more than Limits.result ({limit}); return less, or raise Limits(result=...)"
         )
 

@@ -139,6 +139,8 @@ class Worker:
 
     def reply(self, ident: int, answer: tuple[int, list[bytes]]) -> None:
         self.end_copy()
+        if arenas.arguments.lent:
+            arenas.arguments.give_back([])  # in which callbacks' answers came
         self.link.send(answer[0], ident, answer[1])
 
     def end_copy(self) -> None:

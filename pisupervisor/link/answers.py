@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pisupervisor.link.arenas import Arenas
+    from pisupervisor.link.calls import Payload
     from pisupervisor.link.output import Output
 
-    Answerer = Callable[[int, bytes, Callable[[], Arenas]], bytes]
+    Answerer = Callable[[int, bytes, Callable[[], Arenas]], bytes | Payload]
 
 _HELD = 4  #: times the largest answer
 
@@ -183,9 +184,9 @@ class Answers(Channel):
 
     def _keep(self, pending: Pending, kind: int, body: bytes) -> bool:
         """What comes for a call of a map lies here until its turn is there. False: nobody wants it."""
-        if pending.is_abandoned and kind not in QUESTIONS:
-            if kind != wire.PIECE:
-                self.calls.pop(pending.ident, None)
+        if pending.is_abandoned and kind not in QUESTIONS and kind != wire.PIECE:  # which may be of a question
+            self.calls.pop(pending.ident, None)
+            self.let_go(pending)
             return False
         pending.size += len(body)
         self._hold(len(body))
@@ -198,7 +199,7 @@ class Answers(Channel):
             raise ProtocolError(f"more than {_HELD * self.largest} bytes of answers that nobody has asked for yet")
 
     def let_go(self, pending: Pending) -> None:
-        """Somebody has the answer, or nobody will ask for it."""
+        """Somebody has what has come for it, or nobody will ask for it."""
         self._held -= pending.size
         pending.size = 0
 
@@ -220,14 +221,19 @@ class Answers(Channel):
         chain = self._in_callbacks.setdefault(caller, [])
         chain.append(pending.ident)
         try:
-            answer = self._answer(*asked, self.arenas)  # may call into the child in turn
+            said = self._answer(*asked, self.arenas)  # may call into the child in turn
         finally:
             chain.pop()
             if not chain:
                 del self._in_callbacks[caller]
         if deadline is not None and time.monotonic() >= deadline:
             raise DeadlinePassed
-        self._tell(pending, answer, (), deadline)
+        answer, fds = (said, ()) if isinstance(said, bytes) else self.attach(said, deadline, pending.ident)
+        self._tell(pending, answer, fds, deadline)
+
+    def attach(self, payload: Payload, deadline: float | None, within: int) -> tuple[bytes, tuple[int, ...]]:
+        """(answer, descriptors) of that call's callback, where it is more than bytes: for who can call the child for it."""
+        raise NotImplementedError
 
     def _give_room(self, pending: Pending, body: bytes, deadline: float | None) -> None:
         if len(body) != 8:
@@ -239,6 +245,7 @@ class Answers(Channel):
         self, pending: Pending, answer: bytes, fds: tuple[int, ...], deadline: float | None, *, room: bool = False
     ) -> None:  # fmt: skip
         pending.has_its_answer(room=room)
+        self.let_go(pending)  # what it asked
         try:
             self.send(wire.ANSWER, answer, fds, deadline, pending.ident)
         except NeverSent as error:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from _pickle import PickleBuffer  # not pickle: that imports re
+from _pickle import PickleBuffer, dumps  # not pickle: that imports re
 
 from pihost import wire
-from pisupervisor.errors import SerializationError
+from pisupervisor.errors import CallError, IsolationError, SerializationError
 from pisupervisor.link.calls import pack_call, unpack_answer
 from pisupervisor.link.reader import DATA
 
@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
     from pisupervisor.link.arenas import Arena, Arenas
     from pisupervisor.link.calls import Attached, Payload
-    from pisupervisor.link.connection import Connection
+    from pisupervisor.link.connection import Answer, Connection
     from pisupervisor.link.descriptors import Passed
     from pisupervisor.shared import SharedMemory
 
 
+_ATTACHED = b"\4"  # see pihost.inside.callbacks
 _ARROW = frozenset(("pandas", "pyarrow"))  # where classes of what can go in Arrow's format are
 _SHARED = frozenset(("numpy", "pisupervisor.shared"))  # where classes of shared arrays are
 
@@ -94,7 +95,27 @@ def send(
     call: Attached, connection: Connection, deadline: float | None, within: int = 0
 ) -> tuple[bytes, tuple[int, ...]]:
     """(body, descriptors) of a call whose arguments have attachments, with all that is big where the child finds it."""
-    payload, arenas = call.payload, connection.arenas()
+    payload = call.payload
+    packed, fds = _packed(payload, connection, deadline, within)
+    arguments = [packed if part is payload else part for part in call.arguments]
+    return pack_call(call.verb, call.capture, *arguments), fds
+
+
+def answer(
+    payload: Payload, connection: Connection, deadline: float | None, within: int
+) -> tuple[bytes, tuple[int, ...]]:
+    """The same of what a callback of the call ``within`` returns. Shared arrays come with it each time: whether the child
+    could take them it does not say.
+    """
+    packed, fds = _packed(payload, connection, deadline, within, insist=False)
+    return _ATTACHED + dumps(packed, 5), fds
+
+
+def _packed(
+    payload: Payload, connection: Connection, deadline: float | None, within: int, *, insist: bool = True
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """(what the child's ``attached.load`` takes, descriptors). ``insist``: no memory for an arena is an error."""
+    arenas = connection.arenas()
     fds, shared = _descriptors(payload, arenas)  # before an arena is taken: this may refuse
     regions: list[Any] = [[buffer] for buffer in payload.buffers]
     lengths = [buffer.nbytes for buffer in payload.buffers]
@@ -103,11 +124,16 @@ def send(
         regions, lengths = [payload.pickle, *regions], [payload.size, *lengths]
     else:
         data = b"".join(payload.pickle)
-    arena = _fill(arenas, connection, regions, lengths, deadline, within) if regions else None
+    arena = _fill(arenas, connection, regions, lengths, deadline, within, insist) if regions else None
     where: list[Any] = [b"".join(region) for region in regions] if arena is None else lengths
-    packed = (data, None if arena is None else arena.number, where, shared)
-    arguments = [packed if part is payload else part for part in call.arguments]
-    return pack_call(call.verb, call.capture, *arguments), tuple(fds)
+    return (data, None if arena is None else arena.number, where, shared), tuple(fds)
+
+
+def _says_yes(answer: Answer) -> bool:
+    try:
+        return unpack_answer(answer, DATA) is True
+    except (CallError, SerializationError):  # no memory for a reply, or a lie
+        return False
 
 
 def _descriptors(payload: Payload, arenas: Arenas) -> tuple[list[int], list[tuple[int, int, int]]]:
@@ -118,10 +144,14 @@ def _descriptors(payload: Payload, arenas: Arenas) -> tuple[list[int], list[tupl
         if memory.number not in arenas.shared:
             shared.append((len(fds), memory.number, memory.length))
             fds.append(memory.fd)
-    if len(fds) > wire.MAX_DESCRIPTORS:
-        message = f"{len(fds)} descriptors with one call ({wire.MAX_DESCRIPTORS} are allowed)"
-        raise SerializationError(message, direction="to child")
+    check_count(len(fds))
     return fds, shared
+
+
+def check_count(descriptors: int) -> None:
+    if descriptors > wire.MAX_DESCRIPTORS:
+        message = f"{descriptors} descriptors with one call ({wire.MAX_DESCRIPTORS} are allowed)"
+        raise SerializationError(message, direction="to child")
 
 
 def _fill(
@@ -131,13 +161,19 @@ def _fill(
     lengths: list[int],
     deadline: float | None,
     within: int,
+    insist: bool,
 ) -> Arena | None:
     """The arena that they are in now, None where the child cannot take one: they are part of the call then."""
     starts, end = wire.place(lengths)
-    arena, choice = arenas.take(end)
+    try:
+        arena, choice = arenas.take(end)
+    except IsolationError:
+        if insist:
+            raise
+        return None
     if choice.reuse is None:
         body = pack_call("arena", False, arena.number, arena.size, choice.keep, [*choice.drop])
-        if unpack_answer(connection.call(body, deadline, fds=(arena.fd,), within=within), DATA) is not True:
+        if not _says_yes(connection.call(body, deadline, fds=(arena.fd,), within=within)):
             arenas.refused(arena)
             return None
         arenas.accepted(arena)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from pisupervisor.link.answers import Answerer
     from pisupervisor.link.arenas import Arenas
+    from pisupervisor.link.calls import Payload
 
 
 class Request(NamedTuple):
@@ -178,6 +179,11 @@ class Connection(Answers):
             self._restore_stdio(deadline)
         stdout, stderr, truncated = captured.written()
         return answer._replace(stdout=stdout, stderr=stderr, truncated=truncated)
+
+    def attach(self, payload: Payload, deadline: float | None, within: int) -> tuple[bytes, tuple[int, ...]]:
+        from pisupervisor.link import attachments
+
+        return attachments.answer(payload, self, deadline, within)
 
     # --- before a call ----------------------------------------------------------------------------------------
 

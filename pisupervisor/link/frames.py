@@ -167,20 +167,26 @@ class Pending:
             if kind == wire.ROOM and self._roomed:
                 raise ProtocolError("room asked for twice")
             self._roomed |= kind == wire.ROOM
-            self.asked = kind, body
+            self.asked, self._whole, self._pieces = (kind, self._with_pieces(body)), None, 0
             return True
         if kind == wire.READY:
             raise ProtocolError("ready said twice")
-        whole = self._whole
-        if len(body) + (len(whole) if whole else 0) > self._largest:
-            raise ProtocolError(f"an answer of more than {self._largest} bytes")
         if kind != wire.PIECE:
-            self.answer = Answer(kind, body if whole is None else bytes(whole + body))
+            self.answer = Answer(kind, self._with_pieces(body))
             return True
         self._add(body)
         return False
 
+    def _with_pieces(self, body: bytes) -> bytes:
+        self._check(body)
+        return body if self._whole is None else bytes(self._whole + body)
+
+    def _check(self, body: bytes) -> None:
+        if len(body) + len(self._whole or b"") > self._largest:
+            raise ProtocolError(f"an answer of more than {self._largest} bytes")
+
     def _add(self, body: bytes) -> None:
+        self._check(body)
         if self._whole is None:
             self._whole = bytearray()
         self._whole += body

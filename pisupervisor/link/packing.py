@@ -60,11 +60,16 @@ class Packer:
         """One value, as arguments of which it is the only one."""
         return self.arguments((value,), {})
 
-    def plain_value(self, value: Any) -> bytes:
+    def plain_value(self, value: Any) -> bytes | Payload:
         """The same without code: what the child can import travels by name, and nothing of the application's by value."""
-        from pisupervisor.link.arguments import dump_call
+        from pisupervisor.link.arguments import write_call
+        from pisupervisor.link.attachments import check_count
 
-        return dump_call((value,), {}, importable=self._importable(), python_minor_matches=False)[0]
+        written, _needs_nothing = write_call(self._attachments(), (value,), {}, self._importable(), False)
+        payload: bytes | Payload = written.payload()
+        if not isinstance(payload, bytes):
+            check_count(len(payload.files) + len(payload.shared))
+        return payload
 
     def function(
         self, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]
