@@ -27,6 +27,7 @@ from pisupervisor.aio_objects import (
 from pisupervisor.aio_workers import Workers, run_in
 from pisupervisor.callbacks import is_coroutine_function
 from pisupervisor.isolator import ProcessIsolator
+from pisupervisor.link.bells import PollBell
 from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.returns import build
 from pisupervisor.objects import IsolatedStream
@@ -38,8 +39,11 @@ from pisupervisor.template import chosen
 from pisupervisor.worker import Worker
 
 if TYPE_CHECKING:
+    from concurrent.futures import Future
+
     from pisupervisor.link.connection import Connection
     from pisupervisor.supervise.child import Child
+    from pisupervisor.supervise.keeper import Keeper
 
 Made = TypeVar("Made", bound="AsyncProcessIsolator")
 _KNOWN = 1000
@@ -164,7 +168,7 @@ class AsyncProcessIsolator(AsyncControl):
         loop.
         """
         if is_coroutine_function(function):
-            function = _in_loop(function, asyncio.get_running_loop())
+            function = _in_loop(function, asyncio.get_running_loop(), self._isolator._keeper)
         self._isolator.register_callback(name, function, expose_errors=expose_errors)
         return Done()
 
@@ -339,12 +343,27 @@ def _acting(caller: int, method: Callable[..., Any], /, *args: Any, **keywords: 
         return method(*args, **keywords)
 
 
-def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop) -> Callable[..., Any]:
+def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop, keeper: Keeper) -> Callable[..., Any]:
     def call(*args: Any, **keywords: Any) -> Any:
         token = _within.set(this_caller())  # which the coroutine's context has, too: its calls are this callback's
         try:
-            return asyncio.run_coroutine_threadsafe(function(*args, **keywords), loop).result()
+            running = asyncio.run_coroutine_threadsafe(function(*args, **keywords), loop)
         finally:
             _within.reset(token)
+        child = keeper.child or keeper.launching
+        return running.result() if child is None else _result(running, child)
 
     return call
+
+
+def _result(running: Future[Any], child: Child) -> Any:
+    """Of a callback that runs in the loop. Where its child ends first nobody asks for that: it is cancelled."""
+    bell = PollBell()
+    try:
+        running.add_done_callback(lambda _done: bell.ring())
+        if child.wait_with(bell) and not running.done():
+            running.cancel()
+            return None
+        return running.result()
+    finally:
+        bell.close()

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Self
 
-from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream, set_own
+from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream, check_callable, set_own
 
 if TYPE_CHECKING:
     from pisupervisor.aio import AsyncProcessIsolator
@@ -44,8 +44,7 @@ class AsyncIsolatedObject:
         return functools.partial(self.invoke, name)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_"):
-            raise AttributeError(f"{name!r}: call what is private with invoke({name!r}, ...)")
+        check_callable(name)
         return self.find_method(name)
 
     __setattr__ = set_own
@@ -76,7 +75,7 @@ class AsyncIsolatedMethod:
 
     async def invoke(self, obj: AsyncIsolatedObject, /, *args: Any, **keywords: Any) -> Any:
         """See ``IsolatedMethod.invoke``."""
-        handle = getattr(obj, "_handle", obj)  # what is no handle is told as the plain class tells it
+        handle = obj._handle if isinstance(obj, AsyncIsolatedObject) else obj
         return await self._isolator._plain(self._handle, self._handle.invoke, handle, *args, **keywords)
 
 

@@ -238,11 +238,15 @@ def check_timeout(value: float) -> float:
 
 
 def merged(keywords: dict[str, Any], kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The keyword arguments of a call, with those that ``kwargs`` brings. Raises OptionsError for what is no mapping."""
+    """The keyword arguments of a call, with those that ``kwargs`` brings. Raises OptionsError for what is no mapping, and for
+    a name that is in both.
+    """
     if kwargs is None:
         return keywords
     if not isinstance(kwargs, Mapping) or not all(isinstance(name, str) for name in kwargs):
         raise OptionsError(f"kwargs: expected a dict with names as keys, not {kwargs!r}"[:300])
+    if twice := [name for name in kwargs if name in keywords]:
+        raise OptionsError(f"kwargs: {twice[0]!r} is given as a keyword argument, too; give it once"[:300])
     return {**keywords, **kwargs}
 
 

@@ -19,18 +19,27 @@ if TYPE_CHECKING:
     from pisupervisor.link.sources import Code
 
 
+_OWN = frozenset(("_isolator", "_connection", "_number", "_owner", "_handle"))
+
+
 def set_own(handle: Any, name: str, value: Any) -> None:
     """``__setattr__`` of handles: what is meant for the object would be seen here alone, and nobody would say so."""
-    if not name.startswith("_"):
+    if name not in _OWN:
         raise AttributeError(
             f"{name!r} of an object in the child: set it there, isolator.invoke(setattr, obj, {name!r}, ...)"
         )
     object.__setattr__(handle, name, value)
 
 
+def check_callable(name: str) -> None:
+    """Raises AttributeError for what Python, and tools such as IPython (``_repr_html_``), look for on any object."""
+    if name.startswith("__") or (name.startswith("_") and name.endswith("_")):
+        raise AttributeError(f"{name!r}: call what is special with invoke({name!r}, ...)")
+
+
 class IsolatedObject:
-    """An object in the child. ``obj.add(2)`` or ``obj.invoke("add", 2)`` call its methods; names that begin with an
-    underscore, and those that this class has itself, only the second way. It can be an argument of calls into its child.
+    """An object in the child. ``obj.add(2)`` or ``obj.invoke("add", 2)`` call its methods; special ones (``__len__``), and
+    those whose names this class has itself, only the second way. It can be an argument of calls into its child.
 
     It ends with ``release()``, as a context manager, when it is forgotten, and with its child.
     """
@@ -68,8 +77,7 @@ class IsolatedObject:
         return method
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        if name.startswith("_"):
-            raise AttributeError(f"{name!r}: call what is private with invoke({name!r}, ...)")
+        check_callable(name)
         return self.find_method(name)
 
     __setattr__ = set_own

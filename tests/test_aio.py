@@ -53,6 +53,9 @@ PLUGIN = """
         def upto(self, n):
             yield from range(n)
 
+        def _secret(self):
+            return "private"
+
     def double(x):
         return 2 * x
 
@@ -112,8 +115,9 @@ def test_what_is_no_path_and_no_name_is_told_as_by_the_plain_class(plugin: Path)
                 with pytest.raises(OptionsError, match=r"a path or a module name|no dotted name"):
                     await call
             counter = await isolator.create_object(plugin, "Counter", 5)
-            with pytest.raises(AttributeError, match="setattr"):
-                counter.value = 6
+            for name in ("value", "_value"):
+                with pytest.raises(AttributeError, match="setattr"):
+                    setattr(counter, name, 6)
             with pytest.raises(OptionsError, match="expected the name of a method"):
                 await counter.invoke(wrong)
             assert await counter.add() == 6
@@ -133,6 +137,7 @@ def test_calls_of_all_kinds(plugin: Path, tmp_path: Path) -> None:
             assert (await isolator.run_script(write(tmp_path, "tool.py", "import sys; sys.exit(3)"))).exit_code == 3
             counter = await isolator.create_object(plugin, "Counter", 5)
             assert [await counter.add(), await counter.invoke("add", n=10)] == [6, 16]
+            assert (await counter._secret(), hasattr(counter, "__len__")) == ("private", False)
             assert await isolator.invoke(lambda c: c.value, counter) == 16
             assert [n async for n in await counter.upto(3)] == [0, 1, 2]
             add = await isolator.get_method(plugin, "Counter.add")
@@ -308,6 +313,41 @@ def test_callbacks_run_in_the_loop(plugin: Path) -> None:
             isolator.unregister_callback("plain")
 
     run(main)
+
+
+@pytest.mark.parametrize("end", ["timeout", "cancel", "death"])
+def test_a_callback_that_never_ends_does_not_outlive_its_call(plugin: Path, end: str) -> None:
+    """A deadline is one whatever the call waits for; the coroutine that nobody waits for any more is cancelled."""
+
+    async def main() -> list[str]:
+        seen: list[str] = []
+
+        async def wait() -> None:
+            seen.append("begun")
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                seen.append("cancelled")
+                raise
+
+        async with await AsyncProcessIsolator.create() as isolator:
+            isolator.register_callback("wait", wait)
+            limit = 0.3 if end == "timeout" else None
+            call = asyncio.create_task(isolator.invoke_method(plugin, "ask", "wait", timeout=limit))
+            while not seen:
+                await asyncio.sleep(0.01)
+            if end == "cancel":
+                call.cancel()
+            if end == "death":
+                os.kill(isolator.pid or 0, signal.SIGKILL)
+            errors = {"timeout": CallTimeout, "cancel": asyncio.CancelledError, "death": ChildTerminated}
+            with pytest.raises(errors[end]):
+                await asyncio.wait_for(asyncio.shield(call), 5)
+            assert await asyncio.wait_for(isolator.invoke_method(plugin, "double", 2), 5) == 4
+        return seen
+
+    with nothing_left():
+        assert run(main) == ["begun", "cancelled"]
 
 
 def test_the_loop_goes_on() -> None:

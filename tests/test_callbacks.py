@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import linux, nothing_left, write
+from helpers import linux, nothing_left, state_of, wait_until, write
 
 from pihost import wire
 from pisupervisor import (
     CallError,
     CallTimeout,
     ChildTerminated,
+    ExitReason,
     IsolationError,
     IsolationFuture,
     IsolatorClosed,
@@ -449,6 +450,33 @@ def test_the_deadline_of_the_outer_call_counts_in_callbacks(isolator: ProcessIso
     with pytest.raises(CallTimeout):
         isolator.invoke_method(plugin, "ask", "sleep", 0.3, timeout=0.1)
     assert isolator.invoke_method(plugin, "down", 0) == 0
+
+
+def test_a_child_is_dead_at_its_deadline_while_a_callback_goes_on(isolator: ProcessIsolator, plugin: Path) -> None:
+    """Nobody can end the application's function, but all that the child does beside it."""
+    seen: list[bool] = []
+
+    def look(pid: int) -> None:
+        seen.append(wait_until(lambda: state_of(pid) == "", 2.0))
+
+    isolator.register_callback("look", look)
+    isolator.invoke_method(plugin, "down", 0)
+    with pytest.raises(CallTimeout) as caught:
+        isolator.invoke_method(plugin, "ask", "look", isolator.pid, timeout=0.1)
+    assert seen == [True]
+    assert caught.value.exit_info is not None
+    assert caught.value.exit_info.reason is ExitReason.TIMEOUT
+    assert "pisupervisor-overtime" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_a_callback_that_is_over_in_time_ends_nothing(isolator: ProcessIsolator, plugin: Path) -> None:
+    isolator.register_callback("sleep", time.sleep)
+    isolator.invoke_method(plugin, "ask", "sleep", 0)
+    pid = isolator.pid
+    for limit in (30, 0.2, 30):
+        isolator.invoke_method(plugin, "ask", "sleep", 0.01, timeout=limit)
+    isolator.invoke_method(plugin, "ask", "sleep", 0.3, timeout=30)
+    assert isolator.pid == pid
 
 
 def test_a_nested_call_that_times_out(isolator: ProcessIsolator, plugin: Path) -> None:

@@ -152,6 +152,17 @@ def test_what_are_no_keyword_arguments(shared: ProcessIsolator, plugin: Path, kw
             call()
 
 
+def test_a_keyword_argument_is_given_once(shared: ProcessIsolator, plugin: Path) -> None:
+    """Which of the two values was meant nobody can know."""
+    for call in (
+        lambda: shared.invoke_method(plugin, "_private", n=1, kwargs={"n": 2}),
+        lambda: shared.execute(dict, n=1, kwargs={"m": 1, "n": 1}),
+        lambda: shared.get_method(plugin, "_private")(n=1, kwargs={"n": 2}),
+    ):
+        with pytest.raises(OptionsError, match="kwargs: 'n' is given as a keyword argument, too"):
+            call()
+
+
 def test_an_isolator_is_no_argument_and_has_no_copy(shared: ProcessIsolator) -> None:
     for copied in (copy.copy, copy.deepcopy, pickle.dumps):
         with pytest.raises(TypeError, match="a ProcessIsolator is one child's master: it cannot be copied"):

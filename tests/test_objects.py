@@ -204,9 +204,10 @@ def test_a_copy_whose_code_fails_shows_where(isolator: ProcessIsolator) -> None:
 def test_private_and_special_methods(isolator: ProcessIsolator, plugin: Path) -> None:
     """parity: 46"""
     counter = isolator.create_object(plugin, "Counter", 4)
-    assert (counter.invoke("_secret"), counter.invoke("__len__")) == ("private", 4)
-    with pytest.raises(AttributeError, match="invoke"):
-        counter._secret()
+    assert (counter._secret(), counter.invoke("_secret"), counter.invoke("__len__")) == ("private", "private", 4)
+    for name in ("__len__", "_repr_html_", "_ipython_display_"):
+        with pytest.raises(AttributeError, match="invoke"):
+            getattr(counter, name)
     with pytest.raises(TypeError):
         len(counter)  # type: ignore[arg-type]
 
@@ -227,8 +228,9 @@ def test_names_that_the_handle_has_itself(isolator: ProcessIsolator, plugin: Pat
 
 def test_an_attribute_is_set_in_the_child_or_not_at_all(isolator: ProcessIsolator, plugin: Path) -> None:
     counter = isolator.create_object(plugin, "Counter", 5)
-    with pytest.raises(AttributeError, match=r"invoke\(setattr, obj, 'value'"):
-        counter.value = 6
+    for name in ("value", "_value", "__doc__"):
+        with pytest.raises(AttributeError, match=rf"invoke\(setattr, obj, '{name}'"):
+            setattr(counter, name, 6)
     assert counter.add() == 6
     isolator.invoke(setattr, counter, "value", 10)
     assert counter.add() == 11

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pisupervisor.link.arenas import Arenas
     from pisupervisor.link.calls import Payload
     from pisupervisor.link.output import Output
+    from pisupervisor.link.overtime import Overtime
 
     Answerer = Callable[[int, bytes, Callable[[], Arenas]], bytes | Payload]
 
@@ -35,7 +36,7 @@ class Answers(Channel):
 
     def __init__(
         self, link: _socket.socket, largest: int, answer: Answerer | None, is_over: Callable[[], bool] | None,
-        make_arenas: Callable[[], Arenas] | None, *, shared: bool,
+        make_arenas: Callable[[], Arenas] | None, kill_late: Callable[[], object] | None, *, shared: bool,
     ) -> None:  # fmt: skip
         super().__init__(link, is_over)
         self.largest = largest + (1 << 16)  # the value itself is bounded by the encoder; this much is its packing
@@ -45,7 +46,9 @@ class Answers(Channel):
         self._unowned: list[Pending] = []  # that ask something, and whose caller is not there: whoever reads sees to it
         self._held = 0  # bytes of answers that nobody has asked for yet
         self._leader = Leader() if shared else None
-        self._lock = threading.Lock()  # of the leader, and of the arenas
+        self._kill_late = kill_late  # ends the child at the deadline of a call whose callback still runs
+        self._overtime: Overtime | None = None
+        self._lock = threading.Lock()  # of the leader, of the arenas, and of what is made once
         self._is_broken = False
         self._make_arenas = make_arenas
         self._arenas: Arenas | None = None
@@ -126,6 +129,8 @@ class Answers(Channel):
         self._is_broken = True
         for pending in tuple(self.calls.values()):
             pending.ring()
+        if self._overtime is not None:
+            self._overtime.stop()
 
     # --- reading ----------------------------------------------------------------------------------------------
 
@@ -220,9 +225,12 @@ class Answers(Channel):
         caller = this_caller()
         chain = self._in_callbacks.setdefault(caller, [])
         chain.append(pending.ident)
+        overtime = self._begin_overtime(deadline)
         try:
             said = self._answer(*asked, self.arenas)  # may call into the child in turn
         finally:
+            if overtime is not None and deadline is not None:
+                overtime.end(deadline)
             chain.pop()
             if not chain:
                 del self._in_callbacks[caller]
@@ -234,6 +242,17 @@ class Answers(Channel):
     def attach(self, payload: Payload, deadline: float | None, within: int) -> tuple[bytes, tuple[int, ...]]:
         """(answer, descriptors) of that call's callback, where it is more than bytes: for who can call the child for it."""
         raise NotImplementedError
+
+    def _begin_overtime(self, deadline: float | None) -> Overtime | None:
+        if deadline is None or self._kill_late is None:
+            return None
+        with self._lock:
+            if self._overtime is None:
+                from pisupervisor.link.overtime import Overtime
+
+                self._overtime = Overtime(self._kill_late)
+        self._overtime.begin(deadline)
+        return self._overtime
 
     def _give_room(self, pending: Pending, body: bytes, deadline: float | None) -> None:
         if len(body) != 8:

@@ -50,9 +50,10 @@ class Connection(Answers):
 
     def __init__(
         self, link: _socket.socket, largest: int, stdio: tuple[int, ...] = (), answer: Answerer | None = None,
-        is_over: Callable[[], bool] | None = None, make_arenas: Callable[[], Arenas] | None = None, *, shared: bool = False,
+        is_over: Callable[[], bool] | None = None, make_arenas: Callable[[], Arenas] | None = None,
+        kill_late: Callable[[], object] | None = None, *, shared: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(link, largest, answer, is_over, make_arenas, shared=shared)
+        super().__init__(link, largest, answer, is_over, make_arenas, kill_late, shared=shared)
         self.sent: set[str] = set()  # keys of the code that the child has
         self.released: list[int] = []  # objects that nobody holds any more
         self.streams: set[int] = set()  # generators that somebody holds, and which are not over

@@ -25,6 +25,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+    from pisupervisor.link.bells import PollBell
+
 END_GRACE = 5.0  # seconds for the kernel to empty a killed pid namespace; measured: 1 to 5 ms
 DEATH_GRACE = 0.25  # seconds for a child that closed its link to be seen dying of what it was doing
 _BUSY_GRACE = 1.5  # the same where its payload is dead
@@ -126,6 +128,20 @@ class Child(Birth):
         finally:
             os.close(fd)
 
+    def wait_with(self, bell: PollBell) -> bool:
+        """Wait until it has ended, or the bell rings; whether it has ended."""
+        with self._lock:
+            if self.exit_info is not None or self.init_pidfd < 0:
+                return self.exit_info is not None
+            fd = os.dup(self.init_pidfd)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            poll.register(bell, select.POLLIN)
+            return fd in (ready for ready, _event in poll.poll())
+        finally:
+            os.close(fd)
+
     def _ask_until_ended(self, timeout: float | None) -> bool:
         """``wait`` where no descriptor is to be had."""
         until = None if timeout is None else time.monotonic() + timeout
@@ -173,6 +189,10 @@ class Child(Birth):
         """
         with self._lock:
             self._kill_locked(reason, message)
+
+    def kill_late(self) -> None:
+        """At the deadline of a call whose callback still runs here."""
+        self.kill(ExitReason.TIMEOUT, "a call was still running at its deadline, in a callback of the host")
 
     def _kill_locked(self, reason: ExitReason, message: str) -> None:
         if self.exit_info is not None:

@@ -57,12 +57,12 @@ def start(keeper: Keeper, deadline: float | None = None) -> None:
     """Launch a child, or take the spare one, and let it begin. The state is "starting"."""
     limit = keeper.options.start_timeout
     until = min(deadline or _NEVER, _NEVER if limit is None else time.monotonic() + limit)
-    stops, child = keeper.stops, None
+    stops, child, connection = keeper.stops, None, None
     try:
         child = _launch(keeper, None if until == _NEVER else until)
         connection = Connection(
             child.link, int(keeper.options.limits.result), child.stdio(), keeper.answer, child.is_over,
-            partial(_arenas, keeper.options),
+            partial(_arenas, keeper.options), child.kill_late,
             shared=keeper.options.max_concurrency > 1,
         )  # fmt: skip
         _begin(keeper, child, connection, None if until == _NEVER else until)
@@ -70,6 +70,8 @@ def start(keeper: Keeper, deadline: float | None = None) -> None:
         if not keeper.without:
             spare.opened(child.template, keeper.options)
     except BaseException as error:
+        if connection is not None and keeper.connection is not connection:
+            connection.give_up()
         _start_failed(keeper, child, error, stops, is_late=was_too_late(error, deadline))
         raise
     if keeper.options.debug:
