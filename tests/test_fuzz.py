@@ -34,7 +34,17 @@ def test_seeds_reach_what_they_are_named_after(monkeypatch: pytest.MonkeyPatch) 
     """Else the fuzzer would try the first error only."""
     seen: list[Any] = []
     monkeypatch.setattr(fuzz_targets, "unpack_answer", lambda answer, *_: seen.append(answer.kind))
-    for name in ("result-text", "raised", "refused-compile", "stream", "callback", "pieces", "room", "mapped"):
+    for name in (
+        "result-text",
+        "raised",
+        "refused-compile",
+        "stream",
+        "callback",
+        "callback-pieces",
+        "pieces",
+        "room",
+        "mapped",
+    ):
         before = len(seen)
         fuzz_targets.frames((CORPUS / "frames" / name).read_bytes())
         assert len(seen) > before, name

@@ -304,6 +304,13 @@ class Basket:
     prices: set[int | Decimal]
 
 
+@dataclasses.dataclass
+class Bag:
+    inner: Basket
+    price: Price
+    more: list[Bag]
+
+
 def test_sets_made_of_lists_are_no_way_around_that() -> None:
     """``returns=set[int]`` takes a list, too."""
     prime = sys.hash_info.modulus
@@ -312,6 +319,8 @@ def test_sets_made_of_lists_are_no_way_around_that() -> None:
     for value, wanted in (
         (many, set[int]), ([[number, 1] for number in many], frozenset[tuple[int, int]]), ([few] * 3, list[set[int | Decimal]]),
         ({"numbers": many, "prices": []}, Basket), ({"numbers": [], "prices": few}, Basket),
+        ({"price": "", "inner": {"numbers": many, "prices": []}, "more": []}, Bag), ({"/a": many}, dict[pathlib.Path, set[int]]),
+        ({"more": [{"price": "", "inner": {"numbers": [], "prices": few}, "more": []}]}, Bag),
     ):  # fmt: skip
         with pytest.raises(SerializationError, match=r"too long to insert|of one hash"):
             returning.build(value, wanted)

@@ -7,6 +7,7 @@ import datetime
 import decimal
 import math
 import pathlib
+import time
 import typing
 import uuid
 from collections.abc import Generator, Iterator
@@ -88,13 +89,176 @@ def test_enums_of_mixed_values_inside_of_other_types(value: object, returns: obj
     assert cross(value, returns) == value
 
 
+@dataclasses.dataclass
+class Paint:
+    color: Color
+    coats: int = 2
+    spare: list[Color] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Wall:
+    paint: Paint | None
+    beside: list[Wall] = dataclasses.field(default_factory=list)
+    by_name: dict[str, Paint] = dataclasses.field(default_factory=dict)
+    area: float = dataclasses.field(default=1.0, init=False)
+
+    def __post_init__(self) -> None:
+        if self.area < 0:
+            raise ValueError("no area")
+
+
+class Coat(typing.NamedTuple):
+    color: Color
+    paint: Paint | None = None
+
+
+class Order(typing.TypedDict):
+    paints: list[Paint]
+    coat: typing.NotRequired[Coat]
+
+
+class Urgent(Order, total=False):
+    marks: set[Color]
+
+
+@dataclasses.dataclass
+class Mixed(typing.Generic[Value]):
+    color: Color
+    value: Value
+    rest: list[Value]
+
+
+RED, BOTH = {"color": "red"}, {"color": (1, 2), "coats": 1, "spare": ["red", (1, 2)]}
+OF_FIELDS = [
+    (RED, Paint, Paint(Color.RED)), (BOTH, Paint, Paint(Color.PAIR, 1, [Color.RED, Color.PAIR])),
+    ([RED], list[Paint], [Paint(Color.RED)]), ({"a": RED}, dict[str, Paint], {"a": Paint(Color.RED)}), (None, Paint | None, None),
+    (RED, typing.Optional[Paint], Paint(Color.RED)), ((RED, 1), tuple[Paint, int], (Paint(Color.RED), 1)),  # noqa: UP045
+    ({"paint": None, "beside": [{"paint": RED, "area": 2.5}], "by_name": {"x": RED}}, Wall, None),
+    ([(1, 2)], Coat, Coat(Color.PAIR)), (("red", RED), Coat, Coat(Color.RED, Paint(Color.RED))),
+    ({"paints": [RED]}, Order, {"paints": [Paint(Color.RED)]}),
+    ({"paints": [], "coat": ["red"], "marks": ["red"]}, Urgent, {"paints": [], "coat": Coat(Color.RED), "marks": {Color.RED}}),
+    ({"color": "red", "value": 5, "rest": [6]}, Mixed[int], Mixed(Color.RED, 5, [6])),
+    (RED, typing.Annotated[Paint, "x"], Paint(Color.RED)),
+    ({"color": "red", "value": RED, "rest": []}, Mixed[Paint], Mixed(Color.RED, Paint(Color.RED), [])),
+    ({"color": "red", "value": 5, "rest": ["x"]}, Mixed, Mixed(Color.RED, 5, ["x"])),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("value", "returns", "built"), OF_FIELDS, ids=[f"{r}-{v!r:.30}" for v, r, _ in OF_FIELDS])
+def test_fields_may_be_enums_of_mixed_values(value: object, returns: object, built: object) -> None:
+    if returns is Wall:
+        beside = Wall(Paint(Color.RED))
+        object.__setattr__(beside, "area", 2.5)
+        built = Wall(None, [beside], {"x": Paint(Color.RED)})
+    got = cross(value, returns)
+    assert got == built
+    assert type(got) is type(built)
+
+
+def test_what_was_such_a_class_in_the_child_comes_back_as_it() -> None:
+    for value in (
+        Paint(Color.PAIR, 3, [Color.RED]),
+        Wall(Paint(Color.RED), [Wall(None)]),
+        Coat(Color.RED),
+        Mixed(Color.RED, 1, [2]),
+    ):
+        got = cross(value, type(value))
+        assert got == value
+        assert type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "returns", "why"),
+    [
+        ({"color": "no"}, Paint, r"'no' is not a valid Color - at `\$.color`"), ({}, Paint, "missing required field `color`"),
+        ({"color": "red", "coats": "2"}, Paint, r"Expected `int`, got `str` - at `\$.coats`"), (5, Paint, "Expected `object`"),
+        ([RED, {"color": "red", "spare": ["no"]}], list[Paint], r"'no' is not a valid Color - at `\$\[1\].spare\[0\]`"),
+        ({"paint": None, "beside": [{"paint": {"color": 1}}]}, Wall, r"1 is not a valid Color - at `\$.beside\[0\].paint.color`"),
+        ({"paint": None, "beside": [{"paint": None, "area": -1.0}]}, Wall, r"no area - at `\$.beside\[0\]`"),
+        ([], Coat, "length 1 to 2"), (["red", 5], Coat, r"Expected `object`, got `int` - at `\$\[1\]`"),
+        ({"coat": ["red"]}, Order, "missing required field `paints`"),
+        ({"paints": [], "marks": ["no"]}, Urgent, "not a valid Color"),
+        ({"color": "red", "value": "x", "rest": []}, Mixed[int], r"Expected `int`, got `str` - at `\$.value`"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_such_a_field_is_named(value: object, returns: object, why: str) -> None:
+    with pytest.raises(SerializationError, match=f"the result is not a .*{why}"):
+        cross(value, returns)
+
+
+class Tin(msgspec.Struct):
+    size: int
+    color: Color
+
+
+@dataclasses.dataclass
+class Shelf:
+    tins: list[Tin]
+
+
+@dataclasses.dataclass
+class OfInt(Mixed[int]):
+    more: int
+
+
+@dataclasses.dataclass
+class Either:
+    one: Color | int
+
+
+@dataclasses.dataclass
+class Given:
+    color: Color
+    extra: dataclasses.InitVar[int]
+
+
+@pytest.mark.parametrize(
+    ("returns", "why"),
+    [
+        (Tin, "field 'color' of Tin: .*only a dataclass, a TypedDict or a NamedTuple can have such a field"),
+        (dict[str, Shelf], "field 'tins' of Shelf: field 'color' of Tin: .*only a dataclass"),
+        (Either, "field 'one' of Either: in .*Color | int there can be nothing but None beside Color"),
+        (Paint | int, r"nothing but None beside Paint"), (Given, "field 'extra' of Given"), (OfInt, "is a variable of a base"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_field_for_which_a_class_cannot_be_built_is_named(returns: Any, why: str) -> None:
+    with pytest.raises(OptionsError, match=f"cannot be built: .*{why}"):
+        returning.check_returns(returns)
+
+
+def test_what_is_nested_deeply_is_built_and_tried_once() -> None:
+    """Who tried each part anew without numpy's scalars would double the work with each level."""
+    value: Any = {"paint": {"color": np.int64(1)}}
+    for _ in range(30):
+        value = {"paint": None, "beside": [value]}
+    began = time.thread_time()
+    with pytest.raises(SerializationError, match="1 is not a valid Color"):
+        cross(value, Wall)
+    assert time.thread_time() - began < 5
+    deep = Wall(None)
+    for _ in range(40):
+        deep = Wall(None, [deep])
+    assert cross(deep, Wall) == deep
+
+
 POINT = {"x": 1.0, "y": 2.0, "label": None}
 PATH = pathlib.Path("/a")
+
+
+@dataclasses.dataclass
+class SizeOfFiles:
+    sizes: dict[pathlib.Path, int]
+    more: SizeOfFiles | None = None
+
+
 OF_KEYS = [
     ({"/a": 1}, dict[pathlib.Path, int], {PATH: 1}), ({PATH: 1}, dict[pathlib.Path, int], {PATH: 1}),
     ([{"/a": {"/a": POINT}}], list[dict[pathlib.Path, dict[pathlib.Path, Point]]], [{PATH: {PATH: Point(1.0, 2.0)}}]),
     ({"/a": 1}, typing.Mapping[pathlib.Path, int] | None, {PATH: 1}), ({"red": 1}, dict[Color, int], {Color.RED: 1}),
     ({"value": {"red": 1}}, Box[dict[Color, int]], Box({Color.RED: 1})), ({1: 2}, dict[complex, int], {1 + 0j: 2}),
+    ({"sizes": {"/a": 1}, "more": {"sizes": {}}}, SizeOfFiles, SizeOfFiles({PATH: 1}, SizeOfFiles({}))),
 ]  # fmt: skip
 
 
@@ -204,10 +368,8 @@ def test_returns_that_nobody_can_build_is_said() -> None:
         cross({"a": 1}, "not a type")
 
 
-@dataclasses.dataclass
-class SizeOfFiles:
+class SizeOfTins(msgspec.Struct):
     sizes: dict[pathlib.Path, int]
-    more: SizeOfFiles | None = None
 
 
 @dataclasses.dataclass
@@ -219,7 +381,8 @@ class Dangling:
 @pytest.mark.parametrize(
     "returns",
     [
-        "int", 5, Color | int, SizeOfFiles, list[SizeOfFiles], Point | Shape, list[Point | Shape], Dangling, Iterator["int"],
+        "int", 5, Color | int, SizeOfTins, list[SizeOfTins], Tin, list[Shelf],
+        Point | Shape, list[Point | Shape], Dangling, Iterator["int"],
         Generator[int, None, Point | Shape], typing.Self,
     ],
     ids=str,

@@ -1,14 +1,12 @@
 """``returns=``: a result is checked against the type that the caller has declared, and built as it.
 
-msgspec does that, from data that is checked and ours by now. What it cannot build, or would not check, gets a stand-in: a type
-that it does not know, about which it asks ``_build_other``.
+msgspec does that, from data that is checked and ours by now. About types that it does not know it asks ``_build_other``; for
+those that it would refuse, or not check, there are ``stand_ins``.
 """
 
 from __future__ import annotations
 
 import sys
-from functools import lru_cache
-from types import GenericAlias
 
 from pisupervisor.errors import OptionsError, SerializationError
 from pisupervisor.link.reader import text_of
@@ -30,33 +28,41 @@ def build(value: Any, returns: Any) -> Any:
     import msgspec
 
     from pisupervisor.link.keys import Keys
+    from pisupervisor.link.stand_ins import buildable, named
 
     if returns is None or returns is Any:
         return value
     try:
-        wanted, has_sets = _buildable(returns)
+        wanted, has_sets = buildable(returns)
         if has_sets and type(value) in (list, tuple, dict):
             Keys().try_lists(value)
-        return _convert(value, wanted)
+        return _convert_freely(value, wanted)
     # An array, say, where a dict is wanted; a number too large for a complex one, a signalling NaN for an enum.
     except (msgspec.ValidationError, ValueError, AttributeError, ArithmeticError) as error:
-        message = f"the result is not a {_named(returns)}: {text_of(error)}"
+        message = f"the result is not a {named(returns)}: {_with_one_path(text_of(error))}"
         raise SerializationError(message, direction=_FROM_CHILD) from None  # its text is the child's in part
     except (TypeError, RecursionError) as error:
-        message = f"returns={_named(returns)} cannot be built: {text_of(error)}"
+        message = f"returns={named(returns)} cannot be built: {text_of(error)}"
         raise SerializationError(message, direction=_FROM_CHILD) from None
+
+
+def _convert_freely(value: Any, returns: Any) -> Any:
+    """Of a whole result: who tried anew for each part of one would double its work with each level of it."""
+    import msgspec
+
+    try:
+        return _convert(value, returns)
+    except msgspec.ValidationError:
+        plain = _without_scalars(value)  # numpy.mean() of numbers will do for a float
+        if plain is value:
+            raise
+        return _convert(plain, returns)
 
 
 def _convert(value: Any, returns: Any) -> Any:
     import msgspec
 
-    try:
-        return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)
-    except msgspec.ValidationError:
-        plain = _without_scalars(value)  # numpy.mean() of numbers will do for a float
-        if plain is value:
-            raise
-        return msgspec.convert(plain, returns, builtin_types=_already_built(), dec_hook=_build_other)
+    return msgspec.convert(value, returns, builtin_types=_already_built(), dec_hook=_build_other)
 
 
 def _without_scalars(value: Any) -> Any:
@@ -78,110 +84,24 @@ def _without_scalars(value: Any) -> Any:
     return value
 
 
+def _with_one_path(text: str) -> str:
+    """What msgspec says of a part of a part, as of a part."""
+    what, *paths = text.split(" - at `$")
+    return f"{what} - at `${''.join(path.rstrip('`') for path in reversed(paths))}`" if paths else text
+
+
 def check_returns(returns: Any) -> None:
     """Raises OptionsError for a type that ``build`` could make of nothing: better before the call than after it."""
     from typing import Any
 
+    from pisupervisor.link.stand_ins import buildable, named
+
     if returns is None or returns is Any:
         return
     try:
-        _buildable(returns)
+        buildable(returns)
     except Exception as error:  # TypeError, or what the annotations of a class raise
-        raise OptionsError(f"returns={_named(returns)} cannot be built: {error}") from None
-
-
-def _named(returns: Any) -> str:
-    return returns.__qualname__ if isinstance(returns, type) and not hasattr(returns, "__origin__") else repr(returns)
-
-
-class _StandIn(type):
-    def __instancecheck__(cls, _value: object) -> bool:
-        return True  # msgspec asks that of what ``_build_other`` has built, and checked
-
-    def __getitem__(cls, parts: Any) -> GenericAlias:
-        return GenericAlias(cls, parts)
-
-
-class Member(metaclass=_StandIn):
-    """``Member[E]``: an Enum that msgspec does not take, which knows enums of str and of int only."""
-
-
-class Table(metaclass=_StandIn):
-    """``Table[K, V]``: a dict with keys of a type that msgspec does not know: of keys that are text it asks nobody (0.22)."""
-
-
-def _buildable(returns: Any) -> tuple[Any, bool]:
-    """What msgspec is to build in the place of ``returns``, and whether it may have to make sets of lists. Raises TypeError, and
-    what the annotations of a class raise.
-    """
-    try:
-        hash(returns)
-    except TypeError:  # by what it is annotated with
-        return _looked_at.__wrapped__(returns)
-    return _looked_at(returns)
-
-
-@lru_cache(maxsize=256)
-def _looked_at(returns: Any) -> tuple[Any, bool]:
-    from msgspec import inspect, msgpack
-
-    wanted = _with_stand_ins(returns)
-    msgpack.Decoder(wanted)  # looks at the type alone
-    known = inspect.type_info(wanted)
-    unasked = _unasked_keys(known, set())
-    if unasked is not None:
-        raise TypeError(f"within a class, keys of a dict cannot be {_named(unasked)}: declare text or numbers")
-    return wanted, "set" in repr(known).lower()
-
-
-def _with_stand_ins(returns: Any) -> Any:
-    """As far as it is made of generic types and unions."""
-    from collections.abc import Mapping
-    from enum import Enum
-    from functools import reduce
-    from operator import or_
-    from typing import Annotated, Literal, get_args, get_origin
-
-    if isinstance(returns, type) and issubclass(returns, Enum):
-        return returns if {type(member.value) for member in returns} in ({str}, {int}) else Member[returns]
-    origin, parts = get_origin(returns), get_args(returns)
-    if not parts or origin is Literal:
-        return returns
-    if origin is Annotated:
-        return Annotated[_with_stand_ins(parts[0]), *parts[1:]]
-    built = tuple(map(_with_stand_ins, parts))
-    if isinstance(origin, type) and issubclass(origin, Mapping) and _is_unknown(built[0]):
-        return Table[built]
-    if built == parts:
-        return returns
-    return reduce(or_, built) if _is_union(origin) else origin[built]
-
-
-def _is_unknown(kind: Any) -> bool:
-    from msgspec import inspect
-
-    return isinstance(inspect.type_info(kind), inspect.CustomType)
-
-
-def _unasked_keys(kind: Any, seen: set[int]) -> Any:
-    """The first type of keys, anywhere in what msgspec knows of a type, about which it would ask nobody."""
-    from msgspec import inspect
-
-    if id(kind) in seen:
-        return None
-    seen.add(id(kind))
-    if isinstance(kind, inspect.DictType) and isinstance(kind.key_type, inspect.CustomType):
-        return kind.key_type.cls
-    parts = kind if isinstance(kind, tuple) else [getattr(kind, name) for name in kind.__struct_fields__]
-    inner = (part for part in parts if isinstance(part, (inspect.Type, inspect.Field, tuple)))
-    return next((found for part in inner if (found := _unasked_keys(part, seen)) is not None), None)
-
-
-def _is_union(origin: Any) -> bool:
-    from types import UnionType
-    from typing import Union
-
-    return origin is Union or origin is UnionType
+        raise OptionsError(f"returns={named(returns)} cannot be built: {error}") from None
 
 
 def _already_built() -> tuple[type, ...]:
@@ -197,11 +117,15 @@ def _build_other(wanted: Any, value: Any) -> Any:
     """For the types msgspec does not know. The value is ours by now: built from checked data."""
     from pathlib import PurePath
 
+    from pisupervisor.link.stand_ins import Made, Member, Table, named
+
     kind = getattr(wanted, "__origin__", wanted)
     if kind is Member:
         return _member(wanted.__args__[0], value)
     if kind is Table:
         return _table(wanted.__args__, value)
+    if kind is Made:
+        return _made(wanted.__args__[0], value)
     if isinstance(kind, type):
         if isinstance(value, kind):
             return value
@@ -209,7 +133,7 @@ def _build_other(wanted: Any, value: Any) -> Any:
             return kind(value)
         if kind is complex and type(value) in (int, float):
             return complex(value)
-        raise ValueError(f"expected {_named(wanted)}, got {type(value).__name__}")
+        raise ValueError(f"expected {named(wanted)}, got {type(value).__name__}")
     raise TypeError(f"{wanted!r} is not a type this library can build")
 
 
@@ -225,3 +149,18 @@ def _table(parts: Any, value: Any) -> dict[Any, Any]:
         raise ValueError(f"expected dict, got {type(value).__name__}")
     key_type, value_type = parts
     return {_convert(key, key_type): _convert(item, value_type) for key, item in value.items()}
+
+
+def _made(kind: Any, value: Any) -> Any:
+    import msgspec
+
+    from pisupervisor.link.stand_ins import twin_of
+
+    if type(value) is getattr(kind, "__origin__", kind):
+        return value  # which the application has built itself: it comes as a pickle, or by a codec
+    twin = twin_of(kind)
+    try:
+        fields = _convert(value, twin.kind)
+    except msgspec.ValidationError as error:
+        raise ValueError(str(error)) from None  # to which msgspec adds where that is
+    return twin.make(fields)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import enum
 from typing import Any
 
 import msgspec.json  # noqa: F401  the short way of a plain answer is taken only when it is there
@@ -24,7 +26,29 @@ from pisupervisor.link.serializer import decode, decode_plain
 
 LARGEST = 1 << 16
 CALLS = 8
-TYPES: tuple[Any, ...] = (int, list[int], dict[str, list[float]], tuple[int, ...], bytes | None)
+
+
+class Price(enum.Enum):
+    NONE = ""
+    BOTH = (1, 2)
+
+
+@dataclasses.dataclass
+class Offer:
+    price: Price
+    inner: Offer | None = None
+    more: set[int] | None = None
+
+
+TYPES: tuple[Any, ...] = (
+    int,
+    list[int],
+    dict[str, list[float]],
+    tuple[int, ...],
+    bytes | None,
+    Offer,
+    dict[Price, Offer],
+)
 
 
 class HostileLink:
