@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import socket
 import struct
 import subprocess
 import tempfile
@@ -227,6 +228,16 @@ def _newuidmap() -> str:
     return "" if shutil.which("newuidmap") else "newuidmap is not installed (Debian: uidmap)"
 
 
+def _passrights() -> str:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        try:
+            ours.setsockopt(socket.SOL_SOCKET, 83, 0)
+        except OSError:
+            return "sockets that take no descriptors came with Linux 6.16"
+    return ""
+
+
 def _testsuite() -> str:
     """CPython's own tests, which Debian has in a package of their own."""
     try:
@@ -307,6 +318,7 @@ PROBES: dict[str, Callable[[], str]] = {
     "overlay": _overlay,
     "user_overlay": _user_overlay,
     "arm32": _arm32,
+    "passrights": _passrights,
     "testsuite": _testsuite,
     "loop_bfq": _loop_bfq,
     "newuidmap": _newuidmap,

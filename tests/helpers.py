@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
+import socket
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -197,3 +198,11 @@ def in_fork(work: Callable[[], object]) -> str:
         said = pipe.read()
     os.waitpid(pid, 0)
     return said
+
+
+def take_descriptors(isolator: ProcessIsolator) -> None:
+    """Have the host take what descriptors a child sends, as on a kernel on which it cannot refuse them."""
+    connection = isolator._keeper.connection
+    assert connection is not None
+    with suppress(OSError):
+        connection.link.setsockopt(socket.SOL_SOCKET, 83, 1)  # SO_PASSRIGHTS

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import linux, nothing_left, open_fds
+from helpers import linux, nothing_left, open_fds, take_descriptors
 
 from pisupervisor import Descriptor, Limits, OptionsError, ProcessIsolator, SerializationError
 from pisupervisor.link.descriptors import check
@@ -468,6 +468,8 @@ def test_nothing_but_data_comes_back(isolator: ProcessIsolator) -> None:
         serve.Link.send = send  # type: ignore[method-assign]
         return "sent"
 
+    assert isolator.invoke(len, "") == 0
+    take_descriptors(isolator)
     before = open_fds()
     for _ in range(3):
         assert isolator.invoke(send_descriptors) == "sent"

@@ -32,6 +32,9 @@ TABLE = (
     Since("who is born in a group is bound to its CPUs", "6.4", "the host binds each process before it runs user code"),
     Since("Landlock for TCP", "6.7", "the network namespace holds"),
     Since("Landlock for abstract sockets and signals", "6.12", "the network and pid namespaces hold"),
+    Since(
+        "sockets that take no descriptors", "6.16", "the host lets go of what comes; the profiles refuse `SO_LINGER`"
+    ),
 )
 
 

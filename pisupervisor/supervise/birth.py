@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 LAUNCH_GRACE = 0.2
 _LOOK_AROUND = 20  # ms until a launch sees that it was stopped
 _CREDENTIALS = struct.Struct("3i")
+_SO_PASSRIGHTS = 83
 
 
 class Birth:
@@ -162,6 +163,7 @@ class Birth:
             elif ready and not self._read_ready():
                 poll.unregister(self.link)  # closed: the status socket will say why
         self.link.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 0)
+        _take_no_descriptors(self.link)
 
     def _check_wanted(self) -> None:
         if self._ordered is not None:
@@ -257,6 +259,18 @@ class Birth:
             shift=self.template.outside,
             places=self._group.places() if self._group is not None else {},
         )
+
+
+def _take_no_descriptors(link: socket.socket) -> None:
+    """From before the child has anything to run. Who reads what descriptors ride on closes them, and waits as long as the child
+    has said that the end of a connection may take (SO_LINGER), whatever the deadline. Linux before 6.16
+    cannot refuse them: there the profiles refuse SO_LINGER.
+    """
+    try:
+        link.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise
 
 
 def _check_ready(data: bytes) -> None:

@@ -27,9 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import features
 import numpy as np
 import pytest
-from helpers import descendants, open_fds, resident, state_of, wait_until
+from helpers import descendants, open_fds, resident, state_of, take_descriptors, wait_until
 from hostile import PRELUDE, attack, bounded, limits
 
 import pihost
@@ -236,8 +237,46 @@ def test_H10_an_answer_given_twice(isolator: ProcessIsolator) -> None:
         isolator.run_source("6 * 7", timeout=5.0)
 
 
+def test_H11_a_deadline_holds_though_a_socket_takes_long_to_close() -> None:
+    """Whoever reads what a socket rides on closes it, and waits for its last bytes as long as its SO_LINGER says: 30 s here."""
+    code = """
+import array
+lingering, far = socket.socket(), socket.create_server(("127.0.0.1", 0))
+far.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2304)
+try:
+    lingering.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 30))
+except PermissionError:
+    pass
+lingering.connect(far.getsockname())
+lingering.setblocking(False)
+try:
+    while lingering.send(bytes(65536)): pass
+except BlockingIOError:
+    pass
+link = socket.socket(fileno=os.dup(3))
+try:
+    link.sendmsg([b"Q"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [lingering.fileno()]))])
+except PermissionError:
+    pass
+lingering.close()
+time.sleep(100)
+"""
+    with ProcessIsolator.create(limits=limits(), network="loopback") as isolator:
+        assert isolator.run_source("6 * 7").value == 42
+        with bounded(5.0):
+            assert isinstance(attack(isolator, code, timeout=1.0), CallTimeout)
+
+
+def test_H11_no_descriptor_can_be_sent_to_the_host(isolator: ProcessIsolator) -> None:
+    features.need("passrights")
+    code = "socket.send_fds(socket.socket(fileno=os.dup(3)), [b'x'], [1])"
+    assert isinstance(attack(isolator, code), PermissionError)
+
+
 @pytest.mark.parametrize("body", ["frame(PIECE, ident(), b'x')", "b'x'"])
 def test_H11_a_flood_of_attached_descriptors(isolator: ProcessIsolator, body: str) -> None:
+    """As before Linux 6.16, which lets the host refuse them."""
+    take_descriptors(isolator)
     before = open_fds()
     code = f"link = socket.socket(fileno=os.dup(3))\nfor _ in range(100): socket.send_fds(link, [{body}], [1] * 253)\nsend(b'?' * 99); time.sleep(100)"
     seen = [len(before)]
