@@ -170,13 +170,14 @@ class _Writer:
     def decision(self, decision: Decision) -> _Place:
         place = self.written.get(decision) if decision.cases else self.action(decision.final)
         if place is None:
-            place = self.action(decision.final)
-            for action, shared, rests in reversed(_alike(decision.cases)):
-                inner = place
-                for rest in reversed(rests):
-                    inner = self.case(rest, self.action(action), inner)
-                place = self.case(shared, inner, place)
-            self.written[decision] = place
+            place = self.written[decision] = self.cases(decision.cases, self.action(decision.final))
+        return place
+
+    def cases(self, cases: Iterable[tuple[tuple[Condition, ...], int]], otherwise: _Place) -> _Place:
+        place = otherwise
+        for action, shared, rests in reversed(_alike(cases)):
+            inner = self.cases([(rest, action) for rest in rests], place) if len(rests) > 1 else self.action(action)
+            place = self.case(shared, inner, place)
         return place
 
     def action(self, action: int) -> _Place:
@@ -257,7 +258,7 @@ class _Writer:
 
 def _alike(
     cases: Iterable[tuple[tuple[Condition, ...], int]],
-) -> list[tuple[int, list[Condition], list[list[Condition]]]]:
+) -> list[tuple[int, list[Condition], list[tuple[Condition, ...]]]]:
     """Neighbours with one action and conditions in common, which are asked for once: (action, those, the others of each)."""
     groups: list[tuple[int, list[Condition], list[tuple[Condition, ...]]]] = []
     for conditions, action in cases:
@@ -268,7 +269,7 @@ def _alike(
         else:
             groups.append((action, list(conditions), [conditions]))
     return [
-        (action, shared, [[condition for condition in member if condition not in shared] for member in members])
+        (action, shared, [tuple(condition for condition in member if condition not in shared) for member in members])
         for action, shared, members in groups
     ]
 

@@ -153,7 +153,7 @@ OWN: dict[str, dict[str, object]] = {
         "needs": ["seccomp"],
         "source": "net-pf-2-proto-132: sctp, dccp, l2tp, smc are loaded for whoever asks; CVE-2025-40257 (MPTCP)",
         "code": "for f in (2,10):\n    for t,p in ((1,262),(1,256),(1,132),(5,132),(6,33),(2,115)):\n"
-        "        deny(lambda:socket.socket(f,t,p),'EPROTONOSUPPORT')",
+        "        deny(lambda:socket.socket(f,t,p),'EPROTONOSUPPORT','EAFNOSUPPORT')",
     },
     "O26": {
         "title": "the machine's memory for filters, by those on system calls", "mechanism": "seccomp: no further filters",
@@ -188,5 +188,42 @@ OWN: dict[str, dict[str, object]] = {
         "code": "s=socket.socket(); a=struct.pack('HH4s120xBBHi80s',2,0,bytes(4),0,0,3,0,b'key')\n"
         "for o in (14,32,38): deny(lambda:s.setsockopt(6,o,a),'EPERM')\n"
         "deny(lambda:socket.socket(2,2).setsockopt(17,100,2),'EPERM')",
+    },
+    "O31": {
+        "title": "throw files of others out of the page cache", "mechanism": "seccomp: no POSIX_FADV_DONTNEED",
+        "needs": ["seccomp"],
+        "source": "posix_fadvise(2) takes a descriptor that reads; Gruss et al., Page Cache Attacks, CCS 2019",
+        "code": "fd=os.open('/usr/bin/env',0)\ndeny(lambda:os.posix_fadvise(fd,0,0,4),'EINVAL')\n"
+        "m=mmap.mmap(-1,8192)\nfor a in (20,21): deny(lambda:m.madvise(a),'EINVAL')",
+    },
+    "O32": {
+        "title": "kernel memory for access lists", "mechanism": "seccomp: no long extended attributes", "needs": ["seccomp"],
+        "source": "64 KiB for each list, two for a folder in tmpfs, charged to no group: 1 GB by 8190 folders",
+        "code": "e=lambda t,i:struct.pack('<HHI',t,7,i)\n"
+        "a=struct.pack('<I',2)+e(1,2**32-1)+e(2,os.getuid())*8000+b''.join(e(t,2**32-1) for t in (4,16,32))\n"
+        "os.mkdir('/tmp/acl')\n"
+        "for n in ('access','default'): deny(lambda:os.setxattr('/tmp/acl','system.posix_acl_'+n,a),'ENOTSUP')",
+    },
+    "O33": {
+        "title": "have the kernel rewrite its code, and interrupt every core", "mechanism": "seccomp: no SO_TIMESTAMP, UDP_GRO",
+        "needs": ["seccomp"], "source": "static keys, without a rate (as net.core's flow limit has): 34,000 interrupts a second",
+        "code": "s=socket.socket(2,2)\nfor l,o in ((1,29),(1,35),(1,37),(1,63),(1,64),(1,65),(17,104)):\n"
+        "    deny(lambda:s.setsockopt(l,o,1),'EPERM')",
+    },
+    "O34": {
+        "title": "have the kernel run modprobe, as root", "mechanism": "seccomp: known kinds of sockets, ioctls of no bridge",
+        "needs": ["seccomp"],
+        "source": "inet_create, sock_ioctl: request_module for each socket and ioctl, whose CPU time is nobody's",
+        "code": "for f in (2,10):\n    for t,p in ((1,17),(2,6),(2,200),(3,0),(3,255),(4,0),(5,0)):\n"
+        "        deny(lambda:socket.socket(f,t,p),'EAFNOSUPPORT')\n"
+        "import fcntl\ns=socket.socket(2,2)\n"
+        "for o in (0x8940,0x8941,0x8980,0x8982,0x8983,0x89a0,0x89a1): deny(lambda:fcntl.ioctl(s,o,bytes(64)),'ENOTTY')",
+    },
+    "O35": {
+        "title": "ioctls of file systems and namespaces", "mechanism": "seccomp: those of terminals, sockets and FICLONE only",
+        "needs": ["seccomp"], "source": "BTRFS_IOC_SYNC is syncfs (O21), and asks nobody for a right; ioctl_ns(2)",
+        "code": "import fcntl\nfd=os.open('/usr',0); n=os.open('/proc/self/ns/pid',0)\n"
+        "for f,o in ((fd,0x9408),(fd,0x80089418),(fd,0x80086601),(fd,0x80111500),(n,0xb703)):\n"
+        "    deny(lambda:fcntl.ioctl(f,o,bytearray(64)),'ENOTTY')",
     },
 }  # fmt: skip
