@@ -252,16 +252,18 @@ class ProcessIsolator(Control):
         idempotent: bool = False, kwargs: Mapping[str, Any] | None = None, **keywords: Any,
     ) -> IsolatedObject:  # fmt: skip
         """Make an object that lives in the child: ``create_object("plugin.py", "Counter", 5)``, with a class or a function
-        that makes the object as the target, or ``create_object(Counter, 5)`` for a class or function sent by value.
-        ``idempotent``: should the child die meanwhile, the object is made in another.
+        that makes the object as the target (or ``"plugin.py:Counter"``), or ``create_object(Counter, 5)`` for a class or
+        function sent by value. ``idempotent``: should the child die meanwhile, the object is made in another.
         """
         keywords = merged(keywords, kwargs)
         if callable(code):
             call: tuple[Any, ...] = ("create by value", self._packer.function(code, args, keywords))
             return self._keep(call, None, timeout, idempotent)
-        if not args or not isinstance(args[0], str):
+        target, *rest = args or (None,)
+        if isinstance(code, str) and ":" in code and not os.path.exists(code):
+            (code, target), rest = split_target(code), [*args]
+        if not isinstance(target, str):
             raise OptionsError('create_object: name a class too, as in create_object("plugin.py", "Counter", 5)')
-        target, *rest = args
         read = self._code(code, target)
         call = ("create", read.key, target, self._packer.arguments(tuple(rest), keywords))
         return self._keep(call, read, timeout, idempotent)

@@ -109,6 +109,18 @@ def test_an_object_without_arguments(isolator: ProcessIsolator, plugin: Path) ->
     assert isolator.create_object(plugin, "Counter").add() == 1
 
 
+def test_where_and_what_in_one_text(isolator: ProcessIsolator, plugin: Path, tmp_path: Path) -> None:
+    """parity: 43"""
+    assert isolator.create_object(f"{plugin}:Counter", 5, step=2).add() == 7
+    assert isolator.create_object("collections:Counter", "aab").most_common(1) == [("a", 2)]
+    odd = write(tmp_path, "odd:name.py", "class Counter:\n    def add(self): return 3")
+    assert isolator.create_object(str(odd), "Counter").add() == 3
+    with pytest.raises(TargetNotFound, match="nothing"):
+        isolator.create_object(f"{plugin}:nothing")
+    with pytest.raises(OptionsError, match="is no target"):
+        isolator.create_object(f"{plugin}:")
+
+
 def test_an_object_of_a_nested_class_a_factory_and_a_module(isolator: ProcessIsolator, plugin: Path) -> None:
     """parity: 43, 45. Nested classes of one name do not collide."""
     items = [isolator.create_object(plugin, f"{outer}.Item") for outer in ("Outer", "Other")]

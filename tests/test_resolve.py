@@ -354,6 +354,24 @@ def test_targets_of_packages_and_archives(library: Library, kind: str, target: s
     )
 
 
+@pytest.mark.parametrize("kind", ["package", "archive"])
+def test_packages_list_their_modules(library: Library, kind: str) -> None:
+    """What plugins find each other by; names that the module has here, which may not be those it was written with."""
+    source = """
+        import pkgutil, sys
+        package = sys.modules[__name__.rpartition('.')[0]]
+        def direct(): return sorted((found.name, found.ispkg) for found in pkgutil.iter_modules(package.__path__))
+        def all_(): return sorted(found.name for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."))
+    """
+    key = add_tree(library, kind, f"/host/{kind}", {name.replace("pkg/", f"{kind}/"): text for name, text in {
+        "pkg/__init__.py": "", "pkg/find.py": source, "pkg/sub/__init__.py": "", "pkg/sub/mod.py": "",
+        "pkg/data/words.txt": "", "pkg/loose/mod.py": "", "pkg/no-module.py": "",
+    }.items()})  # fmt: skip
+    lead = "" if kind == "package" else f"{kind}."
+    assert library.callable_for(key, f"{lead}find.direct")() == [("find", False), ("sub", True)]
+    assert library.callable_for(key, f"{lead}find.all_")() == [f"{kind}.find", f"{kind}.sub", f"{kind}.sub.mod"]
+
+
 def test_package_attributes(library: Library) -> None:
     key = add_tree(library, "package", "/host/pkg", PACKAGE)
     library.callable_for(key, "loose.mod.f")

@@ -83,6 +83,15 @@ def test_neither_path_nor_module_name(reader: CodeReader, bad: object) -> None:
         reader.read(bad)  # type: ignore[arg-type]
 
 
+def test_a_file_that_is_no_code_is_no_module(
+    reader: CodeReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("x = 1")
+    with pytest.raises(OptionsError, match=r"'notes\.txt' is neither a \.py file"):
+        reader.read("notes.txt")
+
+
 def test_missing_file_names_the_path_looked_at(reader: CodeReader, tmp_path: Path) -> None:
     """parity: 41 (missing file)"""
     for path in (tmp_path / "gone.py", tmp_path / "gone" / "plugin.py", tmp_path / "gone.zip"):

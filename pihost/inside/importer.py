@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from types import CodeType, ModuleType
     from typing import Any
 
-    from pihost.inside.resources import Reader
+    from pihost.inside.resources import Listing, Reader
 
     Payload = tuple[str, str, str, str, Iterable[tuple[str, bytes]]]
 
@@ -96,6 +96,7 @@ class Importer:
     def _register(self, unit: Unit) -> None:
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
+            sys.path_hooks.insert(0, self.list_folder)
         for top in unit.tops():
             unit.names[top] = name = _free_name(top)
             self.units[name] = (unit, top)
@@ -110,6 +111,7 @@ class Importer:
     def remove(self) -> None:
         """Take this importer and all its modules out of the interpreter."""
         sys.meta_path.remove(self)
+        sys.path_hooks.remove(self.list_folder)
         for name in list(sys.modules):
             if name.partition(".")[0] in self.units:
                 del sys.modules[name]
@@ -123,6 +125,16 @@ class Importer:
         if file is None:
             return _find_extension(unit, real + dot + rest, name, path)
         return make_spec(unit, name, file)
+
+    def list_folder(self, path: str) -> Listing:
+        """For ``sys.path_hooks``: the modules in one of the packages. Raises ImportError for what is none."""
+        for unit, _top in [*self.units.values()]:
+            for folder in unit.folders:
+                if path == unit.host_path(folder):
+                    from pihost.inside.resources import Listing
+
+                    return Listing(unit, folder)
+        raise ImportError("no folder of the code that was sent", path=path)
 
 
 class Loader(SourceLoader):

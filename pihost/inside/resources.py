@@ -1,4 +1,4 @@
-"""Data files of a package that came as bytes, for ``importlib.resources``: a reader and the paths it gives out."""
+"""What else a package that came as bytes is asked for: its data files by ``importlib.resources``, its modules by ``pkgutil``."""
 
 from __future__ import annotations
 
@@ -33,6 +33,23 @@ class Reader:
 
     def contents(self) -> Iterator[str]:
         return (entry.name for entry in self._folder.iterdir())
+
+
+class Listing:
+    """The modules in ``folder`` of ``unit``, as ``pkgutil.iter_modules`` and ``walk_packages`` list them."""
+
+    def __init__(self, unit: Unit, folder: str) -> None:
+        self._unit, self._folder = unit, folder
+
+    def iter_modules(self, prefix: str = "") -> Iterator[tuple[str, bool]]:
+        for entry in Entry(self._unit, self._folder).iterdir():
+            is_package = entry.joinpath("__init__.py").is_file()
+            name = entry.name if is_package else entry.name[:-3] if entry.name.endswith(".py") else ""
+            if name.isidentifier() and name != "__init__":
+                yield prefix + name, is_package
+
+    def find_spec(self, _name: str, _target: object = None) -> None:
+        return None  # that is the importer's business
 
 
 class Entry:

@@ -186,7 +186,7 @@ def _is_python_folder(text: str) -> bool:
 
 
 def _module(name: str) -> Code:
-    if not all(part.isidentifier() for part in name.split(".")):
+    if not all(part.isidentifier() for part in name.split(".")) or ("." in name and os.path.isfile(name)):
         raise OptionsError(
             f"code: {name!r} is neither a .py file, a package folder, a .zip or .whl, nor a dotted module name"
         )
