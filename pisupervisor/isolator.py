@@ -243,7 +243,7 @@ class ProcessIsolator(Control):
             self._keeper.check_open()
             if self._crew is None:
                 self._crew = Crew(f"pisupervisor-{self.id}", self._session, self.options.max_concurrency)
-            return self._crew.add(method, args, keywords)
+            return self._crew.line_for(method).add(method, args, keywords)
 
     # --- objects, callbacks and data --------------------------------------------------------------------------
 

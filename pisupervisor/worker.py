@@ -1,5 +1,5 @@
-"""Threads that run submitted calls, in order. An isolator has as many as calls run side by side in its child, made as they
-are needed from its first ``submit`` on, until its ``close``.
+"""Threads that run submitted calls, in order. An isolator has as many as calls run side by side in its child, and one for those
+that capture their output, made as they are needed from its first ``submit`` on, until its ``close``.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pisupervisor.supervise.session import Session
 
 Calls = queue.SimpleQueue[Any]  # of (future, method, arguments, keywords), and None for the end
+_CAPTURED = frozenset(("execute", "run_source", "run_script"))
 
 
 class Worker:
@@ -96,10 +97,41 @@ class Worker:
 
 
 class Crew:
-    """Up to ``most`` workers of one queue: a call that is submitted while all are busy makes another."""
+    """The lines of one isolator. Calls that capture their output run one at a time: where others run side by side, they have a
+    line of their own, and stand in nobody's way.
+    """
 
     def __init__(self, name: str, session: Session, most: int) -> None:
-        self._name, self._session, self._most = name, session, most
+        turn = session.keeper.turn
+        self._plain = self._captured = Line(name, session, most, turn.is_mine if most == 1 else None)
+        if most > 1:
+            self._captured = Line(f"{name}-captured", session, 1, turn.is_my_captured)
+
+    def line_for(self, method: Callable[..., Any]) -> Line:
+        """Where a call of that method of the isolator waits for its turn."""
+        return self._captured if getattr(method, "__name__", "") in _CAPTURED else self._plain
+
+    def end(self) -> None:
+        """End the threads after the calls they make; calls that still wait are cancelled. Does not wait for it."""
+        for line in {self._plain, self._captured}:
+            line.end()
+
+    def close(self) -> None:
+        """``end``, and wait until they have ended."""
+        self.end()
+        for line in {self._plain, self._captured}:
+            line.join()
+
+
+class Line:
+    """Up to ``most`` workers of one queue: a call that is submitted while all are busy makes another. ``session``: see
+    ``Worker``; ``holds_up``: see ``IsolationFuture``.
+    """
+
+    def __init__(
+        self, name: str, session: Session | None, most: int, holds_up: Callable[[], bool] | None = None
+    ) -> None:
+        self._name, self._session, self._most, self._holds_up = name, session, most, holds_up
         self._queue: Calls = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._open = 0  # calls that are not done
@@ -107,8 +139,8 @@ class Crew:
 
     def add(self, method: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> IsolationFuture:
         """Queue one call; its future."""
-        future = IsolationFuture(self._cancel, self._session.keeper.turn.is_mine if self._most == 1 else None)
-        future.stops = self._session.keeper.stops
+        future = IsolationFuture(self._cancel, self._holds_up)
+        future.stops = self._session.keeper.stops if self._session is not None else 0
         with self._lock:
             if len(self._workers) < min(self._most, self._open + 1):
                 name = f"{self._name}-{len(self._workers) + 1}" if self._workers else self._name
@@ -127,11 +159,12 @@ class Crew:
         for worker in self._workers:
             worker.cancel(future)
 
-    def close(self) -> None:
-        """End the threads after the calls they make; calls that still wait are cancelled."""
+    def end(self) -> None:
         cancel_all(self._queue)
         for _ in self._workers:
             self._queue.put(None)
+
+    def join(self) -> None:
         for worker in self._workers:
             worker.join(5.0)
 

@@ -32,9 +32,21 @@ def test_one_captured_call_which_plain_ones_pass() -> None:
     rules = Admission(3)
     assert rules.enter(1, "captured")
     second = waiting(rules, 2, "captured")
-    third = waiting(rules, 3, "plain")  # first come, first served: nobody is let in before the queue was looked at
-    assert rules.enter(4, "plain") is False
-    assert rules.leave(1) == [second, third]
+    assert rules.enter(3, "plain")
+    assert rules.enter(4, "plain")
+    fifth = waiting(rules, 5, "plain")
+    assert rules.leave(3) == [fifth]
+    assert rules.leave(1) == [second]
+
+
+def test_a_plain_call_passes_nobody_else() -> None:
+    rules = Admission(3)
+    rules.enter(1, "captured")
+    captured, alone = waiting(rules, 2, "captured"), waiting(rules, 3, "alone")
+    late = waiting(rules, 4, "plain")
+    assert rules.leave(1) == [captured]
+    assert rules.leave(2) == [alone]
+    assert rules.leave(3) == [late]
 
 
 def test_a_captured_call_is_not_waited_for_by_plain_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import threading
@@ -14,6 +15,7 @@ import pytest
 from helpers import linux, nothing_left, wait_until
 
 from pisupervisor import (
+    AsyncProcessIsolator,
     CallCancelled,
     CallTimeout,
     ChildTerminated,
@@ -155,6 +157,49 @@ def test_a_short_call_does_not_wait_behind_a_long_one() -> None:
         long = isolator.submit(time.sleep, 60)
         assert [isolator.submit(pow, 2, number).result(10) for number in range(20)][-1] == 1 << 19
         assert long.running()
+
+
+def test_a_short_call_does_not_wait_behind_captured_ones() -> None:
+    """Of which one runs, and others wait for it: threads', submitted ones, and tasks."""
+    with ProcessIsolator.create(max_concurrency=3, restart=AT_ONCE) as isolator:
+        captured = [threading.Thread(target=isolator.execute, args=(time.sleep, 1.5)) for _ in range(2)]
+        for thread in captured:
+            thread.start()
+        wait_until(lambda: bool(isolator._keeper.turn.rules.waiting))
+        assert isolator.invoke(len, "abc") == 3
+        assert isolator._keeper.turn.rules.waiting  # the first is not over
+        for thread in captured:
+            thread.join()
+        futures = [isolator.submit_call(isolator.execute, time.sleep, 60) for _ in range(4)]
+        wait_until(futures[0].running)
+        assert [isolator.submit(len, "a" * size).result(20) for size in range(6)] == [*range(6)]
+        assert [future.running() for future in futures] == [True, False, False, False]
+
+
+def test_tasks_do_not_wait_behind_long_and_captured_ones() -> None:
+    async def main() -> list[int]:
+        async with AsyncProcessIsolator.create(max_concurrency=3, restart=AT_ONCE) as isolator:
+            long = [isolator.submit_call(isolator.execute, time.sleep, 60) for _ in range(4)]
+            long.append(isolator.submit(time.sleep, 60))
+            await asyncio.sleep(0.3)
+            done = await asyncio.wait_for(asyncio.gather(*(isolator.invoke(len, "a" * size) for size in range(6))), 20)
+            assert not any(task.done() for task in long)
+            for task in long:
+                task.cancel()
+            await asyncio.gather(*long, return_exceptions=True)
+            return done
+
+    assert asyncio.run(main()) == [*range(6)]
+
+
+def test_a_captured_call_that_would_wait_for_another_in_its_own_callback_is_refused() -> None:
+    with ProcessIsolator.create(max_concurrency=3) as isolator:
+        isolator.register_callback(
+            "wait", lambda: isolator.submit_call(isolator.execute, len, "abc").result().value, expose_errors=True
+        )
+        assert isolator.invoke(lambda: __import__("pihost").call_host("wait")) == 3
+        with pytest.raises(RemoteError, match="waits for the one whose callback this is"):
+            isolator.execute(lambda: __import__("pihost").call_host("wait"))
 
 
 def test_captured_calls_run_one_at_a_time() -> None:

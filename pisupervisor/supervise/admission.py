@@ -33,7 +33,7 @@ class Admission:
 
     def enter(self, key: int, use: Use) -> bool:
         """Whether it may begin at once."""
-        if self.waiting or not self._fits(use):
+        if not self._fits(use) or (self.waiting and not self._may_pass(use)):
             return False
         self._admit(key, use)
         return True
@@ -60,6 +60,10 @@ class Admission:
         if use == "alone" or "alone" in self.users.values():
             return False
         return len(self.users) < self._slots and not (use == "captured" and self._captured)
+
+    def _may_pass(self, use: Use) -> bool:
+        """Whether all who wait do so for what this one does not."""
+        return use == "plain" and self._captured > 0 and all(ticket.use == "captured" for ticket in self.waiting)
 
     def _admit(self, key: int, use: Use) -> None:
         self.users[key] = use

@@ -30,6 +30,10 @@ class Turn:
     def is_mine(self) -> bool:
         return this_caller() in self.rules.users
 
+    def is_my_captured(self) -> bool:
+        """Whether nothing else that captures its output can begin until this caller goes."""
+        return self.rules.users.get(this_caller()) == "captured"
+
     def has(self, key: int) -> bool:
         return key in self.rules.users
 
