@@ -198,7 +198,7 @@ def run(user: OrdinaryUser, source: str) -> dict[str, Any]:
 
 
 MANY = """
-    def eat():
+    def eat(seconds=6):
         import os, time
         reader, writer = os.pipe()
         for _ in range(10):
@@ -208,30 +208,30 @@ MANY = """
                 time.sleep(60)
         for _ in range(10):
             os.read(reader, 1)  # an emulated machine that is busy takes more than seconds to fill them
-        time.sleep(6)
+        time.sleep(seconds)
         return "lived"
 """
 FILES = """
-    def eat():
+    def eat(seconds=6):
         import os, time
         for _ in range(10):
             os.write(os.memfd_create("kept"), bytes(20 << 20))
-        time.sleep(6)
+        time.sleep(seconds)
         return "lived"
 """
 SHARED = """
-    def eat():
+    def eat(seconds=6):
         import mmap, time
         kept = [mmap.mmap(-1, 20 << 20) for _ in range(10)]
         for one in kept:
             one.write(bytes(20 << 20))
-        time.sleep(6)
+        time.sleep(seconds)
         return "lived"
 """
 HOPPING = """
-    def eat():
+    def eat(seconds=6):
         import os, time
-        ends = time.monotonic() + 6
+        ends = time.monotonic() + seconds
         for number in range(3):
             if os.fork() == 0:
                 kept, more = bytearray(b"x") * (40 << 20), []
@@ -241,13 +241,13 @@ HOPPING = """
                     if os.fork():
                         os._exit(0)
                 os._exit(0)
-        time.sleep(6)
+        time.sleep(seconds)
         return "lived"
 """
 
 
 LEADERLESS = """
-    def eat():
+    def eat(seconds=6):
         import ctypes, os, threading, time
         def keep():
             kept = bytearray(b"x") * (20 << 20)
@@ -256,13 +256,13 @@ LEADERLESS = """
             if os.fork() == 0:
                 threading.Thread(target=keep).start()
                 ctypes.CDLL(None).syscall(60 if os.uname().machine == "x86_64" else 93, 0)
-        time.sleep(6)
+        time.sleep(seconds)
         return "lived"
 """
 
 
 NAMED = """
-    def eat():
+    def eat(seconds=6):
         import mmap, os, time
         kept = []
         for name in ("abc", "Anonymous: -999999999 kB"):
@@ -275,7 +275,7 @@ NAMED = """
             if os.fork() == 0:
                 more = bytearray(b"x") * (20 << 20)
                 time.sleep(60)
-        time.sleep(6)
+        time.sleep(seconds)
         return "lived"
 """
 
@@ -294,7 +294,8 @@ OTHERS = (("named", NAMED), ("leaderless", LEADERLESS), ("memfds", FILES), ("sha
 class TestMemory:
     def test_all_of_it_together_is_held(self, ordinary_user: OrdinaryUser, attack: str) -> None:
         """Each process is below RLIMIT_DATA. The control is not watched, and lives."""
-        tight, free = 'outcome(eat, memory="96M", cpus=None)', "outcome(eat, memory=None, swap=None, cpus=None)"
+        tight = 'outcome(eat, memory="96M", cpus=None)'
+        free = "outcome(lambda: eat(2), memory=None, swap=None, cpus=None)"
         told = run(ordinary_user, f"{attack}    tell(tight={tight}, free={free})")
         assert told["free"] == "lived"
         assert told["tight"][:2] == ["MemoryLimitExceeded", "memory"]
