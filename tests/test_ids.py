@@ -119,6 +119,23 @@ def test_a_returned_id_is_not_the_next_one(tmp_path: Path) -> None:
     block.close()
 
 
+@pytest.mark.timeout(10)
+def test_one_that_is_collected_meanwhile_gives_its_id_back(tmp_path: Path) -> None:
+    """The collector may come between any two steps of ``take``, and close an isolator that was forgotten."""
+
+    class Collecting(set[int]):
+        def __contains__(self, number: object) -> bool:
+            block.give_back(forgotten)
+            return super().__contains__(number)
+
+    block = IdBlock(str(tmp_path / "lock"))
+    forgotten = block.take()
+    block._used = Collecting(block._used)
+    assert block.take() != forgotten
+    assert forgotten not in set(block._used)
+    block.close()
+
+
 def test_all_blocks_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ids, "BLOCKS", 2)
     fds = len(os.listdir("/proc/self/fd"))

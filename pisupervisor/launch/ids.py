@@ -67,7 +67,7 @@ class IdBlock:
         self, lock_file: str = LOCK_FILE, *, first: int = FIRST, size: int = BLOCK, count: int | None = None
     ) -> None:
         self._size, self._count = size, BLOCKS if count is None else count
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # re-entered when a forgotten isolator is collected under it
         self._used: set[int] = set()
         # Another process may have had this block: what its children left in a shared folder shall not belong to ours.
         self._next = int.from_bytes(os.urandom(4), "little") % size
