@@ -225,22 +225,30 @@ class Answers(Channel):
         caller = this_caller()
         chain = self._in_callbacks.setdefault(caller, [])
         chain.append(pending.ident)
-        overtime = self._begin_overtime(deadline)
         try:
-            said = self._answer(*asked, self.arenas)  # may call into the child in turn
+            said = self._answer_in_time(self._answer, asked, deadline)  # may call into the child in turn
+            answer, fds = (said, ()) if isinstance(said, bytes) else self.attach(said, deadline, chain)
         finally:
-            if overtime is not None and deadline is not None:
-                overtime.end(deadline)
             chain.pop()
             if not chain:
                 del self._in_callbacks[caller]
-        if deadline is not None and time.monotonic() >= deadline:
-            raise DeadlinePassed
-        answer, fds = (said, ()) if isinstance(said, bytes) else self.attach(said, deadline, pending.ident)
         self._tell(pending, answer, fds, deadline)
 
-    def attach(self, payload: Payload, deadline: float | None, within: int) -> tuple[bytes, tuple[int, ...]]:
-        """(answer, descriptors) of that call's callback, where it is more than bytes: for who can call the child for it."""
+    def _answer_in_time(self, answer: Answerer, asked: tuple[int, bytes], deadline: float | None) -> bytes | Payload:
+        overtime = self._begin_overtime(deadline)
+        try:
+            said = answer(*asked, self.arenas)
+        finally:
+            if overtime is not None and deadline is not None:
+                overtime.end(deadline)
+        if deadline is not None and time.monotonic() >= deadline:
+            raise DeadlinePassed
+        return said
+
+    def attach(self, payload: Payload, deadline: float | None, chain: list[int]) -> tuple[bytes, tuple[int, ...]]:
+        """(answer, descriptors) of the innermost callback of that chain, where it is more than bytes: for who can call the
+        child for it.
+        """
         raise NotImplementedError
 
     def _begin_overtime(self, deadline: float | None) -> Overtime | None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _ATTACHED = b"\4"  # see pihost.inside.callbacks
+_DEEP = 16  # callbacks of one thread, one in the other
+_NOT_CALLED = -1
 _ARROW = frozenset(("pandas", "pyarrow"))  # where classes of what can go in Arrow's format are
 _SHARED = frozenset(("numpy", "pisupervisor.shared"))  # where classes of shared arrays are
 
@@ -102,11 +104,12 @@ def send(
 
 
 def answer(
-    payload: Payload, connection: Connection, deadline: float | None, within: int
+    payload: Payload, connection: Connection, deadline: float | None, chain: list[int]
 ) -> tuple[bytes, tuple[int, ...]]:
-    """The same of what a callback of the call ``within`` returns. Shared arrays come with it each time: whether the child
-    could take them it does not say.
+    """The same of what the innermost callback of that chain returns. Shared arrays come with it each time: whether the child
+    could take them it does not say. Nor is it asked to take an arena for ever, in the middle of which it may call back again.
     """
+    within = chain[-1] if len(chain) <= _DEEP else _NOT_CALLED
     packed, fds = _packed(payload, connection, deadline, within, insist=False)
     return _ATTACHED + dumps(packed, 5), fds
 
@@ -124,7 +127,7 @@ def _packed(
         regions, lengths = [payload.pickle, *regions], [payload.size, *lengths]
     else:
         data = b"".join(payload.pickle)
-    arena = _fill(arenas, connection, regions, lengths, deadline, within, insist) if regions else None
+    arena = _fill(arenas, connection, regions, lengths, deadline, within, insist) if regions and within >= 0 else None
     where: list[Any] = [b"".join(region) for region in regions] if arena is None else lengths
     return (data, None if arena is None else arena.number, where, shared), tuple(fds)
 

@@ -181,10 +181,10 @@ class Connection(Answers):
         stdout, stderr, truncated = captured.written()
         return answer._replace(stdout=stdout, stderr=stderr, truncated=truncated)
 
-    def attach(self, payload: Payload, deadline: float | None, within: int) -> tuple[bytes, tuple[int, ...]]:
+    def attach(self, payload: Payload, deadline: float | None, chain: list[int]) -> tuple[bytes, tuple[int, ...]]:
         from pisupervisor.link import attachments
 
-        return attachments.answer(payload, self, deadline, within)
+        return attachments.answer(payload, self, deadline, chain)
 
     # --- before a call ----------------------------------------------------------------------------------------
 

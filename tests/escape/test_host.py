@@ -273,6 +273,40 @@ def test_H11_no_descriptor_can_be_sent_to_the_host(isolator: ProcessIsolator) ->
     assert isinstance(attack(isolator, code), PermissionError)
 
 
+def test_a_callback_in_each_arena_that_an_answer_is_to_come_in(isolator: ProcessIsolator) -> None:
+    """A large answer of a callback has the host ask the child to take memory for it; the child asks for the next one first."""
+    code = """
+link = socket.socket(fileno=os.dup(3))
+INNER, ANSWER, RIDING = 3, 7, 32
+def read(size):
+    data = b""
+    while len(data) < size: data += link.recvmsg(size - len(data), 1000)[0]
+    return data
+def ask(number): send(frame(70, number, value(b'["large",[],{}]')))
+mine = ident()
+ask(mine)
+while True:
+    kind, number, length = HEADER.unpack(read(16))[2:]
+    read(length)
+    if kind & ~RIDING == INNER: ask(number)
+    elif kind & ~RIDING == ANSWER and number == mine: break
+    elif kind & ~RIDING == ANSWER: send(frame(RESULT, number, value(b"false")))
+6 * 7
+"""
+    large, calls = bytes(1 << 20), [0]
+
+    def make() -> bytes:
+        calls[0] += 1
+        return large
+
+    isolator.register_callback("large", make)
+    threads = threading.active_count()
+    with bounded(10.0):
+        assert attack(isolator, code) == 42
+    assert 10 < calls[0] < 50
+    assert wait_until(lambda: threading.active_count() <= threads)  # who looks at deadlines stays for a moment
+
+
 @pytest.mark.parametrize("body", ["frame(PIECE, ident(), b'x')", "b'x'"])
 def test_H11_a_flood_of_attached_descriptors(isolator: ProcessIsolator, body: str) -> None:
     """As before Linux 6.16, which lets the host refuse them."""
