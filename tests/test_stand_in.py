@@ -15,13 +15,13 @@ import pytest
 from conftest import OrdinaryUser
 from helpers import DEGRADE, wait_until
 
-from pisupervisor.limits.census import Census, Held, mapped
+from pisupervisor.limits.census import Census, Held, mapped, rolled_up
 from pisupervisor.limits.cgroups import CgroupHost, Place
 from pisupervisor.limits.delegation import CONTROLLERS
 from pisupervisor.limits.freezer import SignalFreezer
 from pisupervisor.options import IsolationOptions, Limits
 from pisupervisor.results import ExitReason
-from pisupervisor.supervise.stand_in import EVERY, Budget, judge, watched, words
+from pisupervisor.supervise.stand_in import EVERY, Budget, judge, seconds_to_next_look, watched, words
 
 MIB = 1 << 20
 LACKING = ("memory", "swap", "cpus", "pids")
@@ -110,6 +110,22 @@ def test_a_files_name_is_no_line_of_its_own(name: bytes) -> None:
     """The kernel writes line ends in it as \\012, and leaves \\r as it is."""
     named = SMAPS.replace(b"/tmp/file", b"/tmp/file\r" + name)
     assert mapped(named, (), ("/tmp",)) == mapped(SMAPS, (), ("/tmp",))
+
+
+def test_the_sum_of_a_process() -> None:
+    text = (
+        b"55d5a000-7ffd7000 ---p 00000000 00:00 0                          [rollup]\nRss:     9000 kB\nPss:     700 kB\n"
+        b"Pss_Dirty:   600 kB\nPss_Anon:   300 kB\nPss_File:   100 kB\nPss_Shmem:   200 kB\nSwapPss:    50 kB\nLocked: 0 kB\n"
+    )
+    assert rolled_up(text) == (350 << 10, 200 << 10)
+
+
+def test_looking_never_takes_more_than_a_quarter_of_a_cpu() -> None:
+    """A child of many processes with thousands of mappings each makes a look dear, and asks for one at every moment."""
+    assert seconds_to_next_look(0.001) == EVERY
+    assert seconds_to_next_look(0.015) == pytest.approx(0.3)
+    for took in (0.001, 0.01, 0.1, 0.2, 1.0, 5.0):
+        assert took / (took + seconds_to_next_look(took)) <= 0.25
 
 
 def test_the_words_say_what_stands_in() -> None:
@@ -316,6 +332,25 @@ class TestOthers:
                         os._exit(0)
                 return [os.waitpid(pid, 0)[1] for pid in pids]
             tell(got=outcome(share, memory="96M"))
+        """
+        assert run(ordinary_user, source)["got"] == [0] * 8
+
+    def test_nor_where_there_are_thousands_of_mappings(self, ordinary_user: OrdinaryUser) -> None:
+        """More than are looked at one by one; what they hold is known all the same."""
+        source = """
+            def share():
+                import mmap, os, time
+                kept, pids, places = bytearray(b"x") * (40 << 20), [], [mmap.mmap(-1, 4096, 34) for _ in range(12000)]
+                for number, place in enumerate(places):
+                    if number % 2:
+                        place.close()
+                for _ in range(8):
+                    pids.append(os.fork())
+                    if pids[-1] == 0:
+                        time.sleep(2)
+                        os._exit(0)
+                return [os.waitpid(pid, 0)[1] for pid in pids]
+            tell(got=outcome(share, memory="112M"))
         """
         assert run(ordinary_user, source)["got"] == [0] * 8
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 EVERY = 0.1  # seconds between two looks
 _AT_MOST = 0.05  # share of a CPU that looking may cost: a child of many processes is looked at less often
 _SELDOM = 0.5
+_DEAR = 3  # and never more than a quarter of one
 _LONGEST_STOP = 10.0
 _RESTLESS = 3  # looks, after which a child that never stands still is stopped to be counted
 _UNDONE = 2  # looks, after which a child that continues itself is ended
@@ -101,6 +102,11 @@ def judge(limits: Limits, names: Collection[str], memory: int, threads: int) -> 
     return None
 
 
+def seconds_to_next_look(took: float) -> float:
+    """After one that took so long. Pure."""
+    return max(_DEAR * took, min(_SELDOM, max(EVERY, took / _AT_MOST)))
+
+
 class Budget:
     """CPU time that may be used: what is saved up is at most that of one look, what is owed is waited for. Pure."""
 
@@ -149,7 +155,7 @@ class StandIn:
         elif self._budget is not None:
             self._hold_back(keeper, found, begun)
         self._before = dict(found.processes)
-        wait = min(_SELDOM, max(EVERY, (time.monotonic() - begun) / _AT_MOST))
+        wait = seconds_to_next_look(time.monotonic() - begun)
         return max(0.0, min(wait, self._until - time.monotonic())) if self._until else wait
 
     def _memory(self, found: census.Census) -> int:
