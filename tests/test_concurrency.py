@@ -82,7 +82,7 @@ def test_a_flood_does_not_outlast_the_deadline() -> None:
 
 @pytest.mark.root
 def test_a_forgotten_isolator_may_be_collected_at_any_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its last reference goes while this thread holds the locks of the table."""
+    """Its last reference goes while this thread starts another template."""
     forgotten = [ProcessIsolator.create(log_level="ERROR")]
     forgotten[0].set_data("me", forgotten[0])
     find = templates.find_interpreter
@@ -103,6 +103,31 @@ def test_a_forgotten_isolator_may_be_collected_at_any_time(monkeypatch: pytest.M
     thread.start()
     thread.join(20)
     assert made == [1], "deadlock"
+
+
+@pytest.mark.root
+def test_who_has_a_template_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread starts a zygote, which may take long. Others open isolators of zygotes that are there, and close them."""
+    find, begun, go_on = templates.find_interpreter, threading.Event(), threading.Event()
+    was_let_go: list[bool] = []
+
+    def slow(python: str | None) -> object:
+        begun.set()
+        was_let_go.append(go_on.wait(10))
+        return find(python)
+
+    with ProcessIsolator.create():
+        monkeypatch.setattr(templates, "find_interpreter", slow)
+        starting = threading.Thread(target=lambda: ProcessIsolator.create(log_level="ERROR").close())
+        starting.start()
+        try:
+            assert begun.wait(20)
+            with ProcessIsolator.create() as other:
+                assert other.run_source("1").value == 1
+        finally:
+            go_on.set()
+            starting.join(20)
+    assert was_let_go == [True]
 
 
 @pytest.mark.parametrize("timeout", [float("inf"), float("nan"), -1.0, 3e6, "soon"])

@@ -152,6 +152,7 @@ class _Table:
         self.owner = os.getpid()
         self.lock = threading.RLock()  # re-entered when a forgotten isolator is collected under it
         self.templates: dict[Any, Template] = {}
+        self.starting = threading.RLock()  # held for one that is being started; a signal's handler may want another
 
 
 _table = _Table()
@@ -168,13 +169,26 @@ def _own_table() -> _Table:
 def acquire(options: IsolationOptions) -> Template:
     """The template for these options, started if nobody has it open. Raises what starting it raises."""
     table, key = _own_table(), template_key(options)
+    template = _known(table, key)
+    if template is not None:
+        return template
+    with table.starting:
+        template = _known(table, key)  # who was before us may have started it
+        if template is None:
+            # Not under the table's lock: it takes long, and what is collected meanwhile, in whatever thread, needs that.
+            template = Template(options)
+            template.users = 1
+            with table.lock:
+                table.templates[key] = template
+        return template
+
+
+def _known(table: _Table, key: Any) -> Template | None:
+    """One more user of the template that is there."""
     with table.lock:
         template = table.templates.get(key)
-        if template is not None:
-            template.users += 1
-            if not template.closed:  # as when its last isolator was forgotten, and collected while keys were compared
-                return template
-        template = table.templates[key] = Template(options)
+        if template is None or template.closed:  # as when its last isolator was collected while keys were compared
+            return None
         template.users += 1
         return template
 
