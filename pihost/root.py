@@ -44,6 +44,7 @@ def enter(control: int, host: int) -> None:
         with open("/proc/self/personality", "rb") as file:
             if int(file.read(), 16):  # not asked otherwise: a unit with LockPersonality= may not even do that
                 syscalls.leave_personality()
+        syscalls.leave_memory_merging()
         step = "interpreter"
         arguments = [plan.interpreter, "-I", "-S", f"{plan.package}/__main__.py", "zygote", str(control), str(host)]
         os.set_inheritable(control, True)

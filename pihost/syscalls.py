@@ -61,7 +61,7 @@ _SYS_LANDLOCK_CREATE, _SYS_LANDLOCK_ADD, _SYS_LANDLOCK_RESTRICT = 444, 445, 446
 _AT_FDCWD, _AT_EMPTY_PATH, _AT_RECURSIVE = -100, 0x1000, 0x8000
 _OPEN_TREE_CLONE, _MOVE_BOTH_BY_FD, _LOG_NOTHING = 1, 0x44, 5  # the last: LOG_SAME_EXEC_OFF, LOG_SUBDOMAINS_OFF
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP, _PR_SET_SECUREBITS = 1, 4, 24, 28
-_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 36, 38, 47
+_PR_SET_CHILD_SUBREAPER, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _PR_SET_MEMORY_MERGE = 36, 38, 47, 67
 LAST_FD = (1 << 32) - 1
 _SECUREBITS_LOCKED = 0b1110_1111  # noroot, no_setuid_fixup, keep_caps off, no_ambient_raise: each set and locked
 
@@ -175,6 +175,11 @@ def leave_realtime_io(pid: int) -> None:
 def leave_personality() -> None:
     """Random addresses, no executable data: for what is executed next, whatever the application does without (setarch)."""
     _check(_libc.personality(_ULong(0)), "personality")
+
+
+def leave_memory_merging() -> None:
+    """What MemoryKSM= of a unit hands down: who waits for a write can tell that somebody has an equal page."""
+    _libc.prctl(_PR_SET_MEMORY_MERGE, 0, 0, 0, 0)  # EINVAL before Linux 6.4
 
 
 def set_subreaper() -> None:

@@ -84,6 +84,9 @@ class Recorder:
     def leave_personality(self) -> None:
         self.note("leave_personality")
 
+    def leave_memory_merging(self) -> None:
+        self.note("leave_memory_merging")
+
     def set_subreaper(self) -> None:
         self.note("set_subreaper")
 

@@ -74,6 +74,22 @@ def test_a_child_has_random_addresses_where_the_application_has_none():
     assert told == "00000000\n"
 
 
+def test_a_childs_memory_is_merged_with_nobodys():
+    """``MemoryKSM=yes`` in a unit is inherited by all that it starts. -1: Linux before 6.4 has no such thing."""
+    told = run(
+        """
+        import ctypes
+        prctl = ctypes.CDLL(None).prctl
+        ours = prctl(67, 1, 0, 0, 0), prctl(68, 0, 0, 0, 0)
+        """,
+        """
+        look = "import ctypes; ctypes.CDLL(None).prctl(68, 0, 0, 0, 0)"
+        print(ours, isolator.run_source(look.replace("; ", "\\n")).value)
+        """,
+    )
+    assert told in ("(0, 1) 0\n", "(-1, -1) -1\n")
+
+
 def test_a_dead_zygote_is_no_sigpipe():
     run(
         "signal.signal(signal.SIGPIPE, signal.SIG_DFL)",

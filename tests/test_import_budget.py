@@ -12,9 +12,9 @@ import pytest
 TOP = Path(__file__).parent.parent
 PIHOST = sorted((TOP / "pihost").rglob("*.py"))
 PISUPERVISOR = sorted((TOP / "pisupervisor").rglob("*.py"))
-#: of everything outside of pihost/inside: what runs before the walls are up (1,043 of them), the wire format and what an idle
+#: of everything outside of pihost/inside: what runs before the walls are up (1,047 of them), the wire format and what an idle
 #: zygote rehearses. Comments counted, blank lines not: one sitting. PID 1, which runs behind its walls, is in pihost/inside.
-AUDITED_LINES = 1223
+AUDITED_LINES = 1227
 #: of the 10 to 40 ms kind: the zygote pays for them at every start, and each child with the pages it copies
 HEAVY = {
     "asyncio", "concurrent", "dataclasses", "email", "enum", "inspect", "json", "logging", "multiprocessing", "pickle",
