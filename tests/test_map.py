@@ -15,6 +15,7 @@ import pytest
 from helpers import linux, nothing_left, wait_until, write
 
 from pisupervisor import (
+    CallError,
     CallTimeout,
     ChildTerminated,
     ExitReason,
@@ -143,6 +144,98 @@ def test_callbacks_and_calls_from_them(isolator: ProcessIsolator) -> None:
     assert next(results) == 0
     assert isolator.invoke(double, 21) == 42
     assert list(results) == [2 * n for n in range(1, 20)]
+
+
+def ask_host(name: str, *args: Any) -> Any:
+    import pihost
+
+    return pihost.call_host(name, *args)
+
+
+def ask_double(x: int) -> Any:
+    import pihost
+
+    return pihost.call_host("double", x)
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_callback_runs_once_whatever_it_calls(at_once: int) -> None:
+    """Who waits within a callback finds the very question that it answers among those that nobody waits for."""
+    asked: list[int] = []
+    with ProcessIsolator.create(max_concurrency=at_once) as isolator:
+
+        def answer(n: int) -> int:
+            asked.append(n)
+            return int(isolator.invoke(double, n))
+
+        isolator.register_callback("double", answer)
+        assert list(isolator.map(ask_double, range(50))) == [2 * n for n in range(50)]
+    assert sorted(asked) == list(range(50))
+
+
+@pytest.fixture(params=[1, 3])
+def asked(request: pytest.FixtureRequest) -> Iterator[ProcessIsolator]:
+    with ProcessIsolator.create(max_concurrency=request.param, call_timeout=20) as made:
+        made.register_callback("double", lambda x: 2 * x)
+        yield made
+
+
+def test_a_map_in_a_callback(asked: ProcessIsolator) -> None:
+    """The child does nothing but what belongs to the call that waits for the callback."""
+    asked.register_callback("sum", lambda n: sum(asked.map(double, range(n))))
+    assert asked.invoke(ask_host, "sum", 300) == 299 * 300
+    assert list(asked.map(ask_host, ["sum"] * 3, [3, 4, 100])) == [6, 12, 9900]
+    asked.register_callback("lengths", lambda: [len(data) for data in asked.map(bytes, [3 << 20] * 5)])
+    assert asked.invoke(ask_host, "lengths") == [3 << 20] * 5
+
+
+def test_a_map_in_a_callback_whose_calls_call_back(asked: ProcessIsolator) -> None:
+    asked.register_callback("doubled", lambda n: list(asked.map(ask_double, range(n))))
+    assert list(asked.map(ask_host, ["doubled"] * 2, [3, 30])) == [[2 * n for n in range(most)] for most in (3, 30)]
+
+    def tree(n: int) -> int:
+        return 1 if n == 0 else sum(asked.map(ask_host, ["tree"] * 2, [n - 1] * 2))
+
+    asked.register_callback("tree", tree)
+    assert asked.invoke(ask_host, "tree", 4) == 16
+
+
+def test_a_map_that_a_callback_leaves_or_takes_over(asked: ProcessIsolator) -> None:
+    results = asked.map(ask_double, range(300))
+    assert next(results) == 0
+    asked.register_callback("go on", lambda: [next(results) for _ in range(100)])
+    assert asked.invoke(ask_host, "go on") == [2 * n for n in range(1, 101)]
+    assert list(results) == [2 * n for n in range(101, 300)]
+    left = []
+
+    def begin() -> int:
+        left.append(asked.map(ask_double, range(300)))
+        return int(next(left[-1]))
+
+    asked.register_callback("begin", begin)
+    assert asked.invoke(ask_host, "begin") == 0
+    assert asked.invoke(double, 4) == 8
+    assert list(left[0]) == [2 * n for n in range(1, 300)]
+
+
+def test_a_result_that_comes_after_the_callback_that_asks_for_it(isolator: ProcessIsolator) -> None:
+    """Neither would ever come."""
+
+    def own() -> str:
+        with pytest.raises(CallError, match=r"asked for a result already|comes after the call"):
+            next(results)
+        return "told"
+
+    isolator.register_callback("own", own)
+    results = isolator.map(ask_host, ["own"] * 3, timeout=20)
+    assert list(results) == ["told"] * 3
+    results = isolator.map(ask_host, ["own"] * 3, in_flight=1, timeout=20)
+    assert list(results) == ["told"] * 3
+    results = isolator.map(ask_host, ["first", "own"], timeout=20)
+    isolator.register_callback("first", lambda: 1)
+    assert next(results) == 1
+    assert isolator.invoke(double, 2, timeout=20) == 4  # who waits for this one answers that
+    assert list(results) == []
 
 
 def test_another_thread_calls_meanwhile(isolator: ProcessIsolator) -> None:

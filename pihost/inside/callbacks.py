@@ -48,6 +48,7 @@ class Host:
         self.waiting: dict[int, Any] = {}  # by the call that waits: where its answer is to be left
         self._roomed = -1  # the call that was given room, until its next question is answered: it gets no more
         self.call_id = 0  # of the call that is worked on: an answer is to that, and none between two calls
+        self._later: list[tuple[Frame, list[int]]] = []  # for a call within which this one was made: it waits, too
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._check_owner()
@@ -104,10 +105,8 @@ class Host:
         self.waiting[own] = self._inbox
         self._link.send(kind, own, parts)
         while True:
-            frame = self._inbox.receive()
-            if frame is None:
-                os._exit(0)  # the host is gone, and so are we in a moment
-            if frame[0] == wire.ANSWER and frame[1] == own:
+            frame = self._next(own)
+            if frame[0] == wire.ANSWER:
                 self.waiting.pop(own, None)
                 self._roomed = -1
                 return frame[2] if kind == wire.ROOM else _understand(frame[2], self._inbox.take_fds())
@@ -116,6 +115,29 @@ class Host:
                 continue
             self._serve_one(frame)
             self.call_id = own
+
+    def _next(self, own: int) -> Frame:
+        """Not what is for another call that waits in this thread: several calls may be made at once within that one."""
+        for index, (frame, fds) in enumerate(self._later):
+            if _about(frame) == own:
+                del self._later[index]
+                self._inbox.has_fds(fds)
+                return frame
+        while True:
+            received = self._inbox.receive()
+            if received is None:
+                os._exit(0)  # the host is gone, and so are we in a moment
+            if _about(received) in (own, None):
+                return received
+            self._later.append((received, self._inbox.take_fds()))
+
+
+def _about(frame: Frame) -> int | None:
+    """The call that waits for it."""
+    if frame[0] == wire.ANSWER:
+        return frame[1]
+    outer: int | None = wire.OUTER.unpack_from(frame[2])[0] if frame[0] == wire.INNER else None
+    return outer
 
 
 def _check_name(name: str) -> None:

@@ -75,6 +75,10 @@ class Link:
         fds, self._fds = self._fds, []
         return fds
 
+    def has_fds(self, fds: list[int]) -> None:
+        """They came with the frame that is to be served next, and were taken when that was put off."""
+        self._fds = fds
+
     def postpone(self, frame: tuple[int, int, bytes]) -> None:
         """It comes when the call that runs is over: that waits for the host, and this is nothing of its own."""
         self.postponed.append((frame, self.take_fds()))

@@ -52,6 +52,10 @@ class Inbox:
         fds, self.fds = self.fds, []
         return fds
 
+    def has_fds(self, fds: list[int]) -> None:
+        """As ``Link.has_fds``."""
+        self.fds = fds
+
 
 class Threads:
     """``worker`` is what each of them works with a copy of."""

@@ -66,7 +66,7 @@ class Answers(Channel):
             if self._leader is not None:
                 self._wait_with_others(pending, deadline, captured)
             while pending.answer is None:
-                if pending.asked is not None:
+                if pending.asked is not None and self._sees_to(pending):
                     self._callback(pending, deadline)
                 elif (other := self._take_unowned()) is not None:
                     self._callback(other, deadline)
@@ -83,7 +83,8 @@ class Answers(Channel):
             while pending.answer is None:
                 if self._is_broken:
                     raise LinkClosed
-                asking = pending if pending.asked is not None else self._take_unowned()
+                is_mine = pending.asked is not None and self._sees_to(pending)
+                asking = pending if is_mine else self._take_unowned()
                 if asking is not None:
                     self._leave(pending)  # the application's function may take its time
                     self._callback(asking, deadline)
@@ -99,9 +100,21 @@ class Answers(Channel):
         while self._unowned:
             with self._lock:
                 pending = self._unowned.pop() if self._unowned else None
-            if pending is not None and pending.asked is not None:
+            if pending is not None and self._sees_to(pending):
                 return pending
         return None
+
+    def _sees_to(self, pending: Pending) -> bool:
+        """Whether what it asks is for who calls this to answer. Several may find it: whoever waits for that call, and all who
+        wait for another one, some of them from within that very callback.
+        """
+        if pending.owned:
+            return True
+        with self._lock:
+            if pending.asked is None or pending.is_seen_to:
+                return False
+            pending.is_seen_to = True
+            return True
 
     def _may_read(self, pending: Pending) -> bool:
         with self._lock:
@@ -214,6 +227,10 @@ class Answers(Channel):
         """The id of the call whose callback that thread runs, 0 if it runs none."""
         chain = self._in_callbacks.get(caller)
         return chain[-1] if chain else 0
+
+    def callbacks_of(self, caller: int) -> list[int]:
+        """The ids of all calls whose callbacks that thread is in, the innermost last."""
+        return self._in_callbacks.get(caller, [])
 
     def _callback(self, pending: Pending, deadline: float | None) -> None:
         asked = pending.asked

@@ -19,7 +19,7 @@ from pisupervisor.link.output import Output
 from pisupervisor.records import NamedTuple
 
 _CALL = struct.Struct("<IQI")  # a header, whose first fields are one number here
-_CALL_WORD = wire.MAGIC | wire.VERSION << 16 | wire.CALL << 24
+_CALL_WORD, _INNER_WORD = (wire.MAGIC | wire.VERSION << 16 | kind << 24 for kind in (wire.CALL, wire.INNER))
 _IDENTS = struct.Struct("<32Q")
 
 __all__ = ["Answer", "Broken", "Connection", "DeadlinePassed", "LinkClosed", "NeverSent"]
@@ -132,11 +132,13 @@ class Connection(Answers):
 
     # --- many at once: see ``Pipeline`` ------------------------------------------------------------------------
 
-    def header(self, pending: Pending, size: int) -> bytes:
+    def header(self, pending: Pending, size: int, within: int = 0) -> bytes:
         """What a call begins with that is sent with ``send_frames``, before a body of that size; its answer may come from then
         on.
         """
         self.calls[pending.ident] = pending
+        if within:
+            return _CALL.pack(_INNER_WORD, pending.ident, wire.OUTER.size + size) + wire.OUTER.pack(within)
         return _CALL.pack(_CALL_WORD, pending.ident, size)
 
     def send_frames(self, data: bytes, deadline: float | None) -> None:

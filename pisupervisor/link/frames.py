@@ -137,7 +137,8 @@ class Pending:
     text: bytes | None = None  # in the place of the answer, where that is plain data in one frame: see ``take_plain``
     size = 0  # bytes that have come for it, where nobody waits for it
     is_abandoned = False
-    asked: tuple[int, bytes] | None = None  # kind and body of a callback, until somebody sees to it
+    asked: tuple[int, bytes] | None = None  # kind and body of a callback, until it is answered
+    is_seen_to = False  # by somebody, who will answer it
     _whole: bytearray | None = None
     _pieces = 0
     _roomed = False
@@ -153,7 +154,7 @@ class Pending:
         """What it asked is answered. Once it was given ``room``, it may ask for that anew after its next question only."""
         if not room:
             self._roomed = False
-        self.asked = None
+        self.asked, self.is_seen_to = None, False
 
     def ring(self) -> None:
         if self.bell is not None:

@@ -6,7 +6,8 @@ import time
 from collections import deque
 
 from pihost import wire
-from pisupervisor.errors import IsolationError, ProtocolError
+from pisupervisor.errors import CallError, IsolationError, ProtocolError
+from pisupervisor.link.callers import this_caller
 from pisupervisor.link.calls import Attached, Payload, body_of
 from pisupervisor.link.connection import Connection, Request
 from pisupervisor.link.frames import Answer, Pending, text_of
@@ -56,8 +57,8 @@ class Target:
         self._what: tuple[Any, ...] = ()
         self.head = b""  # of each call: see ``pack_head``
 
-    def settle(self, connection: Connection, deadline: float | None, reader: Reader) -> None:
-        """In a child that has not seen it yet. Raises what that comes to."""
+    def settle(self, connection: Connection, deadline: float | None, reader: Reader, within: int) -> None:
+        """In a child that has not seen it yet; ``within``: see ``Message``. Raises what that comes to."""
         from pisupervisor.link.calls import pack_code, pack_head, unpack_answer
 
         if self.code is not None and self.code.key not in connection.sent:
@@ -65,7 +66,7 @@ class Target:
             connection.sent.add(self.code.key)
         if self._function is not None:
             body = body_of("keep function", False, (self._function,))
-            answer = exchange(connection, Message(body, deadline, None, connection.new_ident(), 0))
+            answer = exchange(connection, Message(body, deadline, None, connection.new_ident(), within))
             number = unpack_answer(answer, reader)
             if type(number) is not int:
                 raise ProtocolError("an answer that is none to such a call")
@@ -102,7 +103,7 @@ class Pipeline(Way):
         self._is_plain = not self._reader.pickled and session.options.max_calls is None  # which counts each call
         self._error: BaseException | None = None  # of the application's own iterable: raised when it is its turn
         self._broken: ProtocolError | None = None
-        self._is_over = False
+        self._is_over = self._is_asked = False
 
     def __iter__(self) -> Pipeline:
         return self
@@ -110,6 +111,9 @@ class Pipeline(Way):
     def __next__(self) -> Any:
         if self._is_over:
             raise StopIteration
+        if self._is_asked:
+            raise CallError("this map is being asked for a result already, by another thread or around this callback")
+        self._is_asked = True
         try:
             if len(self._flight) <= self._half:
                 self._fetch()
@@ -122,6 +126,8 @@ class Pipeline(Way):
         except BaseException:
             self.close()
             raise
+        finally:
+            self._is_asked = False
         return value
 
     def has_next(self) -> bool:
@@ -187,11 +193,13 @@ class Pipeline(Way):
         if self._broken is not None:
             raise self._broken
         if connection is not self._connection:
-            self._move_to(connection, deadline)
-        self._send(connection, deadline)
+            self._move_to(connection, deadline, message.within)
+        self._send(connection, deadline, message.within)
         head = self._flight[0]
         if head.pending is None:
             raise IsolationError("a call was lost: please report this")
+        if message.within:
+            self._check_not_own_callback(connection, head.pending)
         if deadline is not None and deadline < time.monotonic():
             connection.dispatch_what_is_there(read=True)  # who asks late finds what has come in time
         answer = connection.wait(head.pending, deadline)
@@ -199,19 +207,28 @@ class Pipeline(Way):
         self._done(head)
         return answer
 
-    def _move_to(self, connection: Connection, deadline: float | None) -> None:
+    def _check_not_own_callback(self, connection: Connection, first: Pending) -> None:
+        """Raises CallError where the first call comes after one that waits for this very callback."""
+        if self._session.options.max_concurrency > 1 or first.is_answered:
+            return
+        own = {item.pending.ident for item in self._flight if item.pending is not None}
+        if not own.isdisjoint(connection.callbacks_of(this_caller())):
+            raise CallError("this result comes after the call whose callback asks for it: take it when that is over")
+
+    def _move_to(self, connection: Connection, deadline: float | None, within: int) -> None:
         """Another child: what the last one has not answered is lost, or sent anew."""
         lost = [item for item in self._flight if item.pending is not None and not item.pending.is_answered]
         info = self._session.keeper.last_exit
         if lost and not self._idempotent and info is not None:
             self._connection = None
             raise termination(info, (b"", b"", False))
-        self._target.settle(connection, deadline, self._reader)
+        self._target.settle(connection, deadline, self._reader, within)
         self._waiting.extendleft(reversed(self._flight))
         self._flight.clear()
         self._size, self._connection = 0, connection
 
-    def _send(self, connection: Connection, deadline: float | None) -> None:
+    def _send(self, connection: Connection, deadline: float | None, within: int) -> None:
+        """From a callback as calls within its own: the child does no others until that is answered."""
         frames: list[bytes] = []
         head, largest, new_ident = self._target.head, connection.largest, connection.new_ident
         while self._waiting:
@@ -222,13 +239,13 @@ class Pipeline(Way):
                 continue  # the child that has died had answered this one
             item.pending = pending = Pending(new_ident(), largest, connection.new_bell(), owned=False)
             if isinstance(item.payload, bytes):
-                frames += (connection.header(pending, len(head) + item.size), head, item.payload)
+                frames += (connection.header(pending, len(head) + item.size, within), head, item.payload)
                 continue
             self._flush(connection, frames, deadline)
             from pisupervisor.link import attachments
 
-            packed, fds = attachments.send(self._target.attached(item.payload), connection, deadline)
-            connection.begin(pending, Request(packed, fds), deadline)
+            packed, fds = attachments.send(self._target.attached(item.payload), connection, deadline, within)
+            connection.begin(pending, Request(packed, fds, within), deadline)
         self._flush(connection, frames, deadline)
 
     @staticmethod
