@@ -238,6 +238,27 @@ def test_a_result_that_comes_after_the_callback_that_asks_for_it(isolator: Proce
     assert list(results) == []
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_a_callback_may_close_the_map_that_its_call_belongs_to(at_once: int) -> None:
+    with ProcessIsolator.create(max_concurrency=at_once, call_timeout=20) as made:
+        begun: list[Any] = []
+        made.register_callback("close", lambda: begun[-1].close())
+        begun.append(made.map(ask_host, ["close"] * 5))
+        assert next(begun[0]) is None
+        assert list(begun[0]) == []
+        assert made.invoke(double, 4) == 8
+
+        def begin() -> Any:
+            begun.append(made.map(ask_host, ["own"] * 2))
+            return next(begun[-1])
+
+        made.register_callback("begin", begin)
+        made.register_callback("own", lambda: next(begun[-1]))  # which closes it, as every error of it does
+        with pytest.raises(RemoteError, match="'begin' failed"):
+            made.invoke(ask_host, "begin")
+        assert made.invoke(double, 4) == 8
+
+
 def test_another_thread_calls_meanwhile(isolator: ProcessIsolator) -> None:
     done: list[int] = []
     other = threading.Thread(target=lambda: done.extend(isolator.invoke(double, n) for n in range(300)))

@@ -57,6 +57,7 @@ class Answers(Channel):
 
     def wait(self, pending: Pending, deadline: float | None = None) -> Answer:
         """For the answer to a call that was begun. Raises what ``call`` raises."""
+        pending.owned = True  # from now on: whatever a callback of it does to the map that it belongs to
         return self._wait(pending, deadline, None)
 
     def _wait(self, pending: Pending, deadline: float | None, captured: Output | None) -> Answer:
@@ -108,8 +109,6 @@ class Answers(Channel):
         """Whether what it asks is for who calls this to answer. Several may find it: whoever waits for that call, and all who
         wait for another one, some of them from within that very callback.
         """
-        if pending.owned:
-            return True
         with self._lock:
             if pending.asked is None or pending.is_seen_to:
                 return False

@@ -204,7 +204,8 @@ class Pipeline(Way):
             connection.dispatch_what_is_there(read=True)  # who asks late finds what has come in time
         answer = connection.wait(head.pending, deadline)
         connection.dispatch_what_is_there()
-        self._done(head)
+        if not self._is_over:  # by a callback of that call
+            self._done(head)
         return answer
 
     def _check_not_own_callback(self, connection: Connection, first: Pending) -> None:
