@@ -624,28 +624,35 @@ def test_requests_of_no_call_are_refused(isolator: ProcessIsolator) -> None:
     assert called == []
 
 
-def test_large_arguments_and_too_large_ones(isolator: ProcessIsolator, plugin: Path) -> None:
-    isolator.register_callback("size", lambda *parts: len(parts[0]))
-    isolator.register_callback("same", lambda part: part)
-    isolator.register_callback("joined", lambda *parts: b"".join(parts))
-    assert isolator.invoke_method(plugin, "ask", "size", b"x" * 2_000_000) == 2_000_000
-    assert isolator.invoke_method(plugin, "ask_raw", "same", b"x" * 3_000_000) == b"x" * 3_000_000
-    assert isolator.invoke_method(plugin, "ask", "size", b"x" * (5 << 20)) == 5 << 20
-    pid = isolator.pid
-    for part in (b"x" * (5 << 20), bytearray(20 << 20), array.array("d", [1.0]) * (1 << 20)):
-        assert isolator.invoke_method(plugin, "ask_raw", "same", part) == bytes(part)
-    assert isolator.invoke_method(plugin, "ask_raw", "joined", b"", b"y" * 200_000, b"z") == b"y" * 200_000 + b"z"
-    for text in (
-        "x" * (5 << 20),
-        "\u00e4" * (10 << 20),
-        ["y" * (6 << 20), b"z" * (5 << 20)],
-    ):  # in pieces, one beside an arena
-        assert isolator.invoke_method(plugin, "ask", "same", text) == text
-    for name, large in (("ask", "x" * (65 << 20)), ("ask_raw", b"x" * (65 << 20)), ("ask", [b"x" * (33 << 20)] * 2)):
-        with pytest.raises(ValueError, match=r"more than 67108864 bytes \(Limits.result\); send them in parts"):
-            isolator.invoke_method(plugin, name, "size", large)
-    assert isolator.invoke_method(plugin, "down", 0) == 0
-    assert isolator.pid == pid
+def test_large_arguments_and_too_large_ones(plugin: Path) -> None:
+    with ProcessIsolator.create(
+        callback_bytes=None
+    ) as isolator:  # a fast machine moves more than the default in a second
+        isolator.register_callback("size", lambda *parts: len(parts[0]))
+        isolator.register_callback("same", lambda part: part)
+        isolator.register_callback("joined", lambda *parts: b"".join(parts))
+        assert isolator.invoke_method(plugin, "ask", "size", b"x" * 2_000_000) == 2_000_000
+        assert isolator.invoke_method(plugin, "ask_raw", "same", b"x" * 3_000_000) == b"x" * 3_000_000
+        assert isolator.invoke_method(plugin, "ask", "size", b"x" * (5 << 20)) == 5 << 20
+        pid = isolator.pid
+        for part in (b"x" * (5 << 20), bytearray(20 << 20), array.array("d", [1.0]) * (1 << 20)):
+            assert isolator.invoke_method(plugin, "ask_raw", "same", part) == bytes(part)
+        assert isolator.invoke_method(plugin, "ask_raw", "joined", b"", b"y" * 200_000, b"z") == b"y" * 200_000 + b"z"
+        for text in (
+            "x" * (5 << 20),
+            "\u00e4" * (10 << 20),
+            ["y" * (6 << 20), b"z" * (5 << 20)],
+        ):  # in pieces, one beside an arena
+            assert isolator.invoke_method(plugin, "ask", "same", text) == text
+        for name, large in (
+            ("ask", "x" * (65 << 20)),
+            ("ask_raw", b"x" * (65 << 20)),
+            ("ask", [b"x" * (33 << 20)] * 2),
+        ):
+            with pytest.raises(ValueError, match=r"more than 67108864 bytes \(Limits.result\); send them in parts"):
+                isolator.invoke_method(plugin, name, "size", large)
+        assert isolator.invoke_method(plugin, "down", 0) == 0
+        assert isolator.pid == pid
 
 
 def test_what_cannot_be_asked_raises_in_the_child_that_asks_it(isolator: ProcessIsolator, plugin: Path) -> None:
