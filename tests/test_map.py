@@ -369,6 +369,15 @@ def test_idle_time_does_not_end_what_is_under_way() -> None:
         assert wait_until(lambda: made.pid is None, 3)
 
 
+def test_what_nobody_wants_any_more_keeps_no_child() -> None:
+    """Its answers are read with the next call, and there is none."""
+    with ProcessIsolator.create(idle_timeout=0.2, restart=AT_ONCE) as made, made.map(double, range(200)) as results:
+        assert next(results) == 0
+        results.close()
+        assert wait_until(lambda: made.pid is None, 3)
+        assert made.invoke(double, 4) == 8
+
+
 def test_a_closed_isolator_gives_no_more() -> None:
     with ProcessIsolator.create() as made:
         results = made.map(double, range(1000), in_flight=4)

@@ -209,6 +209,10 @@ class Connection(Answers):
             del self.released[: len(numbers)]  # others may have added some since
             self.send(wire.RELEASE, struct.pack(f"<{len(numbers)}Q", *numbers), deadline=deadline)
 
+    def is_wanted(self) -> bool:
+        """Whether somebody may still ask for what comes of a call, or for the next item of a stream."""
+        return bool(self.streams) or any(not pending.is_abandoned for pending in [*self.calls.values()])
+
     def forget_memory(self, number: int) -> None:
         """A shared array is gone; the child is told with the next call."""
         self.released.append(number)

@@ -165,7 +165,7 @@ def _retire(keeper: Keeper, child: Child, why: str) -> bool:
         return False
     try:
         connection = keeper.connection
-        if connection is not None and (connection.calls or connection.streams):
+        if connection is not None and connection.is_wanted():
             return False  # of a map or stream whose next item nobody has asked for yet
         if keeper.child is child and not child.ended:
             keeper.enter("stop")
