@@ -74,6 +74,24 @@ def test_who_gives_up_lets_others_in() -> None:
     assert rules.give_up(alone) == [late]
 
 
+def test_a_captured_call_within_a_plain_one_waits_for_captured_ones_only() -> None:
+    rules = Admission(3)
+    assert all(rules.enter(key, use) for key, use in ((1, "captured"), (2, "plain"), (3, "plain")))  # type: ignore[arg-type]
+    assert not rules.rise(2)
+    rising = [Ticket(key, "captured", lambda: None) for key in (2, 3)]
+    rules.rising += rising
+    fourth = waiting(rules, 4, "captured")
+    assert rules.leave(1) == [rising[0]], "its own place is what the fourth waits for"
+    assert rules.give_up(rising[1]) == []
+    assert rules.sink(2) == [fourth]
+    assert rules.users == {2: "plain", 3: "plain", 4: "captured"}
+    assert not rules.rise(3)
+    assert rules.leave(4) == []
+    assert rules.rise(3)
+    assert rules.leave(3) == []
+    assert rules.enter(5, "captured")
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_nobody_is_forgotten(seed: int) -> None:
     """Whatever happens in whatever order, the rules hold, and in the end everybody has had the turn."""

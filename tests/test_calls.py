@@ -32,6 +32,7 @@ from pisupervisor import (
     ChildTerminated,
     CompileError,
     ExitReason,
+    IsolationError,
     IsolationOptions,
     IsolatorClosed,
     Limits,
@@ -150,6 +151,17 @@ def test_what_are_no_keyword_arguments(shared: ProcessIsolator, plugin: Path, kw
     ):
         with pytest.raises(OptionsError, match="kwargs: expected a dict with names as keys"):
             call()
+
+
+def test_an_isolator_that_was_not_created_says_so() -> None:
+    with nothing_left(), ProcessIsolator(IsolationOptions()) as made:
+        for call in (
+            lambda: made.invoke(len, "abc"),
+            lambda: made.run_source("1"),
+            lambda: list(made.map(len, ["abc"])),
+        ):
+            with pytest.raises(IsolationError, match=r"make it with ProcessIsolator\.create"):
+                call()
 
 
 def test_a_keyword_argument_is_given_once(shared: ProcessIsolator, plugin: Path) -> None:

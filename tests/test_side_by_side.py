@@ -214,6 +214,54 @@ def test_captured_calls_run_one_at_a_time() -> None:
         assert done[3] == 0.3
 
 
+def chat(word: str, times: int) -> None:
+    import time
+
+    for _ in range(times):
+        print(word, flush=True)
+        time.sleep(0.02)
+
+
+def ask_for_output(word: str) -> Any:
+    import pihost
+
+    return pihost.call_host("output", word)
+
+
+def test_captured_calls_from_callbacks_run_one_at_a_time_too() -> None:
+    """parity: 37. Within plain calls, and beside a captured one."""
+    with ProcessIsolator.create(max_concurrency=4) as isolator:
+        isolator.register_callback("output", lambda word: isolator.execute(chat, word, 5).stdout)
+        results = at_once(
+            lambda: isolator.execute(chat, "outer", 15).stdout,
+            *(lambda word=word: isolator.invoke(ask_for_output, word) for word in ("a", "b", "c")),  # type: ignore[misc]
+        )
+        assert results == ["outer\n" * 15, "a\n" * 5, "b\n" * 5, "c\n" * 5]
+        assert isolator.execute(chat, "after", 1).stdout == "after\n"
+
+
+def test_a_captured_call_from_a_callback_that_waits_too_long() -> None:
+    with ProcessIsolator.create(max_concurrency=2, restart=AT_ONCE) as isolator:
+        told: list[BaseException] = []
+
+        def output(word: str) -> str:
+            try:
+                return isolator.execute(chat, word, 1, timeout=0.1).stdout
+            except CallTimeout as error:
+                told.append(error)
+                return "late"
+
+        isolator.register_callback("output", output)
+        pid = isolator.pid
+        results = at_once(
+            lambda: isolator.execute(chat, "outer", 40).stdout,
+            lambda: (time.sleep(0.2), isolator.invoke(ask_for_output, "inner"))[1],
+        )
+        assert results == ["outer\n" * 40, "late"]
+        assert "still running at the deadline" in str(told[0])
+        assert isolator.pid == pid
+
+
 def test_a_flood_of_output_beside_plain_calls() -> None:
     def write() -> None:
         import os

@@ -30,6 +30,7 @@ class Admission:
         self.users: dict[int, Use] = {}
         self._captured = 0
         self.waiting: deque[Ticket] = deque()
+        self.rising: deque[Ticket] = deque()  # plain users that wait to make a captured call within theirs
 
     def enter(self, key: int, use: Use) -> bool:
         """Whether it may begin at once."""
@@ -43,23 +44,37 @@ class Admission:
 
     def give_up(self, ticket: Ticket) -> list[Ticket]:
         """It waits no longer, or has just got its turn and does not want it. Who may begin instead."""
-        if ticket in self.waiting:
-            self.waiting.remove(ticket)
-            return self._next()
+        for queue in (self.waiting, self.rising):
+            if ticket in queue:
+                queue.remove(ticket)
+                return self._next()
         return self.leave(ticket.key)
 
     def leave(self, key: int) -> list[Ticket]:
         """Who may begin now."""
         if self.users.pop(key) == "captured":
             self._captured -= 1
-        return self._next() if self.waiting else []
+        return self._next() if self.waiting or self.rising else []
+
+    def rise(self, key: int) -> bool:
+        """Whether a plain user may begin a captured call at once, within its own."""
+        if self._captured:
+            return False
+        self._admit(key, "captured")
+        return True
+
+    def sink(self, key: int) -> list[Ticket]:
+        """That one is over. Who may begin now."""
+        self.users[key] = "plain"
+        self._captured -= 1
+        return self._next()
 
     def _fits(self, use: Use) -> bool:
         if not self.users:
             return True
         if use == "alone" or "alone" in self.users.values():
             return False
-        return len(self.users) < self._slots and not (use == "captured" and self._captured)
+        return len(self.users) < self._slots and not (use == "captured" and (self._captured or self.rising))
 
     def _may_pass(self, use: Use) -> bool:
         """Whether all who wait do so for what this one does not."""
@@ -71,6 +86,9 @@ class Admission:
 
     def _next(self) -> list[Ticket]:
         admitted = []
+        if self.rising and not self._captured:  # before all others: it has a place that these may wait for
+            admitted.append(self.rising.popleft())
+            self._admit(admitted[0].key, "captured")
         for ticket in tuple(self.waiting):
             if self._fits(ticket.use):
                 self.waiting.remove(ticket)

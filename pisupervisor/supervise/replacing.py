@@ -22,6 +22,8 @@ def replace(keeper: Keeper, deadline: float | None, wanted: Callable[[], bool] |
     """Another child for the one that has died, if and when the policy says so. Called with the turn held; ``wanted``
     says whether the caller still waits for it.
     """
+    if keeper.state == "starting":
+        raise IsolationError("this isolator was never started: make it with ProcessIsolator.create(), which does that")
     stops = keeper.stops
     delay = _delay(keeper)
     if deadline is not None and time.monotonic() + delay > deadline:

@@ -231,11 +231,24 @@ class Session:
             call = call._replace(deadline=outer.deadline, limit=outer.limit)
         if len(under_way) > self.options.callback_depth:
             raise CallError(f"callbacks and calls are nested more than {self.options.callback_depth} deep")
+        has_risen = call.capture and self._rise(call.deadline)
         try:
             return self._attempt(call, child, connection, caller, way)
         except LinkClosed as gone:
             forget_frames(gone)
             raise termination(self.keeper.bury(child, truncated=False), gone.written) from None
+        finally:
+            if has_risen:
+                self.keeper.turn.sink()
+
+    def _rise(self, deadline: float | None) -> bool:
+        """Before a captured call within another: whether the place for such calls was to be had, and is to be given back."""
+        turn = self.keeper.turn
+        if self.options.max_concurrency == 1 or turn.is_my_captured():
+            return False
+        if not turn.rise(None if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise CallTimeout("other calls that capture their output were still running at the deadline")
+        return True
 
     # --- one try ----------------------------------------------------------------------------------------------
 

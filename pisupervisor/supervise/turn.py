@@ -60,6 +60,31 @@ class Turn:
             raise
         return not self.give_up(ticket, unless_admitted=True)
 
+    def rise(self, timeout: float | None) -> bool:
+        """In a callback of a plain call: for a call within that, which captures its output, until ``sink``. False when that was
+        not to be had in time.
+        """
+        bell = Bell()
+        ticket = Ticket(this_caller(), "captured", bell.ring)
+        with self._lock:
+            if self.rules.rise(ticket.key):
+                return True
+            self.rules.rising.append(ticket)
+        try:
+            bell.wait(None if timeout is None else time.monotonic() + timeout)
+        finally:
+            with self._lock:
+                has_risen = ticket not in self.rules.rising
+                admitted = [] if has_risen else self.rules.give_up(ticket)
+            wake(admitted)
+        return has_risen
+
+    def sink(self) -> None:
+        """That call is over."""
+        with self._lock:
+            admitted = self.rules.sink(this_caller())
+        wake(admitted)
+
     def enter(self, key: int, use: Use) -> bool:
         """Without waiting."""
         with self._lock:
