@@ -11,7 +11,7 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 
 import pytest
-from helpers import open_fds
+from helpers import open_fds, wait_until
 
 from pihost import wire
 from pisupervisor.errors import ProtocolError
@@ -429,6 +429,29 @@ def test_what_lies_there_for_later_is_bounded(pair: tuple[Connection, socket.soc
         link.wait(calls[0])
     link.link.close()
     thread.join()
+
+
+def test_what_comes_for_a_call_whose_time_is_up_is_no_breach() -> None:
+    """Another caller may read it before the child is killed: it is told of that death, and not of one of its own making."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        link = Connection(ours, LARGEST, shared=True)
+        seen: list[BaseException] = []
+
+        def read() -> None:
+            try:
+                link.call(b"y", ident=2)
+            except Exception as error:
+                seen.append(error)
+
+        thread = in_background(read)
+        wait_until(lambda: 2 in link.calls)
+        time.sleep(0.1)  # it reads now
+        with pytest.raises(DeadlinePassed):
+            link.call(b"x", time.monotonic() + 0.1, ident=1)
+        theirs.sendall(frame(ident=1))
+        thread.join()
+        assert [type(error) for error in seen] == [LinkClosed]
 
 
 def test_answers_that_are_taken_or_not_wanted_are_no_burden(pair: tuple[Connection, socket.socket]) -> None:

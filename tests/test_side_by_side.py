@@ -192,6 +192,36 @@ def test_tasks_do_not_wait_behind_long_and_captured_ones() -> None:
     assert asyncio.run(main()) == [*range(6)]
 
 
+def test_who_waits_in_a_callback_answers_what_it_waits_for_further_out() -> None:
+    """A thread here waits for two calls of a map, for one in the other's callback; and that one for the other, in the child."""
+
+    def item(name: str, delay: float) -> Any:
+        import time
+
+        import pihost
+
+        time.sleep(delay)
+        return pihost.call_host("enter", name)
+
+    def locked(name: str) -> str:
+        import builtins
+        import threading
+        import time
+
+        import pihost
+
+        with vars(builtins).setdefault("lock", threading.Lock()):
+            if name == "first":
+                time.sleep(0.6)
+                return str(pihost.call_host("ask"))
+            return name
+
+    with ProcessIsolator.create(max_concurrency=3, call_timeout=20) as isolator:
+        isolator.register_callback("enter", lambda name: isolator.invoke(locked, name))
+        isolator.register_callback("ask", lambda: "asked")
+        assert list(isolator.map(item, ["first", "second"], [0.0, 0.3])) == ["asked", "second"]
+
+
 def test_a_captured_call_that_would_wait_for_another_in_its_own_callback_is_refused() -> None:
     with ProcessIsolator.create(max_concurrency=3) as isolator:
         isolator.register_callback(

@@ -43,7 +43,10 @@ class Answers(Channel):
         self.calls: dict[int, Pending] = {}  # under way, by their ids
         self._answer = answer  # for what the child asks while it works on a call: kind and body in, body out
         self._in_callbacks: dict[int, list[int]] = {}  # by thread, the ids of their calls
-        self._unowned: list[Pending] = []  # that ask something, and whose caller is not there: whoever reads sees to it
+        self._asking: list[Pending] = []  # those that ask something which others than who waits for them may see to
+        self._waits: dict[
+            int, list[Pending]
+        ] = {}  # by caller, what it waits for, the innermost last, where several may wait
         self._held = 0  # bytes of answers that nobody has asked for yet
         self._leader = Leader() if shared else None
         self._kill_late = kill_late  # ends the child at the deadline of a call whose callback still runs
@@ -67,26 +70,27 @@ class Answers(Channel):
             if self._leader is not None:
                 self._wait_with_others(pending, deadline, captured)
             while pending.answer is None:
-                if pending.asked is not None and self._sees_to(pending):
-                    self._callback(pending, deadline)
-                elif (other := self._take_unowned()) is not None:
-                    self._callback(other, deadline)
+                if (asking := self._take_asking(pending)) is not None:
+                    self._callback(asking, deadline)
                 else:
                     self._read(deadline, captured)
             return pending.answer
         finally:
+            if pending.answer is None:
+                self._is_broken = True  # the child is to die for that; what it says meanwhile is nobody's
             self.calls.pop(pending.ident, None)
             if pending.size:
                 self.let_go(pending)
 
     def _wait_with_others(self, pending: Pending, deadline: float | None, captured: Output | None) -> None:
+        caller = pending.caller = this_caller()
+        waits = self._waits.setdefault(caller, [])
+        waits.append(pending)
         try:
             while pending.answer is None:
                 if self._is_broken:
                     raise LinkClosed
-                is_mine = pending.asked is not None and self._sees_to(pending)
-                asking = pending if is_mine else self._take_unowned()
-                if asking is not None:
+                if (asking := self._take_asking(pending)) is not None:
                     self._leave(pending)  # the application's function may take its time
                     self._callback(asking, deadline)
                 elif self._may_read(pending):
@@ -94,26 +98,32 @@ class Answers(Channel):
                 else:
                     self._sleep(pending, deadline, captured)
         finally:
+            waits.pop()
+            if not waits:
+                del self._waits[caller]
             self._leave(pending)
 
-    def _take_unowned(self) -> Pending | None:
-        """A call that asks something and has nobody who waits for it, unless somebody does so by now."""
-        while self._unowned:
-            with self._lock:
-                pending = self._unowned.pop() if self._unowned else None
-            if pending is not None and self._sees_to(pending):
-                return pending
+    def _take_asking(self, pending: Pending) -> Pending | None:
+        """A call that asks something which is for who waits for ``pending`` to answer: that one, one that nobody waits for, or
+        one for which the same caller waits further out, since ``pending`` may wait for it in the child. Several callers may
+        find one, some of them from within the very callback.
+        """
+        if pending.asked is None and not self._asking:
+            return None
+        with self._lock:
+            self._asking = [one for one in self._asking if one.asks]
+            for one in (pending, *self._asking):
+                if one.asks and (one is pending or not one.owned or one.caller == pending.caller or one.asks_for_room):
+                    one.is_seen_to = True
+                    return one
         return None
 
-    def _sees_to(self, pending: Pending) -> bool:
-        """Whether what it asks is for who calls this to answer. Several may find it: whoever waits for that call, and all who
-        wait for another one, some of them from within that very callback.
-        """
+    def _begins_to_ask(self, pending: Pending) -> None:
+        """Who waits for it may wait for another one at this moment."""
         with self._lock:
-            if pending.asked is None or pending.is_seen_to:
-                return False
-            pending.is_seen_to = True
-            return True
+            self._asking.append(pending)
+        for innermost in tuple(self._waits.get(pending.caller, ()))[-1:]:
+            innermost.ring()
 
     def _may_read(self, pending: Pending) -> bool:
         with self._lock:
@@ -186,6 +196,8 @@ class Answers(Channel):
         """Give a frame to the call that it is about."""
         kind, ident, body = frame
         pending = self.calls.get(ident)
+        if pending is None and self._is_broken:
+            raise LinkClosed
         if pending is None:
             others = ", ".join(map(str, [*self.calls][:3])) or "none"
             raise ProtocolError(f"an answer to call {ident}, where {others} is under way")
@@ -194,8 +206,8 @@ class Answers(Channel):
         if pending.take(kind, body):
             if pending.answer is not None:
                 self.calls.pop(ident, None)  # nothing more may come for it
-            elif not pending.owned:
-                self._unowned.append(pending)
+            elif not pending.owned or self._leader is not None:
+                self._begins_to_ask(pending)
             if pending.bell is not None:
                 pending.bell.ring()
 

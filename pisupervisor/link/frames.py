@@ -139,6 +139,7 @@ class Pending:
     is_abandoned = False
     asked: tuple[int, bytes] | None = None  # kind and body of a callback, until it is answered
     is_seen_to = False  # by somebody, who will answer it
+    caller = 0  # who waits for it, where several may wait
     _whole: bytearray | None = None
     _pieces = 0
     _roomed = False
@@ -149,6 +150,15 @@ class Pending:
     @property
     def is_answered(self) -> bool:
         return self.answer is not None or self.text is not None
+
+    @property
+    def asks(self) -> bool:
+        """Whether it asks something that nobody has seen to."""
+        return self.asked is not None and not self.is_seen_to
+
+    @property
+    def asks_for_room(self) -> bool:
+        return self.asked is not None and self.asked[0] == wire.ROOM
 
     def has_its_answer(self, *, room: bool = False) -> None:
         """What it asked is answered. Once it was given ``room``, it may ask for that anew after its next question only."""
