@@ -51,7 +51,28 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made", bound="AsyncProcessIsolator")
 _KNOWN = 1000
-_within: ContextVar[int] = ContextVar("_within", default=0)  # the caller whose callback this is
+
+
+class _Callback:
+    """One that runs in the loop: whose it is, and of which call. Its calls into the child come one after the other, as those of
+    a plain function do: the child does nothing else meanwhile, and one thread here speaks with it.
+    """
+
+    def __init__(self, caller: int, ident: int) -> None:
+        self.caller, self.ident, self.is_over = caller, ident, False
+        self.turn = asyncio.Lock()
+
+    async def run(self, function: Callable[..., Any], args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """It is over when the calls are that it has begun, awaited or not."""
+        _within.set(self)
+        try:
+            return await function(*args, **keywords)
+        finally:
+            async with self.turn:
+                self.is_over = True
+
+
+_within: ContextVar[_Callback | None] = ContextVar("_within", default=None)
 
 
 class AsyncProcessIsolator(AsyncControl):
@@ -210,12 +231,13 @@ class AsyncProcessIsolator(AsyncControl):
     # --- the end ----------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """See ``ProcessIsolator.close``. Ends its threads, too."""
+        """See ``ProcessIsolator.close``. Ends its threads, too. It goes on when the task that awaits it is cancelled."""
         control, self._control = self._control or Worker("pisupervisor-async-control"), None
+        closing = control.add(self._isolator.close, (), {})
+        closing.add_done_callback(lambda _done: control.end())
         try:
-            await asyncio.shield(run_in(control, self._isolator.close))
+            await asyncio.shield(asyncio.wrap_future(closing))
         finally:
-            control.end()
             self._calls.end()
             self._rest.end()
             if self._link is not None:
@@ -225,10 +247,27 @@ class AsyncProcessIsolator(AsyncControl):
 
     async def _call(self, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         self._isolator._keeper.check_open()
-        caller, connection = _within.get(), self._isolator._keeper.connection
-        if caller and connection is not None and connection.in_callback(caller):
-            return await run_here(self._rest, _acting, caller, method, *args, **keywords)
+        callback = _within.get()
+        if callback is not None and self._runs(callback):
+            async with callback.turn:
+                if self._runs(callback):
+                    return await self._call_from(callback, method, *args, **keywords)
         return await run_here(self._calls.line_for(method), method, *args, **keywords)
+
+    def _runs(self, callback: _Callback) -> bool:
+        connection = self._isolator._keeper.connection
+        if connection is None or callback.is_over:
+            return False
+        return callback.ident in connection.callbacks_of(callback.caller)
+
+    async def _call_from(self, callback: _Callback, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
+        child = self._isolator._keeper.child
+        try:
+            return await run_here(self._rest, _acting, callback.caller, method, *args, **keywords)
+        except (asyncio.CancelledError, GeneratorExit):
+            if child is not None:
+                _kill(child)
+            raise
 
     async def _plain(self, known: Any, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> Any:
         """A call that the loop may make itself, where the same was made before and nothing stands in its way."""
@@ -352,11 +391,9 @@ def _acting(caller: int, method: Callable[..., Any], /, *args: Any, **keywords: 
 
 def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop, keeper: Keeper) -> Callable[..., Any]:
     def call(*args: Any, **keywords: Any) -> Any:
-        token = _within.set(this_caller())  # which the coroutine's context has, too: its calls are this callback's
-        try:
-            running = asyncio.run_coroutine_threadsafe(function(*args, **keywords), loop)
-        finally:
-            _within.reset(token)
+        caller, connection = this_caller(), keeper.connection
+        callback = _Callback(caller, 0 if connection is None else connection.in_callback(caller))
+        running = asyncio.run_coroutine_threadsafe(callback.run(function, args, keywords), loop)
         child = keeper.child or keeper.launching
         return running.result() if child is None else _result(running, child)
 

@@ -350,6 +350,64 @@ def test_a_callback_that_never_ends_does_not_outlive_its_call(plugin: Path, end:
         assert run(main) == ["begun", "cancelled"]
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_calls_that_a_callback_makes_at_once_come_in_turn(plugin: Path, at_once: int) -> None:
+    """One thread speaks with the child, whether the callback awaits all of them or not."""
+
+    async def main() -> None:
+        async with AsyncProcessIsolator.create(max_concurrency=at_once) as isolator:
+            left: list[asyncio.Task[Any]] = []
+
+            async def gather(n: int) -> list[Any]:
+                calls = (isolator.invoke_method(plugin, "double", x) for x in range(n))
+                shown, *doubled = await asyncio.gather(isolator.execute(print, "shown"), *calls)
+                return [shown.stdout, *doubled]
+
+            async def leave() -> str:
+                left.append(asyncio.create_task(isolator.invoke(time.sleep, 0.1)))
+                return "left"
+
+            isolator.register_callback("gather", gather)
+            isolator.register_callback("leave", leave)
+            for _ in range(3):
+                answers = asyncio.gather(*(isolator.invoke_method(plugin, "ask", "gather", n) for n in (3, 5)))
+                assert await asyncio.wait_for(answers, 20) == [["shown\n", 0, 2, 4], ["shown\n", 0, 2, 4, 6, 8]]
+                assert await asyncio.wait_for(isolator.invoke_method(plugin, "ask", "leave"), 20) == "left"
+            assert await asyncio.gather(*left) == [None] * 3
+
+    run(main)
+
+
+def test_cancelling_a_call_of_a_callback_kills_its_work(plugin: Path) -> None:
+    async def main() -> None:
+        async with AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+
+            async def give_up() -> None:
+                await asyncio.wait_for(isolator.invoke(time.sleep, 30), 0.2)
+
+            isolator.register_callback("give up", give_up)
+            with pytest.raises(ChildTerminated):
+                await asyncio.wait_for(isolator.invoke_method(plugin, "ask", "give up"), 10)
+            assert await isolator.invoke_method(plugin, "double", 2) == 4
+
+    run(main)
+
+
+def test_a_close_goes_on_whoever_waits_for_it() -> None:
+    async def main() -> None:
+        for rounds in range(1, 8):
+            isolator = await AsyncProcessIsolator.create()
+            closing = asyncio.create_task(isolator.close())
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+            closing.cancel()
+            await asyncio.wait([closing])
+            assert await asyncio.to_thread(wait_until, lambda made=isolator: made.state == "stopped", 5.0)
+            await isolator.close()
+
+    run(main)
+
+
 def test_the_loop_goes_on() -> None:
     async def main() -> int:
         ticks = 0
