@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pisupervisor import (
     CallTimeout,
     ChildTerminated,
     ExitReason,
+    Filesystem,
     IsolatorClosed,
     Limits,
     OptionsError,
@@ -220,6 +222,34 @@ def test_who_waits_in_a_callback_answers_what_it_waits_for_further_out() -> None
         isolator.register_callback("enter", lambda name: isolator.invoke(locked, name))
         isolator.register_callback("ask", lambda: "asked")
         assert list(isolator.map(item, ["first", "second"], [0.0, 0.3])) == ["asked", "second"]
+
+
+def test_a_cancelled_call_does_not_end_a_launch_that_others_wait_for(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    started.mkdir(mode=0o777)
+    started.chmod(0o777)
+
+    def slow(folder: str) -> None:
+        import os
+        import time
+
+        os.mkdir(f"{folder}/{len(os.listdir(folder))}")
+        time.sleep(1.0 if len(os.listdir(folder)) > 1 else 0.0)
+
+    with ProcessIsolator.create(
+        max_concurrency=3,
+        restart=AT_ONCE,
+        on_start=partial(slow, str(started)),
+        filesystem=Filesystem(writable=[started]),
+    ) as isolator:
+        isolator.terminate()
+        first = isolator.submit(len, "abc")
+        wait_until(lambda: len(list(started.iterdir())) == 2)
+        second = isolator.submit(len, "ab")
+        wait_until(second.running)
+        assert second.cancel()
+        assert first.result(20) == 3
+        assert len(list(started.iterdir())) == 2
 
 
 def test_a_captured_call_that_would_wait_for_another_in_its_own_callback_is_refused() -> None:

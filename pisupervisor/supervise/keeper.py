@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 from pisupervisor.errors import CallTimeout, IsolatorClosed, LaunchError
 from pisupervisor.launch.templates import Template, release
+from pisupervisor.link.callers import this_caller
 from pisupervisor.link.connection import Connection, NeverSent
 from pisupervisor.link.reader import reader_for
 from pisupervisor.options import IsolationOptions
@@ -57,6 +58,7 @@ class Keeper:
         self.stops = 0  # how often a stop was asked for: a launch or a wait that began before is overtaken
         self.overtaken = 0  # the stops, up to the last one that came while a restart was waited for
         self.launching: Child | None = None
+        self.launcher = 0  # the caller whose call has it launched
         self._template: Template | None = template
         self.crashes = restart.Crashes(options.restart)
         self.crashed = False  # whether the last child died of itself
@@ -160,8 +162,10 @@ class Keeper:
                 self.bury(child)
             if self.child is None:
                 self.check_not_overtaken(stops)
+                self.launcher = this_caller()
                 replacing.replace(self, deadline, wanted)
         finally:
+            self.launcher = 0
             self._replacing.release()
         child, connection = self.child, self.connection
         if child is None or connection is None:

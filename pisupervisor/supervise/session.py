@@ -361,12 +361,13 @@ class Session:
     # --- from outside -----------------------------------------------------------------------------------------
 
     def cancel(self, caller: int) -> None:
-        """End the call that ``caller`` (a thread) makes: kill its child if it is that call's turn, and see that it runs on no
-        other.
+        """End the call that ``caller`` (a thread) makes: kill its child if it is that call's turn (not one that another call
+        has launched, which others wait for), and see that it runs on no other.
         """
         keeper = self.keeper
         with keeper.lock:
-            child = (keeper.child or keeper.launching) if keeper.turn.has(caller) else None
+            launching = keeper.launching if keeper.launcher == caller else None
+            child = (keeper.child or launching) if keeper.turn.has(caller) else None
             self._unwanted.add(caller)
             keeper.changed.notify_all()
         if child is not None:
