@@ -393,7 +393,12 @@ def _in_loop(function: Callable[..., Any], loop: asyncio.AbstractEventLoop, keep
     def call(*args: Any, **keywords: Any) -> Any:
         caller, connection = this_caller(), keeper.connection
         callback = _Callback(caller, 0 if connection is None else connection.in_callback(caller))
-        running = asyncio.run_coroutine_threadsafe(callback.run(function, args, keywords), loop)
+        work = callback.run(function, args, keywords)
+        try:
+            running = asyncio.run_coroutine_threadsafe(work, loop)
+        except RuntimeError:  # the loop in which it was registered is closed
+            work.close()
+            raise
         child = keeper.child or keeper.launching
         return running.result() if child is None else _result(running, child)
 

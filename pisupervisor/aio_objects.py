@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Self
 
-from pisupervisor.objects import IsolatedMethod, IsolatedObject, IsolatedStream, check_callable, set_own
+from pisupervisor.objects import BoundMethod, IsolatedMethod, IsolatedObject, IsolatedStream, check_callable, set_own
 
 if TYPE_CHECKING:
     from pisupervisor.aio import AsyncProcessIsolator
@@ -39,11 +38,11 @@ class AsyncIsolatedObject:
         """See ``IsolatedObject.invoke``."""
         return await self._isolator._plain(name, self._handle.invoke, name, *args, **keywords)
 
-    def find_method(self, name: str) -> Callable[..., Any]:
+    def find_method(self, name: str) -> BoundMethod:
         """See ``IsolatedObject.find_method``."""
-        return functools.partial(self.invoke, name)
+        return BoundMethod(self, name)
 
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> BoundMethod:
         check_callable(name)
         return self.find_method(name)
 

@@ -11,7 +11,7 @@ from pisupervisor.supervise.call import Outcome
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from pisupervisor.isolator import ProcessIsolator
     from pisupervisor.link.calls import StreamTypes
@@ -35,6 +35,23 @@ def check_callable(name: str) -> None:
     """Raises AttributeError for what Python, and tools such as IPython (``_repr_html_``), look for on any object."""
     if name.startswith("__") or (name.startswith("_") and name.endswith("_")):
         raise AttributeError(f"{name!r}: call what is special with invoke({name!r}, ...)")
+
+
+class BoundMethod:
+    """A method of an object in the child, as something to call here; sent there, it is the method itself."""
+
+    def __init__(self, obj: Any, name: str) -> None:
+        self._object = obj
+        self.__name__ = self.__qualname__ = name
+
+    def __call__(self, /, *args: Any, **keywords: Any) -> Any:
+        return self._object.invoke(self.__name__, *args, **keywords)
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return getattr, (self._object, self.__name__)
+
+    def __repr__(self) -> str:
+        return f"<method {self.__name__!r} of {self._object!r}>"
 
 
 class IsolatedObject:
@@ -67,16 +84,11 @@ class IsolatedObject:
             ("on object", number, name, arguments), None, None, timeout, returns, only_on=self._connection
         )
 
-    def find_method(self, name: str) -> Callable[..., Any]:
+    def find_method(self, name: str) -> BoundMethod:
         """A method of this object as something to call."""
+        return BoundMethod(self, name)
 
-        def method(*args: Any, **keywords: Any) -> Any:
-            return self.invoke(name, *args, **keywords)
-
-        method.__name__ = method.__qualname__ = name
-        return method
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
+    def __getattr__(self, name: str) -> BoundMethod:
         check_callable(name)
         return self.find_method(name)
 
@@ -227,6 +239,10 @@ class IsolatedMethod:
         arguments = isolator._packer.arguments(args, merged(keywords, kwargs))
         call = ("apply", code.key, self._target, obj._live(), arguments)
         return isolator._invoke(call, None, code, timeout, returns, only_on=obj._connection)
+
+    def __reduce__(self) -> Any:
+        text = f"{self._path}:{self._target}"
+        raise TypeError(f"a handle is called here, by itself or by submit_call; map and execute take the text {text!r}")
 
     def __repr__(self) -> str:
         return f"<IsolatedMethod {self._path}:{self._target} of isolator {self._isolator.id}>"

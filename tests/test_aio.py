@@ -137,6 +137,7 @@ def test_calls_of_all_kinds(plugin: Path, tmp_path: Path) -> None:
             assert (await isolator.run_script(write(tmp_path, "tool.py", "import sys; sys.exit(3)"))).exit_code == 3
             counter = await isolator.create_object(plugin, "Counter", 5)
             assert [await counter.add(), await counter.invoke("add", n=10)] == [6, 16]
+            assert (await isolator.invoke(counter.add, 0), await asyncio.create_task(counter.add(0))) == (16, 16)
             assert (await counter._secret(), hasattr(counter, "__len__")) == ("private", False)
             assert await isolator.invoke(lambda c: c.value, counter) == 16
             assert [n async for n in await counter.upto(3)] == [0, 1, 2]

@@ -224,6 +224,30 @@ def test_private_and_special_methods(isolator: ProcessIsolator, plugin: Path) ->
         len(counter)  # type: ignore[arg-type]
 
 
+def test_a_method_travels_as_itself(isolator: ProcessIsolator, plugin: Path) -> None:
+    """To whatever takes a function."""
+    counter = isolator.create_object(plugin, "Counter", 5)
+    assert isolator.invoke(counter.add, 2) == 7
+    assert isolator.submit(counter.add, 3).result() == 10
+    assert list(isolator.map(counter.find_method("add"), [1, 2])) == [11, 13]
+    assert isolator.execute(counter.add, 1).value == 14
+    assert isolator.invoke(lambda add: add(6), counter.add) == 20
+    with ProcessIsolator.create() as other, pytest.raises(ObjectReleased):
+        other.invoke(counter.add)
+    counter.release()
+    with pytest.raises(ObjectReleased):
+        isolator.invoke(counter.add)
+
+
+def test_a_handle_to_a_method_does_not_travel(isolator: ProcessIsolator, plugin: Path) -> None:
+    method = isolator.get_method(plugin, "make_counter")
+    for call in (lambda: isolator.invoke(method, 1), lambda: list(isolator.map(method, [1]))):
+        with pytest.raises(
+            SerializationError, match=r"submit_call; map and execute take the text .*plugin\.py:make_counter"
+        ):
+            call()
+
+
 def test_any_number_of_arguments(isolator: ProcessIsolator, plugin: Path) -> None:
     """parity: 46"""
     counter = isolator.create_object(plugin, "Counter")
