@@ -156,6 +156,7 @@ HOSTILE = {
     "no size": tagged("array", ["<U0", [10**12], ""]),
     "dtype order": tagged("array", ["f8", [0], ""]),
     "dtype expression": tagged("array", ["f8,f8", [0], ""]),
+    "dtype of nothing": tagged("array", ["<M8[0s]", [1], "AAAAAAAAAAA="]),  # whose repr is an OverflowError
     "dtype newline": tagged("array", ["<f8\n", [0], ""]),
     "dtype huge": tagged("array", ["|S999999999", [1], ""]),
     "bool of two": tagged("array", ["|b1", [1], "Ag=="]),

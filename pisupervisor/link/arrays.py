@@ -13,7 +13,7 @@ MAX_FIELDS = 1000  # of one record
 MAX_WORK = 500_000  # of what records one answer may cost: some 2 us each
 _BUILT, _CHECKED = 10, 2  # that a field costs
 _PLAIN_KINDS = "iufcmM"  # of these any bytes are a value
-_DTYPE = re.compile(r"[<>|]([biufcSU]\d{1,9}|[mM]8(\[(\d{1,9})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)", re.ASCII)
+_DTYPE = re.compile(r"[<>|]([biufcSU]\d{1,9}|[mM]8(\[([1-9]\d{0,8})?(Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?)", re.ASCII)
 
 
 class RecordTypes:
