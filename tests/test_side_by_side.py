@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import os
 import signal
 import threading
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import linux, nothing_left, wait_until
+from helpers import linux, nothing_left, wait_until, write
 
 from pisupervisor import (
     AsyncProcessIsolator,
@@ -250,6 +251,26 @@ def test_a_cancelled_call_does_not_end_a_launch_that_others_wait_for(tmp_path: P
         assert second.cancel()
         assert first.result(20) == 3
         assert len(list(started.iterdir())) == 2
+
+
+def test_arguments_and_imports_of_one_package_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What unpickles asks for a module of the package, while user code's thread has imported half of that."""
+    name = f"package_{os.getpid()}"
+    given = tmp_path / "given"
+    write(given, f"{name}/__init__.py", f"import time; time.sleep(0.5); early = 3; from {name} import part")
+    write(given, f"{name}/part.py", f"from {name} import early\nclass Thing:\n    size = early\n")
+    monkeypatch.syspath_prepend(str(given))
+    thing = importlib.import_module(f"{name}.part").Thing()
+    big = [thing, b"x" * 300_000]
+    with ProcessIsolator.create(import_paths=[given], max_concurrency=4) as isolator:
+        isolator.invoke(len, "abc")
+        importing = isolator.submit(lambda: __import__(name).part.Thing.size)
+        time.sleep(0.2)
+        assert at_once(
+            lambda: isolator.invoke_method("operator", "truth", [thing]),
+            lambda: isolator.invoke(lambda one: one.size, thing), lambda: isolator.invoke(lambda one, _: one.size, *big),
+        ) == [True, 3, 3]  # fmt: skip
+        assert importing.result(20) == 3
 
 
 def test_a_captured_call_that_would_wait_for_another_in_its_own_callback_is_refused() -> None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import _pickle
 import _thread
 import os
 
-from pihost.inside import arenas
+from pihost.inside import arenas, callbacks
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -84,7 +83,8 @@ def load(data: bytes | None, arena: int | None, regions: list[Any], _taken: list
     bare: list[int] = []
     _call.bare = bare
     try:
-        return _pickle.loads(views[0], buffers=views[1:]) if data is None else _pickle.loads(data, buffers=views)
+        loads = callbacks.loads
+        return loads(views[0], buffers=views[1:]) if data is None else loads(data, buffers=views)
     except BaseException:
         for fd in bare:
             os.close(fd)

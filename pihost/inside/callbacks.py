@@ -151,7 +151,7 @@ def _understand(body: bytes, fds: list[int]) -> Any:
     if kind == RAW:
         return content
     if kind == VALUE:
-        return _pickle.loads(content)[0][0]
+        return loads(content)[0][0]
     if kind == ATTACHED:
         from pihost.inside import attached
 
@@ -162,6 +162,7 @@ def _understand(body: bytes, fds: list[int]) -> Any:
     raise UnknownCallback(text) if kind == UNKNOWN else HostError(text)
 
 
+loads: Callable[..., Any] = _pickle.loads  # of what the host sends; where calls run side by side, that of ``threads``
 host: Host | None = None  # set by the call loop
 of_threads: dict[int, Host] = {}  # by thread, where calls run side by side
 

@@ -300,6 +300,6 @@ OF_USERS = frozenset(("method", "function", "source", "on object", "apply", "kep
 def load(arguments: Any) -> Any:
     """Arguments, or a function and its arguments: a pickle, or one with what came beside it."""
     try:
-        return _pickle.loads(arguments) if type(arguments) is bytes else attached.load(*arguments)
+        return callbacks.loads(arguments) if type(arguments) is bytes else attached.load(*arguments)
     except Exception as error:
         raise unloadable(error) from error

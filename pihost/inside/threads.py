@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _pickle
 import _thread
 import os
 from collections import deque
@@ -12,6 +13,8 @@ from pihost.jsontext import dump
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pihost.inside.serve import Worker
 
     Frame = tuple[int, int, bytes]
@@ -57,6 +60,42 @@ class Inbox:
         self.fds = fds
 
 
+class _Ordered(_pickle.Unpickler):
+    """Imports a package before what is in it. Python waits for a package that another thread is in the middle of importing only
+    where that is asked for itself; what is in it would find half of it (numpy did).
+    """
+
+    def find_class(self, module: str, name: str) -> Any:
+        __import__(module.partition(".")[0])
+        return super().find_class(module, name)
+
+
+class _Source:
+    """Bytes as a file, without a copy of them."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data, self._at = memoryview(data), 0
+
+    def read(self, size: int) -> bytes:
+        part = bytes(self._data[self._at : self._at + size])
+        self._at += len(part)
+        return part
+
+    def readinto(self, target: Any) -> int:
+        size = min(len(target), len(self._data) - self._at)
+        target[:size] = self._data[self._at : self._at + size]
+        self._at += size
+        return size
+
+    def readline(self) -> bytes:
+        raise EOFError("no pickle of the host's has lines")
+
+
+def loads(data: bytes | memoryview, *, buffers: Any = None) -> Any:
+    """As pickle's."""
+    return _Ordered(_Source(data), buffers=buffers).load()
+
+
 class Threads:
     """``worker`` is what each of them works with a copy of."""
 
@@ -70,6 +109,7 @@ class Threads:
 
     def serve(self) -> int:
         """Until the host closes the link."""
+        callbacks.loads = loads
         worker = self._worker
         while True:
             frame = worker.link.receive()
