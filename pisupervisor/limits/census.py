@@ -15,9 +15,7 @@ from pisupervisor.limits.directories import stat_fields
 from pisupervisor.records import NamedTuple
 
 _MOST = 4 << 20  # bytes of one smaps: some 5000 mappings, 60 ms; who has more is counted by what its sum says
-_DETAILED = (
-    0.2  # seconds of CPU time for such, in one look; those that come then are counted by their sums, some ms each
-)
+_DETAILED = 0.2  # seconds of CPU time for such, in one look; those that come then are counted by their sums (2 ms)
 _MOST_TIME = 1.0  # seconds for both; those that come then are counted by what is resident
 _MEMORY_FILES = ("/memfd:", "/dev/zero", "/SYSV")  # shared memory, by the name of its mapping
 _TICK = os.sysconf("SC_CLK_TCK")

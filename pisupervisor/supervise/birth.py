@@ -263,8 +263,8 @@ class Birth:
 
 def _take_no_descriptors(link: socket.socket) -> None:
     """From before the child has anything to run. Who reads what descriptors ride on closes them, and waits as long as the child
-    has said that the end of a connection may take (SO_LINGER), whatever the deadline. Linux before 6.16
-    cannot refuse them: there the profiles refuse SO_LINGER.
+    has said that the end of a connection may take (SO_LINGER), whatever the deadline. Linux before 6.16 cannot refuse them:
+    there the profiles refuse SO_LINGER.
     """
     try:
         link.setsockopt(socket.SOL_SOCKET, _SO_PASSRIGHTS, 0)
