@@ -144,6 +144,8 @@ CASES: list[tuple[Any, ...]] = [
     *[("setsockopt", (3, 17, option), EPERM) for option in (104, HIGH | 104)],  # UDP_GRO
     *[("setsockopt", (3, level, option), EPERM) for level in (0, 41) for option in (64, 65, 96, 97, 128, 129)],  # netfilter
     *[("setsockopt", (3, 41, option), ALLOW) for option in (66, 67, 70, 72)],  # IPV6_RECVTCLASS, IPV6_TCLASS, ...
+    *[("setsockopt", (3, 41, option), EPERM) for option in (20, 27, 42, 46, HIGH | 20)],  # IPV6_JOIN_GROUP ...
+    *[("setsockopt", (3, 0, option), ALLOW) for option in (20, 27, 35, 42, 46)],
     *[("fadvise64", (3, 0, 0, advice), ALLOW) for advice in (0, 1, 2, 3, 5)],
     *[("fadvise64", (3, 0, 0, advice), EINVAL) for advice in (4, HIGH | 4)],  # POSIX_FADV_DONTNEED
     # PR_SCHED_CORE, PR_SET_MEMORY_MERGE, PR_SET_VMA
@@ -198,7 +200,7 @@ def test_child_has_what_it_needs_and_not_what_is_dangerous(programs: dict[str, b
 @pytest.mark.parametrize("profile", PACKAGED)
 def test_every_program_is_one_the_kernel_takes(programs: dict[str, bytes], profile: str) -> None:
     bpf.check(programs[profile])
-    assert len(programs[profile]) // 8 <= 225  # every child loads it
+    assert len(programs[profile]) // 8 <= 235  # every child loads it
 
 
 ANY_PROFILE = {
@@ -389,10 +391,10 @@ def holds_all(conditions: tuple[Condition, ...], args: tuple[int, ...]) -> bool:
     )
 
 
-@pytest.mark.parametrize(("profile", "instructions"), [("default", 217), ("strict", 222), ("permissive", 206)])
+@pytest.mark.parametrize(("profile", "instructions"), [("default", 224), ("strict", 231), ("permissive", 213)])
 def test_a_program_is_as_short_as_it_was_made(profile: str, instructions: int) -> None:
     """Each instruction costs every child 0.2 us at its launch. What cases have in common is asked once, and every load and mask
-    shared that leads to the same: without that they were 15 more. 27 came with what O24 to O30 try, 42 with O31 to O35.
+    shared that leads to the same: without that they were 15 more. 27 came with what O24 to O30 try, 49 with O31 to O35.
     """
     source = Path(packaged_path(profile)).read_bytes()
     assert len(seccomp_compile.compile_rules(parse_profile(source), "x86_64")) // 8 <= instructions

@@ -197,12 +197,14 @@ OWN: dict[str, dict[str, object]] = {
         "m=mmap.mmap(-1,8192)\nfor a in (20,21): deny(lambda:m.madvise(a),'EINVAL')",
     },
     "O32": {
-        "title": "kernel memory for access lists", "mechanism": "seccomp: no long extended attributes", "needs": ["seccomp"],
+        "title": "kernel memory for access lists, and groups of IPv6",
+        "mechanism": "seccomp: no long extended attributes, no IPV6_JOIN_GROUP", "needs": ["seccomp"],
         "source": "64 KiB for each list, two for a folder in tmpfs, charged to no group: 1 GB by 8190 folders",
         "code": "e=lambda t,i:struct.pack('<HHI',t,7,i)\n"
         "a=struct.pack('<I',2)+e(1,2**32-1)+e(2,os.getuid())*8000+b''.join(e(t,2**32-1) for t in (4,16,32))\n"
         "os.mkdir('/tmp/acl')\n"
-        "for n in ('access','default'): deny(lambda:os.setxattr('/tmp/acl','system.posix_acl_'+n,a),'ENOTSUP')",
+        "for n in ('access','default'): deny(lambda:os.setxattr('/tmp/acl','system.posix_acl_'+n,a),'ENOTSUP')\n"
+        "g=b'\\xff\\x02'+bytes(10)+b'test'; s=socket.socket(10,2); deny(lambda:s.setsockopt(41,20,g+struct.pack('i',1)),'EPERM')",
     },
     "O33": {
         "title": "have the kernel rewrite its code, and interrupt every core", "mechanism": "seccomp: no SO_TIMESTAMP, UDP_GRO",
