@@ -73,27 +73,63 @@ def shared(array: Any) -> Iterator[Callable[[], object]]:
 
 
 @contextmanager
-def result(array: Any, *, zero_copy: bool) -> Iterator[Callable[[], object]]:
+def holding(array: Any, **options: Any) -> Iterator[ProcessIsolator]:
+    """A child that has such an array as ``builtins.made``."""
     limits = Limits(memory=8 * array.nbytes + (1 << 30), result=array.nbytes + (1 << 20), cpus=None)
     site = [sysconfig.get_path("purelib")]
     size = len(array)
-    with ProcessIsolator.create(limits=limits, import_paths=site, zero_copy=zero_copy) as isolator:
 
-        def make() -> None:
-            import builtins
+    def make() -> None:
+        import builtins
 
-            import numpy
+        import numpy
 
-            builtins.made = numpy.ones(size)  # type: ignore[attr-defined]
+        builtins.made = numpy.ones(size)  # type: ignore[attr-defined]
 
-        def made() -> Any:
-            import builtins
-
-            return builtins.made  # type: ignore[attr-defined]
-
+    with ProcessIsolator.create(limits=limits, import_paths=site, callback_bytes=None, **options) as isolator:
         isolator.invoke(make)
+        yield isolator
+
+
+@contextmanager
+def result(array: Any, *, zero_copy: bool) -> Iterator[Callable[[], object]]:
+    def made() -> Any:
+        import builtins
+
+        return builtins.made  # type: ignore[attr-defined]
+
+    with holding(array, zero_copy=zero_copy) as isolator:
         isolator.invoke(made)
         yield lambda: isolator.invoke(made)
+
+
+@contextmanager
+def asked(array: Any) -> Iterator[Callable[[], object]]:
+    def ask() -> float:
+        import pihost
+
+        got = pihost.call_host("array")
+        return float(got[0]) + float(got[-1])
+
+    with holding(array) as isolator:
+        isolator.register_callback("array", lambda: array)
+        isolator.invoke(ask)
+        yield lambda: isolator.invoke(ask)
+
+
+@contextmanager
+def told(array: Any) -> Iterator[Callable[[], object]]:
+    def tell() -> Any:
+        import builtins
+
+        import pihost
+
+        return pihost.call_host("ends", builtins.made)  # type: ignore[attr-defined]
+
+    with holding(array) as isolator:
+        isolator.register_callback("ends", ends)
+        isolator.invoke(tell)
+        yield lambda: isolator.invoke(tell)
 
 
 def _echo_ends(pipe: Connection, out_of_band: bool) -> None:
@@ -145,6 +181,8 @@ def ways(array: Any) -> dict[str, Any]:
         "in an arena of its own": fresh(array),
         "back, copied once": result(array, zero_copy=False),
         "back, zero_copy": result(array, zero_copy=True),
+        "as a callback's answer": asked(array),
+        "as a callback's argument": told(array),
         "mp.Pipe, pickle 5 out of band": piped(array, out_of_band=True),
         "mp.Pipe": piped(array, out_of_band=False),
         "ProcessPoolExecutor": pooled(array),
