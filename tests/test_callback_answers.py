@@ -383,6 +383,17 @@ def test_the_bound_is_named(call: Callable[[], object]) -> None:
 
 
 @linux
+def test_names_count_as_they_are_written() -> None:
+    with ProcessIsolator.create(limits=Limits(result="1M")) as isolator:
+        pid = isolator.pid
+        for call in (lambda: ask("\u00e4" * 1_000_000), lambda: ask_raw("\u00e4" * 1_000_000, b"x")):
+            with pytest.raises(ValueError, match=r"\(Limits.result\)"):
+                isolator.invoke(call)
+        assert isolator.invoke(len, "abc") == 3
+        assert isolator.pid == pid
+
+
+@linux
 def test_large_text_of_calls_side_by_side_and_in_maps() -> None:
     def send(letter: str) -> int:
         return sum(ask("take", letter * 900_000) for _ in range(8))

@@ -80,6 +80,7 @@ OF_ENUMS = [
     ([Color.RED, Color.PAIR], list[Color]), ({"a": Color.PAIR}, dict[str, Color]), (Color.RED, Color | None),
     (None, Color | None), ((Color.RED, 5), tuple[Color, int]), ({Color.RED}, set[Color]),
     (Color.RED, typing.Annotated[Color, "any"]), (Color.PAIR, typing.Optional[Color]),  # noqa: UP045
+    ([Color.RED], list[Color] | int), (5, list[Color] | int), ({"a": Color.PAIR}, dict[str, Color] | str | None),
     ([[Color.RED]], typing.List[typing.Sequence[Color]]), ([Box(Color.PAIR)], list[Box[Color]]),  # noqa: UP006
 ]  # fmt: skip
 

@@ -68,10 +68,10 @@ class Host:
         name.encode()  # as the host will read it
         if len(parts) > wire.MAX_BUFFERS:
             raise ValueError(f"call_host_raw: {len(parts)} parts are more than {wire.MAX_BUFFERS}; join some")
-        views = [memoryview(part).cast("B") for part in parts]
-        if len(name) + sum(view.nbytes for view in views) > self._limit:
+        text, views = dump(name), [memoryview(part).cast("B") for part in parts]
+        if len(text) + sum(view.nbytes for view in views) > self._limit:
             raise self._too_large()
-        answer: bytes = self._ship(dump(name), views, wire.CALLBACK_RAW, wire.RAW_MAPPED)
+        answer: bytes = self._ship(text, views, wire.CALLBACK_RAW, wire.RAW_MAPPED)
         return answer
 
     def _too_large(self) -> ValueError:

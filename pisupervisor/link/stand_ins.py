@@ -110,10 +110,11 @@ def _is_union(origin: Any) -> bool:
 def _united(returns: Any, parts: tuple[Any, ...], built: tuple[Any, ...]) -> Any:
     from functools import reduce
     from operator import or_
+    from typing import get_origin
 
-    if len(set(built) - {type(None)}) > 1:
-        odd = next(part for part, new in zip(parts, built, strict=True) if part != new)
-        raise TypeError(f"in {named(returns)} there can be nothing but None beside {named(odd)}")
+    odd = [part for part, new in zip(parts, built, strict=True) if get_origin(new) in (Member, Table, Made)]
+    if odd and len(set(built) - {type(None)}) > 1:
+        raise TypeError(f"in {named(returns)} there can be nothing but None beside {named(odd[0])}")
     return reduce(or_, built)
 
 
