@@ -349,6 +349,7 @@ def test_what_is_no_descriptor(wrong: Any) -> None:
         Descriptor(wrong)
 
 
+@linux
 def test_too_many_at_once_are_refused() -> None:
     pipes = [os.pipe() for _ in range(33)]
     ends = [Descriptor(end) for pipe in pipes for end in pipe]
