@@ -72,7 +72,7 @@ def check_sight(options: IsolationOptions, root: bool, subordinate: bool) -> Non
 def words(limits: Limits, missing: Collection[str], kernel_counts: Collection[str]) -> dict[str, str]:
     """``Applied.how`` of each limit for which something stands in. ``kernel_counts``: those that an rlimit holds, too."""
     found = {}
-    looks = f"looked at every {EVERY:g} s ({_SELDOM:g} s where there are many processes)"
+    looks = f"looked at every {EVERY:g} s ({_SELDOM:g} s or more where there are many processes)"
     if "memory" in missing and limits.memory is not None:
         found["memory"] = (
             f"watched: memory and swap of all processes together, {looks}; the child is killed when over. RLIMIT_DATA"
