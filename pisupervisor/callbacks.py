@@ -80,23 +80,16 @@ class Callbacks:
         """The body of the answer to one request of the child; a Payload is a value that is more than its pickle. Raises
         ProtocolError for what no honest child sends.
         """
-        refusal = self._refusal(kind, body)  # before anything is decoded: that is what costs
-        if refusal is not None:
-            if kind in _MAPPED and arenas is not None:
-                with arenas().reading(body):
-                    pass  # not looked at, but the arena is the child's again
-            return _FAILED + refusal.encode()
         try:
-            if kind in _MAPPED and arenas is not None:
-                with arenas().reading(body) as (text, buffers):
-                    name, args, kwargs = _request(kind, text, buffers, self._reader)
-            else:
-                name, args, kwargs = _request(kind, *wire.unpack_value(body), self._reader)
+            asked = self._asked(kind, body, arenas)
         except wire.BadFrame as error:
             raise _unreadable(error) from None
         except SerializationError as error:  # no numpy here, a decoder of the application's that raised ...
             self._log("reading what a callback was called with", error)
             return _FAILED + b"the host cannot read these arguments"
+        if isinstance(asked, str):
+            return _FAILED + asked.encode()
+        name, args, kwargs = asked
         if name == IMPORT and self._modules is not None and kind in _BYTES:
             return self._source(args)
         entry = self._functions.get(name)
@@ -109,6 +102,15 @@ class Callbacks:
         except Exception as error:
             self._log(f"the callback {name!r}", error)
             return _FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
+
+    def _asked(
+        self, kind: int, body: bytes, arenas: Callable[[], Arenas] | None
+    ) -> str | tuple[str, list[Any], dict[str, Any]]:
+        """The request, or why it is refused: that is seen before anything is decoded, which is what costs."""
+        if kind not in _MAPPED or arenas is None:
+            return self._refusal(kind, body) or _request(kind, *wire.unpack_value(body), self._reader)
+        with arenas().reading(body) as (text, buffers):  # so much is there: for a lie all later calls would pay
+            return self._refusal(kind, body) or _request(kind, text, buffers, self._reader)
 
     def _told_value(self, value: Any) -> bytes | Payload:
         payload = self._dump(value)

@@ -273,6 +273,23 @@ def test_H11_no_descriptor_can_be_sent_to_the_host(isolator: ProcessIsolator) ->
     assert isinstance(attack(isolator, code), PermissionError)
 
 
+def test_a_lie_about_a_callbacks_size_is_not_held_against_the_next_child(isolator: ProcessIsolator) -> None:
+    """``callback_bytes`` are paid for afterwards: by who has been given a hundred billion years to do so, never."""
+    code = """
+text = b'"now"'
+send(frame(76, ident(), struct.pack("<QII", 1, len(text), 1000) + struct.pack("<1000Q", *[1 << 62] * 1000) + text))
+time.sleep(100)
+"""
+
+    def ask() -> object:
+        import pihost
+
+        return pihost.call_host("now")
+
+    breaks_the_protocol(isolator, code, "an arena that is not there")
+    assert isinstance(isolator.invoke(ask), float)
+
+
 def test_a_callback_in_each_arena_that_an_answer_is_to_come_in(isolator: ProcessIsolator) -> None:
     """A large answer of a callback has the host ask the child to take memory for it; the child asks for the next one first."""
     code = """
