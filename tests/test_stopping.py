@@ -126,6 +126,22 @@ def test_an_exit_that_takes_too_long_is_a_kill(plugin: Path) -> None:
         assert "0.2 s after exit(enough)" in info.message
 
 
+def ask(name: str) -> object:
+    import pihost
+
+    return pihost.call_host(name)
+
+
+def test_exit_does_not_wait_for_what_nobody_waits_for() -> None:
+    """Calls of a map that ask the host something, and whose results are taken no more."""
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.register_callback("one", lambda: 1)
+        results = isolator.map(ask, ["one"] * 50)
+        assert next(results) == 1
+        info = isolator.exit("enough")
+        assert (info.exit_code, info.reason, info.message) == (0, ExitReason.EXITED, "enough")
+
+
 def test_exit_waits_for_the_call_under_way() -> None:
     with nothing_left(), ProcessIsolator.create() as isolator:
         future = isolator.submit(_sleep_and_answer, 0.3)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     Frame = tuple[int, int, bytes]
 
+_NO_ANSWER = "the host lets this child end, and answers no more"
 _NOT_THIS_THREAD = "the host can be called only by the thread that runs the call, and in no fork of it"
 VALUE, RAW, FAILED, UNKNOWN, ATTACHED = 0, 1, 2, 3, 4  # the first byte of an answer
 
@@ -48,6 +49,7 @@ class Host:
         self.waiting: dict[int, Any] = {}  # by the call that waits: where its answer is to be left
         self._roomed = -1  # the call that was given room, until its next question is answered: it gets no more
         self.call_id = 0  # of the call that is worked on: an answer is to that, and none between two calls
+        self._is_leaving = False  # told to end while something waited: nobody answers any more
         self._later: list[tuple[Frame, list[int]]] = []  # for a call within which this one was made: it waits, too
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -101,6 +103,8 @@ class Host:
 
     def _ask(self, kind: int, parts: list[Any]) -> Any:
         self._check_owner()
+        if self._is_leaving:
+            raise HostError(_NO_ANSWER)
         own = self.call_id
         self.waiting[own] = self._inbox
         self._link.send(kind, own, parts)
@@ -112,6 +116,9 @@ class Host:
                 return frame[2] if kind == wire.ROOM else _understand(frame[2], self._inbox.take_fds())
             if frame[0] == wire.CALL or frame[0] == wire.EXIT:
                 self._link.postpone(frame)
+                if frame[0] == wire.EXIT:
+                    self._is_leaving = True
+                    raise HostError(_NO_ANSWER)
                 continue
             self._serve_one(frame)
             self.call_id = own
