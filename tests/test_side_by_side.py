@@ -343,6 +343,28 @@ def test_a_captured_call_from_a_callback_that_waits_too_long() -> None:
         assert isolator.pid == pid
 
 
+def ask_for_outputs(word: str) -> Any:
+    import pihost
+
+    return pihost.call_host("outputs", word)
+
+
+def test_captured_calls_from_callbacks_of_maps_hold_nobody_up() -> None:
+    """Who captures may wait for a callback of a map that another thread is in, and which captures, too."""
+    with ProcessIsolator.create(max_concurrency=3, call_timeout=20) as isolator:
+        isolator.register_callback("output", lambda word: isolator.execute(len, word).value)
+        isolator.register_callback("outputs", lambda word: list(isolator.map(ask_for_output, [word] * 4)))
+
+        def plain() -> list[Any]:
+            return [list(isolator.map(ask_for_outputs, ["plain"] * 3)) for _ in range(5)]
+
+        def captured() -> list[Any]:
+            return [isolator.execute(ask_for_outputs, "captured").value for _ in range(15)]
+
+        results = at_once(plain, captured, plain, captured)
+        assert results == [[[[5] * 4] * 3] * 5, [[8] * 4] * 15] * 2
+
+
 def test_a_flood_of_output_beside_plain_calls() -> None:
     def write() -> None:
         import os

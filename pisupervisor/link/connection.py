@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 import time
 
 from pihost import wire
@@ -58,6 +59,7 @@ class Connection(Answers):
         self.released: list[int] = []  # objects that nobody holds any more
         self.streams: set[int] = set()  # generators that somebody holds, and which are not over
         self._stdio, self._displaced = stdio, False
+        self._restoring = threading.RLock()
         self._outputs: list[Output] = []  # of the calls under way that are captured, the innermost last
         self._idents: list[int] = []
 
@@ -175,7 +177,8 @@ class Connection(Answers):
             error.written = captured.written()
             raise
         finally:
-            self._outputs.pop()
+            with self._restoring:
+                self._outputs.remove(captured)
             self._displaced = True
         captured.drain()
         if request.within or self._leader is not None:  # somebody goes on at once
@@ -198,16 +201,23 @@ class Connection(Answers):
         self._restore_stdio(deadline)
 
     def _restore_stdio(self, deadline: float | None) -> None:
-        stdio = self._outputs[-1].writers if self._outputs else self._stdio
-        if self._displaced and stdio:
-            self._displaced = False
-            self.send(wire.STDIO, bytes((len(stdio),)), stdio, deadline)
+        if not self._displaced:
+            return
+        with self._restoring:  # what is sent is open until it has been
+            stdio = self._outputs[-1].writers if self._outputs else self._stdio
+            if stdio:
+                self._displaced = False
+                self.send(wire.STDIO, bytes((len(stdio),)), stdio, deadline)
 
     def _release(self, deadline: float | None) -> None:
         numbers = self.released[:]
         if numbers:
             del self.released[: len(numbers)]  # others may have added some since
             self.send(wire.RELEASE, struct.pack(f"<{len(numbers)}Q", *numbers), deadline=deadline)
+
+    def has_a_map(self) -> bool:
+        """Whether calls of one are under way, whose callbacks may run in any thread that waits."""
+        return any(pending.of_map for pending in [*self.calls.values()])
 
     def is_wanted(self) -> bool:
         """Whether somebody may still ask for what comes of a call, or for the next item of a stream."""

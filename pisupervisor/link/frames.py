@@ -146,6 +146,7 @@ class Pending:
 
     def __init__(self, ident: int, largest: int, bell: Ringing | None = None, *, owned: bool = True) -> None:
         self.ident, self._largest, self.bell, self.owned = ident, largest, bell, owned
+        self.of_map = not owned
 
     @property
     def is_answered(self) -> bool:

@@ -54,6 +54,7 @@ if TYPE_CHECKING:
 
 _loop_callers = itertools.count(-1, -1)  # keys of calls that no thread makes
 _NOT_ASKED = Usage()
+_SLICE = 0.05  # seconds
 _NOT_WANTED = "the call was cancelled before it ran"
 
 
@@ -231,7 +232,7 @@ class Session:
             call = call._replace(deadline=outer.deadline, limit=outer.limit)
         if len(under_way) > self.options.callback_depth:
             raise CallError(f"callbacks and calls are nested more than {self.options.callback_depth} deep")
-        has_risen = call.capture and self._rise(call.deadline)
+        has_risen = call.capture and self._rise(call.deadline, connection)
         try:
             return self._attempt(call, child, connection, caller, way)
         except LinkClosed as gone:
@@ -241,14 +242,19 @@ class Session:
             if has_risen:
                 self.keeper.turn.sink()
 
-    def _rise(self, deadline: float | None) -> bool:
-        """Before a captured call within another: whether the place for such calls was to be had, and is to be given back."""
-        turn = self.keeper.turn
+    def _rise(self, deadline: float | None, connection: Connection) -> bool:
+        """Before a captured call within another: whether the place for such calls was to be had, and is to be given back. While
+        a map is under way nobody waits for it: who has it may wait for a callback of that which this thread is in.
+        """
+        turn, ends = self.keeper.turn, float("inf") if deadline is None else deadline
         if self.options.max_concurrency == 1 or turn.is_my_captured():
             return False
-        if not turn.rise(None if deadline is None else max(0.0, deadline - time.monotonic())):
-            raise CallTimeout("other calls that capture their output were still running at the deadline")
-        return True
+        while not connection.has_a_map():
+            if turn.rise(max(0.0, min(_SLICE, ends - time.monotonic()))):
+                return True
+            if time.monotonic() >= ends:
+                raise CallTimeout("other calls that capture their output were still running at the deadline")
+        return False
 
     # --- one try ----------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class Turn:
             raise
         return not self.give_up(ticket, unless_admitted=True)
 
-    def rise(self, timeout: float | None) -> bool:
+    def rise(self, timeout: float) -> bool:
         """In a callback of a plain call: for a call within that, which captures its output, until ``sink``. False when that was
         not to be had in time.
         """
@@ -71,7 +71,7 @@ class Turn:
                 return True
             self.rules.rising.append(ticket)
         try:
-            bell.wait(None if timeout is None else time.monotonic() + timeout)
+            bell.wait(time.monotonic() + timeout)
         finally:
             with self._lock:
                 has_risen = ticket not in self.rules.rising
