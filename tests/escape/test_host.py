@@ -498,7 +498,8 @@ def test_H17_callbacks_within_callbacks() -> None:
 SIDE_BY_SIDE = [
     "send(HEADER.pack(0x5149, 1, RESULT, 1, 0xFFFFFFFF))", "send(b'garbage' * 100)", "send(HEADER.pack(0x5149, 1, RESULT, 1, 0))",
     "send(frame(RESULT, 999, value(b'1')))", "send(frame(READY, 0, b'1'))", "send(frame(2, 0, b'1'))", "send(frame(70, 2**64 - 1, b'x'))",
-    "link = socket.socket(fileno=os.dup(3)); socket.send_fds(link, [b'x'], [1] * 253); send(b'?' * 99)",
+    "link = socket.socket(fileno=os.dup(3))\ntry:\n socket.send_fds(link, [b'x'], [1] * 253)\nexcept PermissionError:\n pass\n"
+    "send(b'?' * 99)",  # from Linux 6.16 on the host takes no descriptors
     "socket.socket(fileno=os.dup(3)).shutdown(socket.SHUT_WR)",
 ]  # fmt: skip
 
