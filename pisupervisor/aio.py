@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -308,8 +308,11 @@ class AsyncProcessIsolator(AsyncControl):
         if text is not None and error is None:
             return value if short.call.returns is None else build(value, short.call.returns)
         self._close_link()  # from here on a thread reads
+        finishing = self._rest.add(copy_context().run, (session.finish, short, error), {})
         try:
-            done = await run_here(self._rest, session.finish, short, error)
+            done = await asyncio.shield(
+                asyncio.wrap_future(finishing)
+            )  # it gives the turn back, whatever becomes of this
         except (asyncio.CancelledError, GeneratorExit):
             _kill(short.child)
             raise

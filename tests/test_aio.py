@@ -36,6 +36,7 @@ from pisupervisor import (
 from pisupervisor.events import Event
 from pisupervisor.supervise.aio_link import LoopLink
 from pisupervisor.supervise.keeper import Keeper
+from pisupervisor.worker import Line
 
 pytestmark = linux
 
@@ -828,3 +829,25 @@ def test_what_is_forgotten_leaves_nothing_behind(plugin: Path) -> None:
         gc.collect()
         assert wait_until(lambda: not [t for t in threading.enumerate() if t.name.startswith("pisupervisor")])
         assert wait_until(lambda: open_fds() == before)
+
+
+def test_a_call_that_is_cancelled_while_its_thread_is_waited_for_gives_its_turn_back(tmp_path: Path) -> None:
+    """The loop has begun it; what comes of it is for a thread, which is busy. All later calls waited for ever."""
+    path = write(tmp_path, "plugin.py", "def some(n):\n    return bytes(n)\n")
+    busy = threading.Event()
+
+    async def main() -> Any:
+        async with AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+            await isolator.invoke_method(path, "some", 1)
+            isolator._rest = Line("rest", None, 1)
+            isolator._rest.add(busy.wait, (), {})
+            task = isolator.submit_call(isolator.invoke_method, path, "some", 5000)
+            await asyncio.sleep(0.3)
+            assert not task.done()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            busy.set()
+            return await asyncio.wait_for(isolator.invoke_method(path, "some", 3), 20)
+
+    assert asyncio.run(main()) == bytes(3)
