@@ -371,9 +371,13 @@ def test_idle_time_does_not_end_what_is_under_way() -> None:
 
 def test_what_nobody_wants_any_more_keeps_no_child() -> None:
     """Its answers are read with the next call, and there is none."""
-    with ProcessIsolator.create(idle_timeout=0.2, restart=AT_ONCE) as made, made.map(double, range(200)) as results:
+    with ProcessIsolator.create(idle_timeout=0.2, restart=AT_ONCE) as made:
+        results = made.map(lambda x: time.sleep(0.02) or x, range(200), in_flight=8)
         assert next(results) == 0
         results.close()
+        link = made._keeper.connection
+        assert link is not None
+        assert link.calls, "answers that nobody reads"
         assert wait_until(lambda: made.pid is None, 3)
         assert made.invoke(double, 4) == 8
 
