@@ -683,7 +683,7 @@ def test_what_lies_in_an_arena_counts_for_a_callback() -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("wire.pack_mapped(77, text, [8])", "not there or too small"), ("[b'x']", "cannot be read"),
+        ("wire.pack_mapped(77, text, [8])", "not there or too small"), ("[b'x']", "without its counts"),
         ("wire.pack_mapped(number, text, [1 << 40])", "not there or too small"),
         ("wire.pack_mapped(number, text, [8])", "has made 0 bytes"),
     ],
