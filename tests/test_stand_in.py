@@ -202,6 +202,14 @@ PRELUDE = f"""
                 return [type(error).__name__, error.exit_info.reason.value, str(error)]
             except CallTimeout:
                 return "timeout"
+    def ends_of_forks(seconds):
+        pids = []
+        for _ in range(8):
+            pids.append(os.fork())
+            if pids[-1] == 0:
+                time.sleep(seconds)
+                os._exit(0)
+        return [os.waitpid(pid, 0)[1] for pid in pids]
     def tell(**facts): print(json.dumps(facts, default=str))
 """
 
@@ -323,14 +331,8 @@ class TestOthers:
     def test_what_is_shared_counts_once(self, ordinary_user: OrdinaryUser) -> None:
         source = """
             def share():
-                import os, time
-                kept, pids = bytearray(b"x") * (40 << 20), []
-                for _ in range(8):
-                    pids.append(os.fork())
-                    if pids[-1] == 0:
-                        time.sleep(1)
-                        os._exit(0)
-                return [os.waitpid(pid, 0)[1] for pid in pids]
+                kept = bytearray(b"x") * (40 << 20)
+                return ends_of_forks(1)
             tell(got=outcome(share, memory="96M"))
         """
         assert run(ordinary_user, source)["got"] == [0] * 8
@@ -339,17 +341,12 @@ class TestOthers:
         """More than are looked at one by one; what they hold is known all the same."""
         source = """
             def share():
-                import mmap, os, time
-                kept, pids, places = bytearray(b"x") * (40 << 20), [], [mmap.mmap(-1, 4096, 34) for _ in range(12000)]
+                import mmap
+                kept, places = bytearray(b"x") * (40 << 20), [mmap.mmap(-1, 4096, 34) for _ in range(12000)]
                 for number, place in enumerate(places):
                     if number % 2:
                         place.close()
-                for _ in range(8):
-                    pids.append(os.fork())
-                    if pids[-1] == 0:
-                        time.sleep(2)
-                        os._exit(0)
-                return [os.waitpid(pid, 0)[1] for pid in pids]
+                return ends_of_forks(2)
             tell(got=outcome(share, memory="112M"))
         """
         assert run(ordinary_user, source)["got"] == [0] * 8

@@ -7,6 +7,7 @@ from __future__ import annotations
 import select
 import threading
 import time
+from abc import abstractmethod
 
 from pihost import wire
 from pisupervisor.errors import ProtocolError
@@ -273,11 +274,11 @@ class Answers(Channel):
             raise DeadlinePassed
         return said
 
+    @abstractmethod
     def attach(self, payload: Payload, deadline: float | None, chain: list[int]) -> tuple[bytes, tuple[int, ...]]:
         """(answer, descriptors) of the innermost callback of that chain, where it is more than bytes: for who can call the
         child for it.
         """
-        raise NotImplementedError
 
     def _begin_overtime(self, deadline: float | None) -> Overtime | None:
         if deadline is None or self._kill_late is None:
