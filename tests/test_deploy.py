@@ -61,9 +61,9 @@ def test_the_units_delegate() -> None:
     assert "\nDelegate=cpu cpuset io memory pids\n" in (DEPLOY / "user-delegate.conf").read_text()
 
 
-def test_the_readme_names_every_file() -> None:
-    readme = (TOP / "README.md").read_text()
-    assert [path.name for path in DEPLOY.iterdir() if f"`{path.name}`" not in readme] == []
+def test_the_document_names_every_file() -> None:
+    document = (TOP / "docs/deployment.md").read_text()
+    assert [path.name for path in DEPLOY.iterdir() if f"`{path.name}`" not in document] == []
 
 
 @pytest.mark.bed

@@ -1,4 +1,4 @@
-"""Everything the README shows runs as printed."""
+"""Everything that README.md and docs/guide.md show runs as printed."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+TOP = Path(__file__).parents[1]
+README, GUIDE = ((TOP / name).read_text() for name in ("README.md", "docs/guide.md"))
+BLOCKS = re.findall(r"```python\n(.*?)```", README + GUIDE, re.DOTALL)
 PROGRAMS = [block for block in BLOCKS if block.startswith("# run\n")]
-COMMANDS = re.findall(r"^\$ pisupervisor ((?:run|learn) .*)$", README, re.MULTILINE)
+COMMANDS = re.findall(r"^\$ pisupervisor ((?:run|learn) .*)$", README + GUIDE, re.MULTILINE)
 
 
 def plugin_folder(folder: Path) -> Path:
@@ -22,7 +23,7 @@ def plugin_folder(folder: Path) -> Path:
     return folder
 
 
-def test_the_readme_has_programs_and_commands() -> None:
+def test_there_are_programs_and_commands() -> None:
     assert len(PROGRAMS) == 9
     assert len(COMMANDS) == 2
     assert all(block.startswith(("# run\n", "# file: ")) for block in BLOCKS), "a block that no test runs"
@@ -53,10 +54,22 @@ def test_command_runs_as_printed(command: str, tmp_path: Path) -> None:
     assert "0123456789" in done.stdout + done.stderr
 
 
+def test_the_readme_names_every_document() -> None:
+    assert [path.name for path in (TOP / "docs").iterdir() if f"`docs/{path.name}`" not in README] == []
+
+
+def test_the_guide_links_to_chapters_that_it_has() -> None:
+    chapters = {
+        re.sub(r"[^a-z -]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^## (.*)$", GUIDE, re.MULTILINE)
+    }
+    assert set(re.findall(r"\(#([^)]*)\)", GUIDE)) == chapters
+
+
 def test_numbers_of_the_profile_are_those_of_the_readme() -> None:
     import json
 
-    profile = json.loads((Path(__file__).parents[1] / "seccomp_profiles" / "default.json").read_text())
+    profile = json.loads((TOP / "seccomp_profiles" / "default.json").read_text())
     allowed = {name for rule in profile["syscalls"] if rule["action"] == "SCMP_ACT_ALLOW" for name in rule["names"]}
     said = re.search(r"about (\d+) of 470", README)
     assert said is not None
