@@ -50,10 +50,10 @@ ARENA_HEADER, ARENA_ALIGN = 4096, 64
 FREE, LENT = 0, 1
 BIG = 1 << 17  #: bytes; what is smaller goes over the socket
 MAX_DESCRIPTORS = 64  #: with one call
+VALUE, RAW, FAILED, UNKNOWN, ATTACHED = b"\0", b"\1", b"\2", b"\3", b"\4"  #: what the answer to a callback begins with
 
 _COUNTS = struct.Struct("<II")
-_NUMBER = struct.Struct("<Q")
-OUTER = struct.Struct("<Q")  #: what the body of INNER begins with
+_NUMBER = OUTER = struct.Struct("<Q")  #: OUTER is what the body of INNER begins with
 HEAD = struct.Struct("<I")  #: what a call begins with: the length of its head's pickle; that of its arguments follows
 
 

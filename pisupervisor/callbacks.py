@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     Dump = Callable[[Any], bytes | Payload]
 
-_VALUE, _RAW, _FAILED, _UNKNOWN = b"\0", b"\1", b"\2", b"\3"
 _MAPPED = (wire.CALLBACK_MAPPED, wire.RAW_MAPPED)  # what it is about lies in an arena
 _BYTES = (wire.CALLBACK_RAW, wire.RAW_MAPPED)  # bytes in, bytes out
 IMPORT = "\0import"  # see pihost.inside.asking
@@ -86,22 +85,22 @@ class Callbacks:
             raise _unreadable(error) from None
         except SerializationError as error:  # no numpy here, a decoder of the application's that raised ...
             self._log("reading what a callback was called with", error)
-            return _FAILED + b"the host cannot read these arguments"
+            return wire.FAILED + b"the host cannot read these arguments"
         if isinstance(asked, str):
-            return _FAILED + asked.encode()
+            return wire.FAILED + asked.encode()
         name, args, kwargs = asked
         if name == IMPORT and self._modules is not None and kind in _BYTES:
             return self._source(args)
         entry = self._functions.get(name)
         if entry is None:
-            return _UNKNOWN + f"the host has registered no function {name[:200]!r}".encode("utf-8", "replace")
+            return wire.UNKNOWN + f"the host has registered no function {name[:200]!r}".encode("utf-8", "replace")
         function, expose_errors = entry
         try:
             value = function(*args, **kwargs)
             return self._told_bytes(value) if kind in _BYTES else self._told_value(value)
         except Exception as error:
             self._log(f"the callback {name!r}", error)
-            return _FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
+            return wire.FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
 
     def _asked(
         self, kind: int, body: bytes, arenas: Callable[[], Arenas] | None
@@ -114,13 +113,13 @@ class Callbacks:
 
     def _told_value(self, value: Any) -> bytes | Payload:
         payload = self._dump(value)
-        return _VALUE + payload if type(payload) is bytes else payload
+        return wire.VALUE + payload if type(payload) is bytes else payload
 
     def _told_bytes(self, value: Any) -> bytes | Payload:
         if not isinstance(value, (bytes, bytearray, memoryview)):
             raise TypeError(f"a function called by call_host_raw must return bytes, not {type(value).__name__}")
         raw = bytes(value)
-        return _RAW + raw if len(raw) < wire.BIG else self._told_value(raw)
+        return wire.RAW + raw if len(raw) < wire.BIG else self._told_value(raw)
 
     def _refusal(self, kind: int, body: bytes) -> str | None:
         """Why a request is not even read. Raises ProtocolError."""
@@ -138,11 +137,11 @@ class Callbacks:
             found = self._modules.answer(args[0])
         except Exception as error:
             self._log("a module loader", error)
-            return _FAILED + b"the host's loader failed"
+            return wire.FAILED + b"the host's loader failed"
         if found is None:
-            return _UNKNOWN + b"no loader has it"
+            return wire.UNKNOWN + b"no loader has it"
         self._bytes.spend(len(found))  # which the host read for it, and may have unpacked
-        return _RAW + found
+        return wire.RAW + found
 
     def _log(self, what: str, error: Exception) -> None:
         """Whole, but not for ever: a child may fail a callback ten thousand times a second, and choose what it says."""

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _NO_ANSWER = "the host lets this child end, and answers no more"
 _NOT_THIS_THREAD = "the host can be called only by the thread that runs the call, and in no fork of it"
-VALUE, RAW, FAILED, UNKNOWN, ATTACHED = 0, 1, 2, 3, 4  # the first byte of an answer
 
 
 class HostError(Exception):
@@ -154,19 +153,19 @@ def _check_name(name: str) -> None:
 
 def _understand(body: bytes, fds: list[int]) -> Any:
     """The value is the one argument of a call that has no function."""
-    kind, content = body[0], body[1:]
-    if kind == RAW:
+    kind, content = body[:1], body[1:]
+    if kind == wire.RAW:
         return content
-    if kind == VALUE:
+    if kind == wire.VALUE:
         return loads(content)[0][0]
-    if kind == ATTACHED:
+    if kind == wire.ATTACHED:
         from pihost.inside import attached
 
         parts = _pickle.loads(content)
         with attached.Call((parts,), fds):
             return attached.load(*parts)[0][0]
     text = content.decode()
-    raise UnknownCallback(text) if kind == UNKNOWN else HostError(text)
+    raise UnknownCallback(text) if kind == wire.UNKNOWN else HostError(text)
 
 
 loads: Callable[..., Any] = _pickle.loads  # of what the host sends; where calls run side by side, that of ``threads``

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from pisupervisor.shared import SharedMemory
 
 
-_ATTACHED = b"\4"  # see pihost.inside.callbacks
 _DEEP = 16  # callbacks of one thread, one in the other
 _NOT_CALLED = -1
 _ARROW = frozenset(("pandas", "pyarrow"))  # where classes of what can go in Arrow's format are
@@ -111,7 +110,7 @@ def answer(
     """
     within = chain[-1] if len(chain) <= _DEEP else _NOT_CALLED
     packed, fds = _packed(payload, connection, deadline, within, insist=False)
-    return _ATTACHED + dumps(packed, 5), fds
+    return wire.ATTACHED + dumps(packed, 5), fds
 
 
 def _packed(
