@@ -85,13 +85,15 @@ class FeatureUnavailable(IsolationError):
 
 
 class LaunchError(IsolationError):
-    """A step of the launch failed: ``step`` names it, ``errno`` is the kernel's word (None if there was none)."""
+    """A step of the launch failed: ``step`` names it, ``errno`` is the kernel's word (None if there was none), ``remedy`` says
+    what to do.
+    """
 
-    def __init__(self, message: str, *, step: str, errno: int | None = None, remedy: str | None = None) -> None:
+    def __init__(self, message: str, *, step: str, errno: int | None = None, remedy: str) -> None:
         self.step = step
         self.errno = errno
         self.remedy = remedy
-        super().__init__(f"launch failed at step '{step}': {message}" + (f"\n  remedy: {remedy}" if remedy else ""))
+        super().__init__(f"launch failed at step '{step}': {message}\n  remedy: {remedy}")
 
 
 class ChildTerminated(IsolationError):

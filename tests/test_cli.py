@@ -458,7 +458,7 @@ def test_split_code_prefers_a_file_with_a_colon(tmp_path: Path) -> None:
     ("error", "code"),
     [
         (errors.FeatureUnavailable("no", feature="landlock", remedy="boot"), 126),
-        (errors.LaunchError("no", step="clone"), 126), (errors.OptionsError("no"), 2),
+        (errors.LaunchError("no", step="clone", remedy="none"), 126), (errors.OptionsError("no"), 2),
         (errors.ProfileError("no"), 2), (errors.TargetNotFound("no"), 127), (errors.CallTimeout("no"), 124),
         (errors.CompileError("no"), 1), (errors.SerializationError("no", direction="from child"), 1),
         (errors.RemoteError("KeyError", "no"), 1), (errors.IsolatorClosed("no"), 1),

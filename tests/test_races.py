@@ -570,7 +570,7 @@ def test_a_launch_that_fails_where_none_will_follow(monkeypatch: pytest.MonkeyPa
 
 
 def _refuse(*_arguments: object, **_more: object) -> None:
-    raise LaunchError("refused", step="cgroup", errno=errno.ENOSPC)
+    raise LaunchError("refused", step="cgroup", errno=errno.ENOSPC, remedy="none")
 
 
 # --- want of everything ----------------------------------------------------------------------------------------------

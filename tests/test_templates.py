@@ -306,7 +306,9 @@ def test_the_group_of_a_launch_that_failed_is_not_kept(monkeypatch: pytest.Monke
     features.need("v1", "limits")
     with nothing_left(), ProcessIsolator.create() as keeper:
         with monkeypatch.context() as patch:
-            patch.setattr(attest, "verify", lambda *_, **__: (_ for _ in ()).throw(LaunchError("no", step="walls")))
+            patch.setattr(
+                attest, "verify", lambda *_, **__: (_ for _ in ()).throw(LaunchError("no", step="walls", remedy="none"))
+            )
             with pytest.raises(LaunchError):
                 ProcessIsolator.create()
         assert keeper._keeper.template.free_group is None

@@ -24,7 +24,7 @@ _STEPS_OF = {
     "capabilities": ("bounding set",), "seccomp": ("no_new_privs",), "mount": ("mount table", "mounts"),
 }  # fmt: skip
 _FIELDS = ("Uid:", "Groups:", "Cap", "NoNewPrivs:", "Seccomp")
-_REMEDY = "this is a defect or an attack: report it with the kernel's version"
+REMEDY = "this is a defect or an attack: report it with the kernel's version"
 
 
 class Readings(NamedTuple):
@@ -52,7 +52,7 @@ def read(pid: int, host_links: dict[str, str]) -> Readings:
         return Readings(fields, read_links(pid), host_links, uid_map, mounts, own_proc, cgroup)
     except OSError as error:
         raise LaunchError(
-            f"cannot read the child back: {error}", step="attest", errno=error.errno, remedy=_REMEDY
+            f"cannot read the child back: {error}", step="attest", errno=error.errno, remedy=REMEDY
         ) from error
 
 
@@ -90,7 +90,7 @@ def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, fi
     for name, entry in applied.items():
         lacking = not entry.holds and entry.asked is not None and entry.asked is not False  # swap=0 is asked for
         if lacking and name not in options.degrade and not _left_out(name, plan):
-            raise LaunchError(f"{name} was planned but does not hold ({entry.detail})", step="attest", remedy=_REMEDY)
+            raise LaunchError(f"{name} was planned but does not hold ({entry.detail})", step="attest", remedy=REMEDY)
     return applied
 
 
@@ -182,7 +182,7 @@ def _check_group(cgroup: str, places: Mapping[str, str]) -> None:
     for controller, place in places.items():
         if os.path.basename(groups.get(controller, "")) != os.path.basename(place):
             found = groups.get(controller, "none")
-            raise LaunchError(f"the child is not in its group {place}, but in {found}", step="attest", remedy=_REMEDY)
+            raise LaunchError(f"the child is not in its group {place}, but in {found}", step="attest", remedy=REMEDY)
 
 
 def _check_ids(plan: ChildPlan, readings: Readings, shift: int) -> None:
@@ -190,10 +190,10 @@ def _check_ids(plan: ChildPlan, readings: Readings, shift: int) -> None:
         return
     inner, outer, count = plan.uid_map.split()
     if readings.uid_map.split() != [inner, str(int(outer) + shift), count] and outer != "0":
-        raise LaunchError(f"the id map is {readings.uid_map!r}", step="attest", remedy=_REMEDY)
+        raise LaunchError(f"the id map is {readings.uid_map!r}", step="attest", remedy=REMEDY)
     outside = readings.status.get("Uid", "0").split()
     if "0" in outside:
-        raise LaunchError(f"the child is root outside: {outside}", step="attest", remedy=_REMEDY)
+        raise LaunchError(f"the child is root outside: {outside}", step="attest", remedy=REMEDY)
     groups = readings.status.get("Groups", "").split()
     if groups and plan.uid_map.split()[1] != "0":  # a child with its user's own id has the user's groups
-        raise LaunchError(f"the child has groups: {groups}", step="attest", remedy=_REMEDY)
+        raise LaunchError(f"the child has groups: {groups}", step="attest", remedy=REMEDY)

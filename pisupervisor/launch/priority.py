@@ -29,7 +29,8 @@ def shed(pid: int) -> None:
         pass  # it has ended, and the first launch will say why
     except OSError as error:
         why = f"the zygote keeps the application's: {error.strerror}"
-        raise LaunchError(why, step=step, errno=error.errno) from error
+        remedy = "start the application without it (chrt, nice, ionice; OOMScoreAdjust= of its unit), or as root"
+        raise LaunchError(why, step=step, errno=error.errno, remedy=remedy) from error
 
 
 def _be_killable(path: str) -> None:

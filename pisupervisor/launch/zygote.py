@@ -32,14 +32,6 @@ _GRACE = 2.0  # seconds to hear why it ended
 _UNSHARE_GRACE = 30.0  # seconds for an interpreter to start and make its user namespace, as start_timeout by default
 _ROOM_GRACE = 0.02  # seconds to have room for a request: a zygote that is busy, or stopped, must not hold its host
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
-_PRELOAD_FOUND = "a preloaded module must be importable in the child: name its folder in import_paths"
-_PRELOAD_IMPORTED = "it must be fit to be forked, in one thread and before there is a child: else import it in on_start"
-_REMEDIES = {
-    "clone": "raise user.max_user_namespaces and the other user.max_*_namespaces, or the pids limit of this session",
-    "interpreter": "the interpreter must run from its own folder and /usr alone; try python='/usr/bin/python3'",
-    "layer": "this kernel does not take that folder as a layer of an overlay: show it with read_only instead of frozen",
-    "stdio": "if AppArmor confines the application: its profile must say attach_disconnected, as Docker's and Podman's do",
-}
 
 
 class Zygote:
@@ -67,7 +59,10 @@ class Zygote:
                 _end_unseen(self.pid)
             if not isinstance(error, OSError):
                 raise
-            raise LaunchError(f"{python} does not start: {error.strerror}", step="zygote", errno=error.errno) from error
+            from pisupervisor.launch import remedies
+
+            why, remedy = f"{python} does not start: {error.strerror}", remedies.of_start(python, error.errno)
+            raise LaunchError(why, step="zygote", errno=error.errno, remedy=remedy) from error
         finally:
             theirs.close()
             lifeline_theirs.close()
@@ -182,33 +177,25 @@ def failure(message: dict[str, Any]) -> LaunchError:
     """A reported step as an error. The sender is trusted code, but beside user code: only text and a number are taken."""
     step, number = str(message.get("failed"))[:200], message.get("errno")
     detail = str(message.get("detail"))[:2000]
-    remedy = next((text for name, text in _REMEDIES.items() if step.startswith(name)), None)
-    if step == "namespaces" or number in (errno.EPERM, errno.EACCES, errno.ENOSYS):
-        from pisupervisor.launch import userns  # only to explain a failure
+    from pisupervisor.launch import remedies
 
-        remedy = userns.remedy_for(step, number, detail, userns.situation()) or remedy
-    if step.startswith("preload"):
-        remedy = _PRELOAD_FOUND if "ModuleNotFoundError" in detail else _PRELOAD_IMPORTED
-    if number == errno.EROFS and step.startswith(("bind", "mounts")):
-        remedy = (
-            "a place in the child must be there already where it lies in what is read-only; choose one outside of that"
-        )
     return LaunchError(
         detail,
         step=step,
         errno=number if isinstance(number, int) and number else None,
-        remedy=remedy,
+        remedy=remedies.of_step(step, number, detail),
     )
 
 
 def host_failure(error: OSError) -> LaunchError:
     """What this process itself could not do for a launch, most often for want of descriptors."""
-    lacking = error.errno in (errno.EMFILE, errno.ENFILE)
-    remedy = "raise ulimit -n, or close isolators" if lacking else None
+    from pisupervisor.launch import remedies
+
+    remedy = remedies.of_errno(error.errno)
     if error.errno == errno.EACCES:
         from pisupervisor.launch import userns
 
-        remedy = _REMEDIES["stdio"] if userns.situation().profile else None
+        remedy = remedies.STDIO if userns.situation().profile else remedy
     return LaunchError(str(error), step="launch", errno=error.errno, remedy=remedy)
 
 

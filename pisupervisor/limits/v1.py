@@ -58,7 +58,9 @@ def _launch_error(host: CgroupHost, error: OSError) -> LaunchError:
         if place.directory and where.startswith(place.directory + "/"):
             remedy = cgroups.enable(host, controller, Place(place.directory, error.errno))
             return LaunchError(message, step="cgroup", errno=error.errno, remedy=remedy)
-    return LaunchError(message, step="cgroup", errno=error.errno)
+    return LaunchError(
+        message, step="cgroup", errno=error.errno, remedy="pisupervisor doctor tells what groups can be had"
+    )
 
 
 def _check_cpuset(host: CgroupHost, wanted: CpuSet | None) -> None:

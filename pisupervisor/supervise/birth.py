@@ -167,7 +167,7 @@ class Birth:
 
     def _check_wanted(self) -> None:
         if self._ordered is not None:
-            raise LaunchError(self._ordered[1], step="stopped")
+            raise LaunchError(self._ordered[1], step="stopped", remedy="restart() starts another child")
 
     def _check_time(self, deadline: float | None) -> None:
         if deadline_left(deadline) == 0:
@@ -203,14 +203,17 @@ class Birth:
         if "launched" in message or "listener" in message:
             raise host_failure(OSError(errno.EMFILE, os.strerror(errno.EMFILE), "a child's descriptors"))
         self._reports.known.update(message)
-        raise LaunchError(f"the child ended before it was ready ({message})", step="payload")
+        from pisupervisor.launch import remedies
+
+        words, remedy = remedies.of_end(message, self.options.security.seccomp)
+        raise LaunchError(f"the child ended before it was ready: it {words}", step="payload", remedy=remedy)
 
     def _listen(self, fd: int) -> None:
         """At once: the child may wait for its first answer already."""
         answers = self.template.answers
         if answers is None or self.log is None or self.listener is not None:
             os.close(fd)
-            raise LaunchError("a listener for which nobody asked", step="seccomp")
+            raise LaunchError("a listener for which nobody asked", step="seccomp", remedy=attest.REMEDY)
         from pisupervisor.supervise.listener import Listener
 
         try:
@@ -275,9 +278,11 @@ def _take_no_descriptors(link: socket.socket) -> None:
 
 def _check_ready(data: bytes) -> None:
     """Its first word, in the one version of the protocol that this host speaks. Raises LaunchError."""
+    remedy = "pisupervisor and pihost must be of one version: install the package anew"
     try:
         if len(data) == wire.HEADER.size + 1 and wire.unpack_header(data)[0] == wire.READY:
             return
     except wire.BadFrame as error:
-        raise LaunchError(f"the child said {error}, and not that it is ready", step="payload") from None
-    raise LaunchError("the child said something else than that it is ready", step="payload")
+        said = f"the child said {error}, and not that it is ready"
+        raise LaunchError(said, step="payload", remedy=remedy) from None
+    raise LaunchError("the child said something else than that it is ready", step="payload", remedy=remedy)

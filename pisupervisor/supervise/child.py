@@ -86,7 +86,9 @@ class Child(Birth):
             return self._read_back()
         except LaunchError:
             if has_ended(self.payload_pidfd):  # a dead child has no walls: that is no defect of theirs
-                raise LaunchError("the child ended as soon as it was ready", step="payload") from None
+                from pisupervisor.launch.remedies import LOOK
+
+                raise LaunchError("the child ended as soon as it was ready", step="payload", remedy=LOOK) from None
             raise
 
     def _undo(self, error: BaseException) -> NoReturn:

@@ -148,14 +148,18 @@ def _call_first(keeper: Keeper, first: FirstCall, child: Child, connection: Conn
         if answer.kind == wire.STREAM:
             raise OptionsError("it is a generator, which nobody would run")
     except DeadlinePassed:
-        raise LaunchError(f"{step} was not over at start_timeout", step=step) from None
+        remedy = f"raise start_timeout, or have {step} do less"
+        raise LaunchError(f"{step} was not over at start_timeout", step=step, remedy=remedy) from None
     except LinkClosed:
         if not child.leaves():
             child.kill(ExitReason.PROTOCOL, LIVED_ON)
         died = f"the child died in {step}: {child.finish(in_call=True).describe()}"
-        raise LaunchError(died, step=step) from None
+        remedy = f"{step} must return, within the limits of the child"
+        raise LaunchError(died, step=step, remedy=remedy) from None
     except IsolationError as error:
-        raise LaunchError(str(error), step=step) from error
+        raise LaunchError(
+            str(error), step=step, remedy=f"mend what it raised: {step} runs in the child first"
+        ) from error
 
 
 def _adopt(keeper: Keeper, child: Child, connection: Connection, stops: int) -> None:

@@ -40,7 +40,7 @@ from pisupervisor import (
     Security,
     Template,
 )
-from pisupervisor.launch import attest, ids, planning, templates, zygote as zygote_module
+from pisupervisor.launch import attest, ids, interpreter, planning, templates, zygote as zygote_module
 from pisupervisor.limits import cgroups
 from pisupervisor.supervise.child import Child
 
@@ -70,6 +70,8 @@ def refused(step: str, **changes: Any) -> LaunchError:
         ProcessIsolator.create(start_timeout=10, **changes)
     assert caught.value.step == step
     assert f"step '{step}'" in str(caught.value)
+    assert f"\n  remedy: {caught.value.remedy}" in str(caught.value)
+    assert caught.value.remedy, "whatever went wrong, there is something to do"
     return caught.value
 
 
@@ -169,14 +171,18 @@ def test_a_profile_that_a_launch_cannot_live_with(tmp_path: Path, names: list[st
     rules = [{"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]
     path = tmp_path / "profile.json"
     path.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}))
-    assert refused(step, security=Security(seccomp=path)).errno == 1
+    error = refused(step, security=Security(seccomp=path))
+    assert error.errno == 1
+    assert "the profile refuses what every launch needs" in error.remedy
 
 
 def test_a_profile_that_kills_at_once(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
     rules = [{"names": ["setsid"], "action": "SCMP_ACT_KILL_PROCESS"}]
     path.write_text(json.dumps({"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}))
-    refused("payload", security=Security(seccomp=path))
+    error = refused("payload", security=Security(seccomp=path))
+    assert "it was killed by SIGSYS" in str(error)
+    assert "the profile refuses what every launch needs" in error.remedy
 
 
 def test_a_wall_that_does_not_stand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +223,7 @@ def test_no_place_to_claim_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.root
 def test_a_group_that_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_args: object) -> None:
-        raise LaunchError("refused", step="cgroup", errno=28)
+        raise LaunchError("refused", step="cgroup", errno=28, remedy="less of it")
 
     monkeypatch.setattr(cgroups, "create_group", refuse)
     assert refused("cgroup").errno == 28
@@ -228,7 +234,37 @@ def test_no_process_to_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(zygote_module, "_spawn", refuse)
-    assert refused("zygote").errno == 11
+    error = refused("zygote")
+    assert error.errno == 11
+    assert "ulimit -u" in error.remedy
+
+
+def test_an_interpreter_that_is_gone_when_it_is_to_start(tmp_path: Path) -> None:
+    """It was there when it was asked what it is: by a wrapper, which answers for it."""
+    asked = subprocess.run(
+        [sys.executable, "-I", "-c", interpreter._QUESTION], capture_output=True, text=True, check=True
+    )
+    gone = tmp_path / "gone"
+    answer = asked.stdout.replace(interpreter.host_python(), str(gone))
+    wrapper = write(tmp_path, "python", f"#!/bin/sh\ncat <<'END'\n{answer}END\n")
+    wrapper.chmod(0o755)
+    error = refused("zygote", python=wrapper)
+    assert (error.errno, f"{gone} -I -S -c pass" in error.remedy) == (errno.ENOENT, True)
+
+
+ON_START: list[tuple[Callable[[], object], dict[str, Any], str]] = [
+    (lambda: 1 / 0, {}, "what it raised"),
+    (lambda: os._exit(3), {}, "on_start must return"),
+    (lambda: time.sleep(60), {"start_timeout": 0.5}, "raise start_timeout"),
+]
+
+
+@pytest.mark.parametrize(("function", "changes", "remedy"), ON_START, ids=["raises", "leaves", "hangs"])
+def test_an_on_start_that_cannot_be(function: Callable[[], object], changes: dict[str, Any], remedy: str) -> None:
+    with nothing_left(), pytest.raises(LaunchError) as caught:
+        ProcessIsolator.create(on_start=function, **changes)
+    assert caught.value.step == "on_start"
+    assert remedy in caught.value.remedy
 
 
 def test_options_are_checked_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,7 +107,7 @@ def test_one_that_cannot_be_prepared_is_ended(monkeypatch: pytest.MonkeyPatch) -
         end_process(template.zygote.pidfd, 0.0)
 
         def refuse(*_told: Any) -> None:
-            raise LaunchError("newuidmap: no", step="namespaces")
+            raise LaunchError("newuidmap: no", step="namespaces", remedy="none")
 
         with monkeypatch.context() as patch:
             patch.setattr(Zygote, "prepare", refuse)
