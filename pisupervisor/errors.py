@@ -65,6 +65,10 @@ class OptionsError(IsolationError, ValueError):
     """The caller's mistake: an option or an argument that cannot work. Nothing was started."""
 
 
+class WrongKeyword(OptionsError, TypeError):
+    """An option that does not exist, or one that is missing: a TypeError too, as for any function."""
+
+
 class ProfileError(OptionsError):
     """A seccomp profile that cannot be used: ``file``, ``line`` (1-based, None if unknown) and what is wrong."""
 

@@ -125,9 +125,22 @@ class _Record:
 
     def _refuse(self, values: dict[str, Any]) -> None:
         if odd := [name for name in values if name not in self._fields]:
-            raise TypeError(f"{type(self).__name__}.__init__() got an unexpected keyword argument {odd[0]!r}")
-        missing = ", ".join(name for name in self._fields if name in self._required and name not in values)
-        raise TypeError(f"{type(self).__name__}.__init__() missing required keyword-only arguments: {missing}")
+            what = f"got an unexpected keyword argument {odd[0]!r}; {self._meant(odd[0])}"
+        else:
+            missing = ", ".join(name for name in self._fields if name in self._required and name not in values)
+            what = f"missing required keyword-only arguments: {missing}"
+        from pisupervisor.errors import WrongKeyword
+
+        raise WrongKeyword(f"{type(self).__name__}.__init__() {what}")
+
+    def _meant(self, odd: str) -> str:
+        for name, field in self._fields.items():
+            if odd in getattr(field.default_factory, "_fields", ()):
+                return f"write {name}={field.default_factory.__name__}({odd}=...)"
+        import difflib
+
+        close = difflib.get_close_matches(odd, self._fields, 1)
+        return f"did you mean {close[0]}?" if close else f"it has {', '.join(self._fields)}"
 
     def __post_init__(self) -> None:
         pass

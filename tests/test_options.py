@@ -81,6 +81,29 @@ def test_an_environment_is_frozen_too() -> None:
         environment |= given
 
 
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: ProcessIsolator.create(degrad=["memory"]), "argument 'degrad'; did you mean degrade?"),
+        (lambda: ProcessIsolator.create(memory="64M"), "argument 'memory'; write limits=Limits(memory=...)"),
+        (
+            lambda: ProcessIsolator.create(IsolationOptions(), writable=["/tmp"]),
+            "; write filesystem=Filesystem(writable=...)",
+        ),
+        (lambda: Limits(cpu=1.0), "argument 'cpu'; did you mean cpus?"),  # type: ignore[call-arg]
+        (lambda: RestartPolicy(zzz=1), "it has mode, max_restarts, within,"),  # type: ignore[call-arg]
+        (lambda: IoLimit(read_bps=1), "missing required keyword-only arguments: device"),  # type: ignore[call-arg]
+    ],
+    ids=range(6),
+)
+def test_an_option_that_does_not_exist_is_the_callers_mistake(build: Any, said: str) -> None:
+    with pytest.raises(OptionsError) as caught:
+        build()
+    assert said in str(caught.value)
+    assert isinstance(caught.value, TypeError), "as for any keyword that a function does not take"
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
+
+
 def test_replace_makes_a_checked_copy() -> None:
     """parity: 3"""
     options = IsolationOptions(limits=Limits(memory="64M"))
