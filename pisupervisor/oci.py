@@ -6,6 +6,7 @@ devices and setuid bits are left out, and the whole has a bound.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
@@ -70,6 +71,9 @@ def unpack_image(layout: str | os.PathLike[str], folder: str | os.PathLike[str],
         shutil.rmtree(target, ignore_errors=True)
         if isinstance(error, OptionsError) or not isinstance(error, Exception):
             raise
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = f"no room for the image in {target}: {error.strerror}; free some, or set TMPDIR to where more is"
+            raise OptionsError(why) from error
         raise OptionsError(f"{source} is no OCI image that can be unpacked: {type(error).__name__}: {error}") from error
 
 

@@ -173,6 +173,15 @@ def fill(path, size):
     return written, "done"
 
 
+def write_all(path, size):
+    """Like any program that does not think of a full disk."""
+    try:
+        with open(path, "wb") as file:
+            return file.write(bytes(size))
+    finally:
+        os.unlink(path)
+
+
 def fill_inodes(folder, most):
     made = 0
     try:

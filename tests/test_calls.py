@@ -73,6 +73,12 @@ PLUGIN = """
     def fail(value):
         return 1 / value
 
+    def count_them(values):
+        return {value: len(value) for value in values}
+
+    def nothing():
+        pass
+
     def parameters(timeout, returns, idempotent, kwargs):
         return [timeout, returns, idempotent, kwargs]
 """
@@ -112,6 +118,8 @@ def test_a_file(shared: ProcessIsolator, plugin: Path, monkeypatch: pytest.Monke
     """parity: 38"""
     assert shared.invoke_method(plugin, "Tools.shrink", [1, 2, 3], size=2) == [1, 2]
     assert shared.invoke_method(plugin, "Tools.Inner.deep") == "deep"
+    assert shared.invoke_method(plugin, "count_them", ["a", "bc"]) == {"a": 1, "bc": 2}
+    assert shared.invoke_method(plugin, "nothing") is None
     monkeypatch.chdir(plugin.parent)
     assert shared.invoke_method("plugin.py", "Tools.shrink", "abc") == "a"
 
@@ -772,9 +780,9 @@ class TestLimits:
 
     @pytest.mark.alone
     def test_half_a_core(self) -> None:
-        """parity: 24"""
+        """parity: 24. The control is in ``test_limits``: without a quota nothing holds it back."""
         with ProcessIsolator.create(limits=Limits(cpus=0.5)) as isolator:
-            assert 0.3 < isolator.invoke_method(INSIDE, "burn", 1.0) < 0.65
+            assert 1.3 < isolator.invoke_method(INSIDE, "burn", 3.0) < 1.7
 
     def test_one_cpu_of_many(self) -> None:
         """parity: 25"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from pisupervisor import (
     Limits,
     OptionsError,
     ProcessIsolator,
+    RemoteError,
     Security,
     SerializationError,
 )
@@ -229,6 +231,22 @@ def test_what_the_child_says_goes_nowhere_unasked(capfd: pytest.CaptureFixture[s
         capfd.readouterr()
         isolator.invoke_method(INSIDE, "talk")
     assert "printed" not in "".join(capfd.readouterr())
+
+
+# --- scratch -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", ["/tmp", "/dev/shm"])
+def test_a_full_scratch_is_an_error_that_says_how_to_get_more(folder: str) -> None:
+    with nothing_left(), ProcessIsolator.create(limits=Limits(scratch="1M")) as isolator:
+        with pytest.raises(OSError) as caught:
+            isolator.invoke_method(INSIDE, "write_all", f"{folder}/big", 2 << 20)
+        error = caught.value
+        assert isinstance(error, RemoteError)
+        assert (error.errno, f'"{INSIDE}", line' in error.remote_traceback) == (errno.ENOSPC, True)
+        assert "No space left on device\n  hint: " in error.message
+        assert "Limits(scratch=...)" in error.message
+        assert isolator.invoke_method(INSIDE, "write_all", f"{folder}/big", 1 << 19) == 1 << 19, "there is room again"
 
 
 # --- frozen, user ------------------------------------------------------------------------------------------------

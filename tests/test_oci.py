@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import gzip
 import hashlib
@@ -122,6 +123,17 @@ def test_the_image_for_this_machine_is_chosen(layout: Layout, tmp_path: Path) ->
     layout.index(here, here)
     with pytest.raises(OptionsError, match="2 images"):
         unpack_image(layout.folder, tmp_path / "two")
+
+
+def test_a_full_disk_is_not_the_images_fault(layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_told: object) -> None:
+        (tmp_path / "root/part").write_text("of it")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(module, "_apply", refuse)
+    with pytest.raises(OptionsError, match=r"no room for the image in .*root: No space left on device; .* TMPDIR"):
+        unpack_image(layout.image(layer(("file", b"x"))), tmp_path / "root")
+    assert not (tmp_path / "root").exists()
 
 
 HOSTILE: dict[str, tuple[bytes, ...]] = {

@@ -55,6 +55,27 @@ def test_what_is_missing_is_named_with_its_remedy(ordinary_user: OrdinaryUser) -
     assert any(word in found["remedy"].lower() for word in ("deleg", "root", "a writable cgroup tree"))
 
 
+def test_files_that_may_not_be_read(ordinary_user: OrdinaryUser) -> None:
+    source = """
+        for name, text in (("plugin.py", "def f(): pass"), ("profile.json", "{}")):
+            with open(name, "w") as file: file.write(text)
+            os.chmod(name, 0)
+        with ProcessIsolator.create(DEGRADED) as isolator:
+            for what in (
+                lambda: isolator.invoke_method("plugin.py", "f"),
+                lambda: ProcessIsolator.create(DEGRADED, security=Security(seccomp="profile.json")),
+            ):
+                try: what()
+                except OptionsError as error: print(error)
+        tell(here=os.getcwd())
+    """
+    copy = ordinary_user.run_python(textwrap.dedent(PRELUDE) + textwrap.dedent(source))
+    code, profile, told = copy.stdout.splitlines()
+    here = json.loads(told)["here"]
+    assert code == f"{here}/plugin.py: not readable by uid 1000; change its mode or its owner"
+    assert profile.startswith(f"{here}/profile.json: cannot read the profile: Permission denied")
+
+
 def test_nobody_waits_for_a_file_that_a_child_has_open(ordinary_user: OrdinaryUser) -> None:
     """A lease is for a file's owner, which a child with the user's own id is. The control is without a filter."""
     source = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import ENOSPC
 from typing import Any
 
 from pisupervisor.errors import ProtocolError, RemoteError, SerializationError
@@ -12,6 +13,7 @@ MAX_TRACEBACK = 96 << 10
 MAX_CAUSES = 8
 
 _HINT = "\n  hint: modules come into the child through import_paths=[...] or modules=[...] at create()"
+_FULL = "\n  hint: /tmp, /dev/shm and each overlay hold Limits(scratch=...) bytes, and 4096 files"
 
 
 class NotRebuilt(SerializationError, RemoteError):
@@ -80,9 +82,10 @@ def remote_error(payload: object) -> RemoteError:
     fields = _checked(payload)
     name = _qualified(fields)
     kind = fields["type"] if fields["module"] == "builtins" else ""
-    hint = _HINT if kind == "ModuleNotFoundError" else ""
-    error = _again(name, _text(fields, "message", MAX_MESSAGE) + hint, _text(fields, "traceback", MAX_TRACEBACK),
-                   _number(fields, "errno"), kind)  # fmt: skip
+    number = _number(fields, "errno")
+    hint = _HINT if kind == "ModuleNotFoundError" else _FULL if (kind, number) == ("OSError", ENOSPC) else ""
+    message, trace = _text(fields, "message", MAX_MESSAGE) + hint, _text(fields, "traceback", MAX_TRACEBACK)
+    error = _again(name, message, trace, number, kind)
     error.__cause__ = _cause(fields.get("causes"))
     return error
 
