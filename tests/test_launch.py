@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -224,6 +225,20 @@ def test_steps_are_logged_at_debug_only(capfd: pytest.CaptureFixture[str], monke
     with ProcessIsolator.create():
         pass
     assert "DEBUG step mounts" in capfd.readouterr().err
+
+
+def test_no_file_is_made_for_a_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a launch needs, goes with its processes: there is no folder to be left behind."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.chdir(tmp_path)
+    with ProcessIsolator.create(environment={"A": "zygote of its own"}) as isolator:
+        assert isolator.execute(print, "x" * (2 << 20)).truncated
+        assert isolator.invoke(len, bytes(1 << 20)) == 1 << 20
+        assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
+    with pytest.raises(LaunchError):
+        ProcessIsolator.create(preload=["no_such_module_anywhere"])
+    assert [path.name for path in tmp_path.rglob("*")] == ["temporary"]
 
 
 def test_what_the_child_says_goes_nowhere_unasked(capfd: pytest.CaptureFixture[str]) -> None:
