@@ -33,6 +33,15 @@ def test_asking_says_the_same() -> None:
     assert find_interpreter(host_python()) == find_interpreter(None)
 
 
+@pytest.mark.parametrize("executable", ["", None, "/nowhere/python", "/"])
+def test_an_application_that_embeds_its_interpreter(monkeypatch: pytest.MonkeyPatch, executable: str | None) -> None:
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.setattr(sys, "_base_executable", executable, raising=False)
+    with pytest.raises(LaunchError, match="no interpreter") as caught:
+        find_interpreter(None)
+    assert (caught.value.step, "python=" in caught.value.remedy) == ("interpreter", True)
+
+
 def test_a_venv_brings_its_packages(tmp_path: Path) -> None:
     venv.create(tmp_path / "env", with_pip=False)
     for python in (tmp_path / "env", tmp_path / "env/bin/python"):

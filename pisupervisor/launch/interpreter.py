@@ -55,8 +55,15 @@ class Interpreter:
 
 
 def host_python() -> str:
-    """The interpreter this application runs on (the base one below a venv), as an absolute path."""
-    return os.path.realpath(getattr(sys, "_base_executable", None) or sys.executable)
+    """The interpreter this application runs on (the base one below a venv), as an absolute path. Raises LaunchError where
+    there is none, as in a program that embeds one.
+    """
+    named = getattr(sys, "_base_executable", None) or sys.executable or ""
+    found = os.path.realpath(named)
+    if not os.path.isfile(found):
+        why, remedy = f"sys.executable is {named!r}: no interpreter", "name one: python='/usr/bin/python3'"
+        raise LaunchError(why, step="interpreter", remedy=remedy)
+    return found
 
 
 def find_interpreter(python: str | None) -> Interpreter:

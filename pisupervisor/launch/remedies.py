@@ -54,7 +54,17 @@ def of_errno(number: object) -> str:
 
 def of_start(python: str, number: int | None) -> str:
     """Against an interpreter that cannot be executed."""
-    return f"try it by hand: {python} -I -S -c pass" if number in (ENOENT, EACCES, ENOEXEC) else of_errno(number)
+    return _by_hand(python) if number in (ENOENT, EACCES, ENOEXEC) else of_errno(number)
+
+
+def of_gone(python: str, preload: list[str]) -> str:
+    """Against one that ended and did not say why in our way; what it wrote to stderr is on the application's."""
+    ends = f"does one of {', '.join(preload)} end its process? import it in on_start; else " if preload else ""
+    return f"{ends}{_by_hand(python)}"
+
+
+def _by_hand(python: str) -> str:
+    return f"try it by hand: {python} -I -S -c pass; or name another: python='/usr/bin/python3'"
 
 
 def of_end(status: dict[str, Any], profile: object) -> tuple[str, str]:

@@ -40,7 +40,8 @@ class Zygote:
     def __init__(self, python: str) -> None:
         """Start the interpreter. It waits for its plan (see ``prepare``), so that its wake-up costs nobody time."""
         _ensure_compiled()
-        self.owner = os.getpid()
+        self.owner, self.python = os.getpid(), python
+        self.preload: list[str] = []
         self.pid, self.pidfd = 0, -1
         try:
             host, ours, theirs, self._lifeline, lifeline_theirs = _ends()
@@ -75,6 +76,7 @@ class Zygote:
     def prepare(self, plan: TemplatePlan, write_maps: Callable[[int], None] | None = None) -> None:
         """Tell it what to be. ``write_maps`` is called with its pid as soon as it has its user namespace. Raises LaunchError."""
         priority.shed(self.pid)
+        self.preload = plan.preload
         try:
             self.control.send(plan.dump())  # once for the stage that builds the root,
             if write_maps is not None and self._has_unshared():
@@ -151,11 +153,10 @@ class Zygote:
             self.control.settimeout(_ROOM_GRACE)
         except OSError:
             pass  # another thread has replaced it already
-        from pisupervisor.launch import userns
+        from pisupervisor.launch import remedies, userns
 
-        remedy = f"see what the interpreter says on stderr: {sys.executable} -I -S {PACKAGE}/__main__.py"
         found = userns.situation()
-        remedy = userns.remedy(found) if found.lacks else remedy
+        remedy = userns.remedy(found) if found.lacks else remedies.of_gone(self.python, self.preload)
         return LaunchError("the zygote ended before the child was there", step="zygote", errno=number, remedy=remedy)
 
     def alive(self) -> bool:

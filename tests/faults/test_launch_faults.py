@@ -163,7 +163,7 @@ def test_a_preload_that_is_not_there() -> None:
 def test_a_preload_that_ends_the_zygote(tmp_path: Path, source: str) -> None:
     write(tmp_path, "leaving.py", source)
     step = "preload leaving" if "SystemExit" in source else "zygote"
-    refused(step, import_paths=[tmp_path], preload=["leaving"])
+    assert "import it in on_start" in refused(step, import_paths=[tmp_path], preload=["leaving"]).remedy
 
 
 @pytest.mark.parametrize(("names", "step"), [(["clone", "fork", "vfork"], "fork"), (["setsid"], "session")])
@@ -250,6 +250,9 @@ def test_an_interpreter_that_is_gone_when_it_is_to_start(tmp_path: Path) -> None
     wrapper.chmod(0o755)
     error = refused("zygote", python=wrapper)
     assert (error.errno, f"{gone} -I -S -c pass" in error.remedy) == (errno.ENOENT, True)
+    write(tmp_path, "gone", "#!/bin/sh\nexit 3\n").chmod(0o755)
+    error = refused("zygote", python=wrapper)
+    assert f"{gone} -I -S -c pass" in error.remedy, "and not some other interpreter"
 
 
 ON_START: list[tuple[Callable[[], object], dict[str, Any], str]] = [
