@@ -40,13 +40,19 @@ def run(user: OrdinaryUser, source: str, *arguments: str) -> dict[str, Any]:
 
 def test_what_is_missing_is_named_with_its_remedy(ordinary_user: OrdinaryUser) -> None:
     source = """
+        def held():
+            children = [open(f"/proc/self/task/{name}/children").read() for name in os.listdir("/proc/self/task")]
+            mounts = open("/proc/self/mountinfo").read()
+            return [sorted(os.listdir("/proc/self/fd")), children, mounts, sorted(set(os.listdir(".")) - {".cache"})]
+        before = held()
         try:
             ProcessIsolator.create(LIMITED)
         except FeatureUnavailable as error:
-            tell(feature=error.feature, remedy=error.remedy, text=str(error), uid=os.getuid())
+            told = dict(feature=error.feature, remedy=error.remedy, text=str(error), uid=os.getuid())
+        tell(left=[one for one in zip(before, held()) if one[0] != one[1]], **told)
     """
     found = run(ordinary_user, source)
-    assert found["uid"] == 1000
+    assert (found["uid"], found["left"]) == (1000, [])
     assert found["feature"] in LACKING
     for name in ("memory", "cpus", "pids"):
         assert name in found["text"]
