@@ -87,10 +87,10 @@ def test_a_forgotten_isolator_may_be_collected_at_any_time(monkeypatch: pytest.M
     forgotten[0].set_data("me", forgotten[0])
     find = templates.find_interpreter
 
-    def collecting(python: str | None) -> object:
+    def collecting(python: str | None, patience: float | None) -> object:
         forgotten.clear()
         gc.collect()
-        return find(python)
+        return find(python, patience)
 
     monkeypatch.setattr(templates, "find_interpreter", collecting)
     made: list[int] = []
@@ -111,10 +111,10 @@ def test_who_has_a_template_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) 
     find, begun, go_on = templates.find_interpreter, threading.Event(), threading.Event()
     was_let_go: list[bool] = []
 
-    def slow(python: str | None) -> object:
+    def slow(python: str | None, patience: float | None) -> object:
         begun.set()
         was_let_go.append(go_on.wait(10))
-        return find(python)
+        return find(python, patience)
 
     with ProcessIsolator.create():
         monkeypatch.setattr(templates, "find_interpreter", slow)

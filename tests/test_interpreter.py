@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 import venv
 from pathlib import Path
 
 import pytest
+from helpers import nothing_left
 from test_planning import HOME, SYSTEM
 
+from pihost.plan import TemplatePlan
+from pisupervisor import ProcessIsolator
 from pisupervisor.errors import LaunchError, OptionsError
+from pisupervisor.launch import interpreter
 from pisupervisor.launch.interpreter import find_interpreter, host_python
+from pisupervisor.launch.zygote import Zygote
 
 
 def script(path: Path, text: str) -> str:
@@ -94,13 +100,49 @@ def test_what_does_not_start(tmp_path: Path, content: bytes) -> None:
     assert caught.value.errno
 
 
-def test_a_python_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_long(*args: object, **more: object) -> None:
-        raise subprocess.TimeoutExpired("python", 20)
+@pytest.mark.linux
+@pytest.mark.unhurried
+@pytest.mark.parametrize("text", ["exec sleep 60", "sleep 60", "sleep 60 & exit 0"])
+def test_a_python_that_hangs(tmp_path: Path, text: str) -> None:
+    """parity: 2. It is waited for no longer than a child, and what it has started ends with it."""
+    python, started = script(tmp_path / "python", text), time.monotonic()
+    with nothing_left(), pytest.raises(LaunchError, match=r"did not say within 0\.5 s which Python it is") as caught:
+        ProcessIsolator.create(python=python, start_timeout=0.5)
+    assert (caught.value.step, caught.value.remedy[:14]) == ("interpreter", "try it by hand")
+    assert time.monotonic() - started < 1.5
 
-    monkeypatch.setattr(subprocess, "run", too_long)
-    with pytest.raises(LaunchError, match="does not start"):
-        find_interpreter(script(tmp_path / "python", ""))
+
+@pytest.mark.linux
+@pytest.mark.unhurried
+def test_a_python_that_hangs_when_it_is_to_be_a_zygote(tmp_path: Path) -> None:
+    """parity: 2. A stub that sleeps, behind a wrapper that says what Python it is."""
+    asked = subprocess.run(
+        [sys.executable, "-I", "-c", interpreter._QUESTION], capture_output=True, text=True, check=True
+    )
+    stub = script(tmp_path / "stub", "exec sleep 60")
+    python = script(tmp_path / "python", f"cat <<'END'\n{asked.stdout.replace(host_python(), stub)}END")
+    started = time.monotonic()
+    with nothing_left(), pytest.raises(LaunchError) as caught:
+        ProcessIsolator.create(python=python, start_timeout=0.5)
+    assert caught.value.step == "start_timeout"
+    assert 0.4 < time.monotonic() - started < 1.0
+
+
+@pytest.mark.linux
+@pytest.mark.unhurried
+def test_a_python_that_hangs_when_it_is_to_have_a_user_namespace(tmp_path: Path) -> None:
+    """As a child's ids of its own need one; who writes the maps waits for it."""
+    with nothing_left():
+        zygote = Zygote(script(tmp_path / "stub", "exec sleep 60"))
+        started = time.monotonic()
+        try:
+            fields = {name: (kind if isinstance(kind, type) else list)() for name, kind in TemplatePlan.FIELDS.items()}
+            with pytest.raises(LaunchError, match=r"no user namespace within 0\.3 s") as caught:
+                zygote.prepare(TemplatePlan(**fields), lambda pid: None, 0.3)
+        finally:
+            zygote.close()
+        assert caught.value.step == "namespaces"
+        assert time.monotonic() - started < 1.0
 
 
 @pytest.mark.parametrize(

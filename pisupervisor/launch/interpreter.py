@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal  # signal makes an enum of every signal, which takes a start 2 ms
 import os
 import sys
 
@@ -10,6 +11,7 @@ from pisupervisor.records import dataclass
 
 OLDEST = (3, 9)
 INSIDE = "/py"  # an interpreter that does not live below /usr is shown here: its own folder may lie in a private home
+_PATIENCE = 20.0  # seconds
 _QUESTION = (
     "import sys,os;print(repr((sys.version_info[:2],os.path.realpath(sys.base_prefix),"
     "os.path.realpath(getattr(sys,'_base_executable',None) or sys.executable),os.path.dirname(os.path.realpath(os.__file__)),"
@@ -66,8 +68,9 @@ def host_python() -> str:
     return found
 
 
-def find_interpreter(python: str | None) -> Interpreter:
-    """The interpreter for ``IsolationOptions.python`` (an executable, or a venv's folder); None is the host's own.
+def find_interpreter(python: str | None, patience: float | None = None) -> Interpreter:
+    """The interpreter for ``IsolationOptions.python`` (an executable, or a venv's folder); None is the host's own. It has
+    ``patience`` seconds (None: 20) to say what it is.
 
     Raises OptionsError for what is no interpreter, LaunchError (step "interpreter") for one that does not start.
     """
@@ -77,7 +80,7 @@ def find_interpreter(python: str | None) -> Interpreter:
             stdlib=os.path.dirname(os.path.realpath(os.__file__)), version=sys.version_info[:2],
         )  # fmt: skip
     executable = _executable(python)
-    version, prefix, base, stdlib, packages = _ask(executable)
+    version, prefix, base, stdlib, packages = _ask(executable, patience or _PATIENCE)
     if version < OLDEST:
         raise OptionsError(
             f"python: {python} is Python {version[0]}.{version[1]}; a child needs {OLDEST[0]}.{OLDEST[1]}"
@@ -101,30 +104,42 @@ def _is_venv(executable: str) -> bool:
     return os.path.exists(os.path.join(os.path.dirname(os.path.dirname(executable)), "pyvenv.cfg"))
 
 
-def _ask(executable: str) -> tuple[tuple[int, int], str, str, str, list[str]]:
+def _ask(executable: str, patience: float) -> tuple[tuple[int, int], str, str, str, list[str]]:
     import ast
-    import subprocess
+    from subprocess import TimeoutExpired
 
     remedy = f"try it by hand: {executable} -I -c pass"
     try:
-        done = subprocess.run(
-            [executable, "-I", "-c", _QUESTION], capture_output=True, timeout=20, text=True, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError) as error:
-        number = getattr(error, "errno", None)
-        raise LaunchError(
-            f"{executable} does not start: {error}", step="interpreter", errno=number, remedy=remedy
-        ) from None
+        code, out, err = _run([executable, "-I", "-c", _QUESTION], patience)
+    except TimeoutExpired:
+        why = f"{executable} did not say within {patience:g} s which Python it is"
+        raise LaunchError(why, step="interpreter", remedy=f"{remedy}; or raise start_timeout") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why, number = f"{executable} does not start: {error}", getattr(error, "errno", None)
+        raise LaunchError(why, step="interpreter", errno=number, remedy=remedy) from None
     try:
-        answer = ast.literal_eval(done.stdout)
+        answer = ast.literal_eval(out)
     except (ValueError, SyntaxError):
         answer = None
     if not _is_answer(answer):
-        said = (done.stderr or done.stdout).strip()[-300:]
-        message = f"{executable} is no working Python (exit code {done.returncode}): {said}"
+        message = f"{executable} is no working Python (exit code {code}): {(err or out).strip()[-300:]}"
         raise LaunchError(message, step="interpreter", remedy=remedy)
     version, prefix, base, stdlib, packages = answer
     return version, prefix, base, stdlib, packages
+
+
+def _run(command: list[str], patience: float) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr. What is not over in time is killed with all that a wrapper may have started."""
+    from subprocess import DEVNULL, PIPE, Popen
+
+    with Popen(command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, text=True, start_new_session=True) as process:
+        try:
+            out, err = process.communicate(timeout=patience)
+        except BaseException:
+            if process.returncode is None:  # not reaped yet: the group is its own
+                os.killpg(process.pid, _signal.SIGKILL)
+            raise
+    return process.returncode, out, err
 
 
 def _is_answer(found: object) -> bool:

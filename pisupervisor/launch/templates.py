@@ -46,7 +46,7 @@ class Template:
         self.reader: Any = None  # the isolators' CodeReader
         self.ids: IdBlock | None = None
         self._warmed = False
-        self._cgroup = options.cgroup
+        self._cgroup, self._patience = options.cgroup, options.start_timeout
         self._write_maps: Callable[[int], None] | None = None
         self.outside = 0  # what is added to an id of a child, as the zygote numbers it, to number it as we do
         try:
@@ -86,7 +86,7 @@ class Template:
             listen=self.answers is not None, subordinate=self._write_maps is not None,
             host_environment=dict(os.environ),
         )  # fmt: skip
-        self.zygote.prepare(self.plan, self._write_maps)
+        self.zygote.prepare(self.plan, self._write_maps, self._patience)
         cgroups.sweep(self.features.cgroups)
         self.host_links = read_links("self")
         if self.features.root:
@@ -122,7 +122,7 @@ class Template:
         """Told its plan before another thread can see it: that must be the first."""
         zygote = Zygote(self.python)
         try:
-            zygote.prepare(self.plan, self._write_maps)
+            zygote.prepare(self.plan, self._write_maps, self._patience)
             if self.features.cgroups.scope:  # it has died with the old one
                 from pisupervisor.launch.features import probe
 
@@ -234,7 +234,7 @@ def _interpreter(options: IsolationOptions) -> Interpreter:
     python = None if options.python is None else os.fspath(options.python)
     root = options.filesystem.rootfs
     if root is None:
-        return find_interpreter(python)
+        return find_interpreter(python, options.start_timeout)
     from pisupervisor.launch.rootfs import find_python
 
     return find_python(os.fspath(root), python)

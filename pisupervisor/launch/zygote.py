@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 _SPARE_FD = 10  # duplicates go above the numbers that the zygote expects them at
 _CONTROL, _HOST, _LIFELINE = 3, 4, 5
 _GRACE = 2.0  # seconds to hear why it ended
-_UNSHARE_GRACE = 30.0  # seconds for an interpreter to start and make its user namespace, as start_timeout by default
 _ROOM_GRACE = 0.02  # seconds to have room for a request: a zygote that is busy, or stopped, must not hold its host
 _END_GRACE = 0.1  # seconds to end by itself, as it does in 1 ms unless a preloaded module or a signal holds it
 
@@ -73,13 +72,17 @@ class Zygote:
         # A plan with a large environment must fit.
         ours.setsockopt(_socket.SOL_SOCKET, _socket.SO_SNDBUF, 1 << 20)
 
-    def prepare(self, plan: TemplatePlan, write_maps: Callable[[int], None] | None = None) -> None:
-        """Tell it what to be. ``write_maps`` is called with its pid as soon as it has its user namespace. Raises LaunchError."""
+    def prepare(
+        self, plan: TemplatePlan, write_maps: Callable[[int], None] | None = None, patience: float | None = None
+    ) -> None:
+        """Tell it what to be. ``write_maps`` is called with its pid as soon as it has its user namespace, for which it has
+        ``patience`` seconds. Raises LaunchError.
+        """
         priority.shed(self.pid)
         self.preload = plan.preload
         try:
             self.control.send(plan.dump())  # once for the stage that builds the root,
-            if write_maps is not None and self._has_unshared():
+            if write_maps is not None and self._has_unshared(patience):
                 write_maps(self.pid)
                 self.control.send(b"1")
             # once for the zygote that wakes up inside it, whose memory children inherit: host paths are none of theirs
@@ -92,17 +95,18 @@ class Zygote:
             # else it has ended already, and the first launch will say why
         self.control.settimeout(_ROOM_GRACE)
 
-    def _has_unshared(self) -> bool:
+    def _has_unshared(self, patience: float | None) -> bool:
         """Whether it waits for its maps. False: it says why not, which the first launch will tell. Raises LaunchError."""
-        self.control.settimeout(_UNSHARE_GRACE)
+        self.control.settimeout(patience)
         try:
             if b"unshared" not in self.control.recv(4096, _socket.MSG_PEEK):
                 return False
             self.control.recv(4096)
             return True
         except TimeoutError:
-            why = f"the zygote made no user namespace within {_UNSHARE_GRACE:g} s"
-            raise LaunchError(why, step="namespaces", remedy="is the machine that busy?") from None
+            why = f"the zygote made no user namespace within {patience:g} s"
+            remedy = "raise start_timeout, or look at what the machine is busy with"
+            raise LaunchError(why, step="namespaces", remedy=remedy) from None
         finally:
             self.control.settimeout(_GRACE)
 
