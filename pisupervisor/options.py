@@ -66,7 +66,7 @@ class Limits:
     file_size   None; largest file that can be written, bytes
     scratch     64M (67108864 bytes) each for /tmp and /dev/shm, counted in ``memory`` too
     output      1M (1048576 bytes) each of stdout and stderr of one call
-    result      64M (67108864 bytes) for one encoded result
+    result      64M (67108864 bytes) for one encoded result, which has at most 2,000,000 items (an array is one)
     """
 
     memory: int | str | None = "512M"
