@@ -114,13 +114,28 @@ def parse_profile(source: bytes) -> Policy:
 
 def _decode(source: bytes) -> Any:
     try:
-        return json.loads(source.decode())
+        return json.loads(source.decode(), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         raise Flaw(f"not JSON: {error.msg} (column {error.colno})", line=error.lineno) from None
     except UnicodeDecodeError as error:
         raise Flaw("not JSON: not UTF-8 text", line=source.count(b"\n", 0, error.start) + 1) from None
     except (ValueError, RecursionError) as error:  # a number of 5000 digits, 100000 brackets
         raise Flaw(f"not JSON that can be read: {error}") from None
+
+
+class _Doubled(dict[str, Any]):
+    """An object with a field that is given twice: JSON's readers keep the last, and "syscalls" would be lost in silence."""
+
+    field: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    names, doubled = [name for name, _ in pairs], _Doubled(found)
+    doubled.field = next(name for name in names if names.count(name) > 1)
+    return doubled
 
 
 def _rule(entry: Any, number: int) -> Rule:
@@ -187,6 +202,8 @@ def _selector(rule: dict[str, Any], key: str, number: int) -> Selector:
 def _fields(value: Any, known: frozenset[str], what: str, rule: int | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Flaw(f"{what} must be an object, not {_kind(value)}", "", rule)
+    if isinstance(value, _Doubled):
+        raise Flaw(f"{what} gives {value.field!r} twice", value.field, rule)
     for key in value:
         if key not in known:
             raise Flaw(f"{what} has no field {key!r}; known: {', '.join(sorted(known))}", key, rule)
