@@ -32,6 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     parsed = _parser().parse_args(own)
     if arguments and parsed.command == "doctor":
         _parser().error(f"{parsed.command} takes no arguments after --")
+    if parsed.command != "doctor" and parsed.stdin:
+        _check_stdin(parsed.restart)
     _end_cleanly()
     try:
         if parsed.command == "doctor":
@@ -55,6 +57,13 @@ def _have_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
 
 
+def _check_stdin(restart: bool) -> None:
+    if restart:
+        _parser().error("--stdin and --restart: what a child has read is gone for the next one; leave one of them out")
+    if sys.stdin is None:  # then descriptor 0 may be any file of ours
+        _parser().error("--stdin: it is closed")
+
+
 def _split(argv: list[str]) -> tuple[list[str], list[str]]:
     """What is ours, and what stands behind the first ``--`` for the target."""
     if "--" not in argv:
@@ -76,7 +85,8 @@ def _end_cleanly() -> None:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        self.exit(USAGE, f"pisupervisor: error: {message}\n")
+        hint = "; what the target is to get stands behind --" if message.startswith("unrecognized arguments") else ""
+        self.exit(USAGE, f"pisupervisor: error: {message}{hint}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -134,6 +144,7 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
     option("--degrade", action="append", default=[], metavar="NAME", help="accept that this protection is missing")
     option("--import-path", action="append", default=[], metavar="DIR", help="folder that the target may import from")
     option("--python", metavar="PATH", help="another interpreter, or the folder of a venv")
+    option("--stdin", action="store_true", help="the target reads our stdin, a file or a pipe (default: it is empty)")
 
 
 # --- run -----------------------------------------------------------------------------------------------------------
@@ -188,6 +199,10 @@ def _outcome_of(parsed: argparse.Namespace, file: str, target: str | None, argum
     isolator = None
     try:
         with ProcessIsolator.create(_options(parsed)) as isolator, _report(parsed, isolator):
+            if parsed.stdin:
+                from pisupervisor.link.descriptors import Descriptor
+
+                isolator.invoke(os.dup2, Descriptor(0), 0)
             if target is None:
                 return _script_outcome(isolator.run_script(Path(file), arguments, idempotent=parsed.restart))
             path = os.path.abspath(file) if os.path.isfile(file) else file  # a bare name would be taken for a module's

@@ -65,12 +65,19 @@ sys.exit(int(sys.argv[1]) if sys.argv[1:] else 0)
 root_and_linux = [pytest.mark.linux, pytest.mark.root]
 
 
-def run(*arguments: str, cwd: Path = TOP) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, cwd: Path = TOP, stdin: int = subprocess.DEVNULL) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(TOP)}
     return subprocess.run(
-        [*COMMAND, *arguments], cwd=cwd, env=environment, stdin=subprocess.DEVNULL,
+        [*COMMAND, *arguments], cwd=cwd, env=environment, stdin=stdin,
         capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
+
+
+def _full_pipe(data: bytes) -> int:
+    reader, writer = os.pipe()
+    os.write(writer, data)
+    os.close(writer)
+    return reader
 
 
 @pytest.fixture
@@ -138,6 +145,31 @@ class TestRun:
         done = run("run", tool, "--", "7", "--fast")
         assert (done.returncode, done.stdout) == (7, "['7', '--fast']\n")
 
+    @pytest.mark.parametrize("target", ["", ":shout"])
+    @pytest.mark.parametrize("kind", ["file", "pipe"])
+    def test_stdin_is_the_targets_where_that_is_asked_for(self, tmp_path: Path, target: str, kind: str) -> None:
+        code = tmp_path / "code.py"
+        code.write_text("def shout():\n    print(input().upper())\n\nif __name__ == '__main__':\n    shout()\n")
+        (tmp_path / "text").write_text("hello\n")
+        with open(tmp_path / "text") as file:
+            given = file.fileno() if kind == "file" else _full_pipe(b"hello\n")
+            done = run("run", f"{code}{target}", "--stdin", stdin=given)
+            assert (done.returncode, done.stdout, done.stderr) == (0, "HELLO\n", "")
+            done = run("run", f"{code}{target}", stdin=given)
+            assert done.returncode == 1
+            assert "EOFError" in done.stderr
+        if kind == "pipe":
+            os.close(given)
+
+    def test_a_stdin_that_cannot_pass_says_why(self, plugin: str) -> None:
+        done = run("run", f"{plugin}:nothing", "--stdin")
+        assert done.returncode == 1
+        assert "device" in done.stderr
+        line = f"{sys.executable} -m pisupervisor run {plugin}:nothing --stdin <&-"
+        closed = subprocess.run(["sh", "-c", line], cwd=TOP, capture_output=True, text=True, timeout=60, check=False)
+        assert closed.returncode == 2
+        assert "--stdin: it is closed" in closed.stderr
+
 
 class TestExitCodes:
     pytestmark = root_and_linux
@@ -182,7 +214,7 @@ class TestExitCodes:
         [
             ["--memory", "much"], ["--memory", "3"], ["--pids", "x"], ["--cpus", "-1"], ["--network", "all"],
             ["--profile", "/nowhere"], ["--degrade", "gravity"], ["--import-path", "/nowhere"], ["--timeout", "0"],
-            ["--python", "/nowhere"], ["stray"], ["--unknown"],
+            ["--python", "/nowhere"], ["stray"], ["--unknown"], ["--stdin", "--restart"],
         ],
     )  # fmt: skip
     def test_bad_usage(self, plugin: str, arguments: list[str]) -> None:
@@ -190,6 +222,12 @@ class TestExitCodes:
         assert done.returncode == 2
         assert "pisupervisor: error: " in done.stderr
         assert "Traceback" not in done.stderr
+
+    def test_arguments_without_their_mark_are_told_about_it(self, plugin: str) -> None:
+        assert (
+            "arguments: a b; what the target is to get stands behind --"
+            in run("run", f"{plugin}:code", "a", "b").stderr
+        )
 
     @pytest.mark.parametrize("target", ["", "1st", "a..b", "f()"])
     def test_a_target_that_is_no_name_is_bad_usage(self, plugin: str, target: str) -> None:
