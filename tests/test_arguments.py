@@ -275,6 +275,9 @@ def test_a_compiled_package_must_be_in_the_child() -> None:
     array = np.arange(3)
     with pytest.raises(SerializationError, match=r"argument 1 .*'numpy' has compiled parts.*import_paths"):
         dump_call((array,), {})
+    with pytest.raises(SerializationError) as caught:
+        dump_call((array,), {})
+    assert f"import_paths=[{str(pathlib.Path(np.__file__).parent.parent)!r}]" in str(caught.value)
     with pytest.raises(SerializationError, match=r"'np', used by the function .*import_paths"):
         dump_function(uses_numpy, (), {}, STDLIB_ONLY)
     site = child_importable([pathlib.Path(np.__file__).parent.parent])

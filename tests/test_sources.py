@@ -99,6 +99,12 @@ def test_missing_file_names_the_path_looked_at(reader: CodeReader, tmp_path: Pat
             reader.read(path)
 
 
+def test_a_target_in_the_path_is_told_where_it_belongs(reader: CodeReader, tmp_path: Path) -> None:
+    (tmp_path / "plugin.py").write_text("x = 1\n")
+    with pytest.raises(OptionsError, match=r"argument of its own: '.*/plugin\.py', 'Tools\.shrink'"):
+        reader.read(f"{tmp_path}/plugin.py:Tools.shrink")
+
+
 def test_target_is_checked_before_anything_is_sent() -> None:
     """parity: 38 (bad spec)"""
     assert check_target("_private.Tools.shrink") == "_private.Tools.shrink"

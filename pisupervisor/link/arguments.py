@@ -257,7 +257,10 @@ class _Missing(Exception):
     """A package with compiled parts, which no pickle can carry."""
 
     def __str__(self) -> str:
-        return f"the package {self.args[0]!r} has compiled parts, so it must be in the child: import_paths=[...]"
+        name = self.args[0]
+        file = getattr(sys.modules.get(name), "__file__", None)
+        folder = repr(os.path.dirname(os.path.dirname(file))) if os.path.basename(file or "") == "__init__.py" else "..."
+        return f"the package {name!r} has compiled parts, so it must be in the child: import_paths=[{folder}]"
 
 
 def _is_compiled(top: str) -> bool:

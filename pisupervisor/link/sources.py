@@ -286,6 +286,9 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 def _why_unreadable(where: str, error: OSError) -> str:
     path = error.filename if isinstance(error.filename, str) else where
     if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        file, colon, target = path.rpartition(":")
+        if colon and os.path.exists(file):
+            return f"{path}: no such file or folder; the target is an argument of its own: {file!r}, {target!r}"
         return f"{path}: no such file or folder (relative paths start from the host's working directory)"
     if isinstance(error, PermissionError):
         return f"{path}: not readable by uid {os.geteuid()}; change its mode or its owner"

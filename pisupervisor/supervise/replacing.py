@@ -84,7 +84,10 @@ def _delay(keeper: Keeper) -> float:
     if delay is None:
         _give_up(keeper, count)
         last = info.describe() if info is not None else "its launch failed"
-        raise RestartLimitReached(f"{count} crashes within {policy.within:g} s; the last: {last}")
+        raise RestartLimitReached(
+            f"{count} crashes within {policy.within:g} s; the last: {last}\n"
+            "  restart() starts another child all the same; RestartPolicy(max_restarts=...) allows more"
+        )
     return delay
 
 
