@@ -72,7 +72,8 @@ def environment(value: Mapping[str, str]) -> dict[str, str]:
         raise OptionsError(f"environment: expected a mapping, not {value!r}")
     for key, text in value.items():
         if not _is_variable(key, text):
-            raise OptionsError(f"environment: {key!r}={text!r} cannot be an environment variable; both must be text"[:300])
+            why = "cannot be an environment variable" if isinstance(text, str) else "is no text"
+            raise OptionsError(f"environment: {key!r}={text!r} {why}"[:300])
         if len(os.fsencode(key + text)) + 2 > _LONGEST_VARIABLE:
             raise OptionsError(f"environment: {key[:100]!r} is longer than the kernel takes, {_LONGEST_VARIABLE} bytes")
     return dict(value)

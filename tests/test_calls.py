@@ -858,7 +858,9 @@ def test_one_crash_too_many() -> None:
             for _ in range(3):
                 with pytest.raises(ChildTerminated):
                     isolator.invoke_method(INSIDE, "leave", 3)
-            with pytest.raises(RestartLimitReached, match="3 crashes within 60 s; the last: exited with code 3") as caught:
+            with pytest.raises(
+                RestartLimitReached, match="3 crashes within 60 s; the last: exited with code 3"
+            ) as caught:
                 isolator.run_source("1")
             assert isolator.state == "failed"
             assert "restart() starts another child all the same" in str(caught.value)

@@ -258,8 +258,8 @@ class _Missing(Exception):
 
     def __str__(self) -> str:
         name = self.args[0]
-        file = getattr(sys.modules.get(name), "__file__", None)
-        folder = repr(os.path.dirname(os.path.dirname(file))) if os.path.basename(file or "") == "__init__.py" else "..."
+        package, _, file = str(getattr(sys.modules.get(name), "__file__", "")).rpartition("/")
+        folder = repr(os.path.dirname(package)) if file == "__init__.py" else "..."
         return f"the package {name!r} has compiled parts, so it must be in the child: import_paths=[{folder}]"
 
 
