@@ -21,7 +21,7 @@ MOST_ITEMS = 10_000  # of a target that is a generator
 
 _EPILOG = """\
 exit codes of run: the target's own when it is an int from 0 to 125; 124 timeout, 137 memory limit, 126 a required
-protection is missing, 127 target not found, 1 exception, 2 bad usage, 130 interrupted
+protection is missing, 127 target not found, 1 exception or another death, 2 bad usage, 130 interrupted
 """
 
 
