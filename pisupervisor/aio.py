@@ -361,6 +361,11 @@ class Creating(Coroutine[Any, Any, Made]):
     def close(self) -> None:
         self._making.close()
 
+    if not TYPE_CHECKING:  # a type checker has its own words for it
+
+        def __getattr__(self, name: str) -> Any:
+            raise AttributeError(f"no {name!r} yet: the isolator is still to be made, by await or async with")
+
     async def __aenter__(self) -> Made:
         self._made = await self._making
         return self._made

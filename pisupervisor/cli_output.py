@@ -29,6 +29,8 @@ def show_text(outcome: Outcome, *, is_script: bool) -> None:
         emit(sys.stderr, f"pisupervisor: error: {_message(outcome).rstrip()}\n")
     elif outcome.value is not None and not is_script:
         emit(sys.stdout, f"{shown(outcome.value)}\n")
+    if "import_paths=[...]" in f"{outcome.stderr}{outcome.error}":
+        emit(sys.stderr, "pisupervisor: note: on this command line: --import-path DIR, or --python VENV\n")
 
 
 def show_json(outcome: Outcome, *, is_script: bool) -> None:

@@ -851,3 +851,12 @@ def test_a_call_that_is_cancelled_while_its_thread_is_waited_for_gives_its_turn_
             return await asyncio.wait_for(isolator.invoke_method(path, "some", 3), 20)
 
     assert asyncio.run(main()) == bytes(3)
+
+
+def test_a_create_that_nobody_awaited_is_told_about_it() -> None:
+    creating = AsyncProcessIsolator.create()
+    with pytest.raises(
+        AttributeError, match="no 'invoke' yet: the isolator is still to be made, by await or async with"
+    ):
+        creating.invoke(len, "abc")  # type: ignore[attr-defined]
+    creating.close()

@@ -170,6 +170,15 @@ class TestRun:
         assert closed.returncode == 2
         assert "--stdin: it is closed" in closed.stderr
 
+    @pytest.mark.parametrize("target", ["", ":f"])
+    def test_a_module_that_is_missing_is_told_with_the_options_of_the_command(
+        self, tmp_path: Path, target: str
+    ) -> None:
+        (tmp_path / "code.py").write_text("import numpy\ndef f(): pass\n")
+        done = run("run", f"{tmp_path}/code.py{target}")
+        assert done.returncode == 1
+        assert done.stderr.endswith("note: on this command line: --import-path DIR, or --python VENV\n")
+
 
 class TestExitCodes:
     pytestmark = root_and_linux
