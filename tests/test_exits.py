@@ -94,6 +94,7 @@ def test_the_groups_account_is_worth_more_than_the_payloads() -> None:
 def test_it_is_described_for_people(info: ExitInfo, text: str) -> None:
     """parity: 10"""
     assert text in info.describe()
+    assert info.describe().count("limit") <= 1  # the reason says it; the kernel's word need not say it again
 
 
 @pytest.mark.parametrize("reason", ExitReason)

@@ -176,9 +176,7 @@ class Child(Birth):
         a part of it for memory. v2 kills all of it then (memory.oom.group); on v1 the rest would wait for the lost part.
         """
         if self.meter.has_lost_a_process():
-            self.kill(
-                ExitReason.MEMORY, "the kernel killed a process of the child at its memory limit; the rest was ended"
-            )
+            self.kill(ExitReason.MEMORY, "the kernel killed one of its processes; the rest was ended")
         return self.wait(0)
 
     def is_dying(self) -> bool:

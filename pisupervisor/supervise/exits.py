@@ -78,7 +78,7 @@ def _reached_limit(
 
 def _limit_words(reason: ExitReason | None, events: GroupEvents) -> str:
     if reason is ExitReason.MEMORY:
-        return f"the kernel killed {events.oom_kills} process(es) of the child at its memory limit"
+        return f"the kernel killed {events.oom_kills} process(es)"
     if reason is ExitReason.PIDS:
         return f"it was refused {events.pids_max} process(es) or thread(s) at its limit"
     if reason is ExitReason.OUTPUT:
