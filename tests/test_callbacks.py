@@ -786,11 +786,11 @@ def test_a_flood_of_requests_ends(isolator: ProcessIsolator) -> None:
         while True:
             os.write(3, frame)
 
-    isolator.register_callback("now", lambda: 1)
-    started = time.monotonic()
-    with pytest.raises(ProtocolError, match="not answered yet"):
-        isolator.invoke(flood, timeout=0.5)
-    assert time.monotonic() - started < 2
+    answered: list[int] = []
+    isolator.register_callback("now", lambda: answered.append(1))
+    with pytest.raises(ProtocolError, match="not answered yet"):  # it takes an emulated machine a second
+        isolator.invoke(flood, timeout=20)
+    assert len(answered) < 1000  # 279 fill the socket, on each machine
     assert isolator.invoke(len, "abc") == 3
 
 
