@@ -24,7 +24,7 @@ def plugin_folder(folder: Path) -> Path:
 
 
 def test_there_are_programs_and_commands() -> None:
-    assert len(PROGRAMS) == 10
+    assert len(PROGRAMS) == 11
     assert len(COMMANDS) == 2
     assert all(block.startswith(("# run\n", "# file: ")) for block in BLOCKS), "a block that no test runs"
 
