@@ -139,8 +139,11 @@ class _Record:
                 return f"write {name}={field.default_factory.__name__}({odd}=...)"
         import difflib
 
-        close = difflib.get_close_matches(odd, self._fields, 1)
-        return f"did you mean {close[0]}?" if close else f"it has {', '.join(self._fields)}"
+        close = [
+            name for name in self._fields if name.endswith(f"_{odd}")
+        ]  # "timeout" is not nearer to one than another
+        close = close or difflib.get_close_matches(odd, self._fields, 1)
+        return f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(self._fields)}"
 
     def __post_init__(self) -> None:
         pass
