@@ -165,7 +165,11 @@ def test_a_stop_ends_a_launch_under_way(act: str) -> None:
         caller = threading.Thread(target=call)
         caller.start()
         assert wait_until(lambda: isolator._keeper.launching is not None and isolator._keeper.launching.pid > 0)
+        launched = isolator._keeper.launching
+        assert launched is not None
         within(2, lambda: getattr(isolator, act)())
+        assert not os.path.exists(f"/proc/{launched.pid}"), "it came back before what was launched had gone"
+        assert launched.exit_info is not None
         caller.join(2)
         assert not caller.is_alive()
         assert [type(error) for error in errors] == [IsolatorClosed]

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pisupervisor.supervise.listener import Log
 
 CALLED, ANSWERED = next_state("ready", "call"), next_state("busy", "answered")
+_TIDYING = 1.0  # seconds for another thread to give up a launch that was stopped; measured: 2 to 10 ms
 _FRESH = 0.001  # seconds after an answer in which a child counts as alive; if it is not, its link tells before a call is sent
 
 
@@ -59,6 +60,7 @@ class Keeper:
         self.overtaken = 0  # the stops, up to the last one that came while a restart was waited for
         self.launching: Child | None = None
         self.launcher = 0  # the caller whose call has it launched
+        self.starter = 0  # the thread that launches
         self._template: Template | None = template
         self.crashes = restart.Crashes(options.restart)
         self.crashed = False  # whether the last child died of itself
@@ -278,6 +280,14 @@ class Keeper:
         child.kill(reason, message)
         return self.bury(child, truncated=truncated)
 
+    def await_starter(self) -> bool:
+        """After a kill of what is launched: wait until the thread that does it has tidied up, unless that is this one (a signal's
+        handler, a callback of on_start). Not for ever: it may wait for whoever stops. Whether nothing is left of the launch.
+        """
+        with self.lock:
+            here = (0, threading.get_ident())
+            return self.changed.wait_for(lambda: self.starter in here, _TIDYING) and self.starter == 0
+
     def forget_crashes(self) -> None:
         with self.lock:
             self.crashes.clear()
@@ -336,6 +346,7 @@ class Keeper:
                 launching.kill(ExitReason.KILLED, "the isolator was closed")  # who launches it sees that, and tidies up
             if child is not None:
                 self._close_child(child, template)
+            self.await_starter()
         finally:
             if template is not None:
                 release(template)

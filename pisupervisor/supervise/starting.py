@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from functools import partial
 
@@ -55,6 +56,16 @@ def first_calls(options: IsolationOptions, packer: Packer, reader: CodeReader) -
 
 def start(keeper: Keeper, deadline: float | None = None) -> None:
     """Launch a child, or take the spare one, and let it begin. The state is "starting"."""
+    keeper.starter = threading.get_ident()
+    try:
+        _start(keeper, deadline)
+    finally:
+        with keeper.lock:
+            keeper.starter = 0
+            keeper.changed.notify_all()
+
+
+def _start(keeper: Keeper, deadline: float | None) -> None:
     limit = keeper.options.start_timeout
     until = min(deadline or _NEVER, _NEVER if limit is None else time.monotonic() + limit)
     stops, child, connection = keeper.stops, None, None

@@ -67,7 +67,7 @@ def _text(reason: str | None, default: str) -> str:
 def _signalled(keeper: Keeper, number: int, message: str, grace: float) -> bool:
     child = _stop(keeper)
     if child is None:
-        return True
+        return keeper.starter == 0
     child.order(ExitReason.KILLED, message)
     if grace > 0:
         child.signal_payload(number)
@@ -96,6 +96,8 @@ def _stop(keeper: Keeper) -> Child | None:
         keeper.enter_locked("stop")
     if launching is not None:
         launching.kill(ExitReason.KILLED, "the isolator was stopped")
+    if child is None:
+        keeper.await_starter()
     if child is not None and paused:
         child.resume()
     return child
