@@ -141,8 +141,8 @@ def _add_run_options(run: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="default, strict, permissive or a seccomp profile's path (learn: what may be used at most; permissive)",
     )
-    option("--degrade", action="append", default=[], metavar="NAME", help="accept that this protection is missing")
-    option("--import-path", action="append", default=[], metavar="DIR", help="folder that the target may import from")
+    option("--degrade", action="append", default=[], metavar="NAME", help="this protection may be missing (repeatable)")
+    option("--import-path", action="append", default=[], metavar="DIR", help="folder to import from (repeatable)")
     option("--python", metavar="PATH", help="another interpreter, or the folder of a venv")
     option("--stdin", action="store_true", help="the target reads our stdin, a file or a pipe (default: it is empty)")
 
