@@ -313,6 +313,19 @@ def test_a_refused_fork_is_an_event_and_a_flag(told: Told) -> None:
         assert isolator.invoke(len, "abc") == 3
 
 
+@pytest.mark.root
+def test_a_limit_reached_right_before_the_end_is_told(told: Told) -> None:
+    """The watch looks four times a second: what it has not seen is told with the end, whoever ordered that."""
+    with ProcessIsolator.create(events=told.events(), limits=Limits(pids=8)) as isolator:
+        isolator.invoke(_fork_until_refused)
+        isolator.restart()
+        assert told.wait_for("exited").exit_info.reason is ExitReason.KILLED
+        assert [event.limit for event in told.of("limit")].count("pids") == 1
+        isolator.invoke(_fork_until_refused)
+    told.wait_for("exited", 2)
+    assert [event.limit for event in told.of("limit")].count("pids") == 2
+
+
 def _fork_until_refused() -> int:
     import os
     import time

@@ -263,7 +263,7 @@ class Child(Birth):
         events, used = cgroups.GroupEvents(), cgroups.GroupUsage()
         if self._group is not None:
             used = self._group.used()
-            if limits_matter(self._ordered[0] if self._ordered else None):
+            if self.options.events is not None or limits_matter(self._ordered[0] if self._ordered else None):
                 events = self._group.events()
             self._part_with(self._group, deadline)
         self.last_events = events
