@@ -70,7 +70,8 @@ def _delay(keeper: Keeper) -> float:
     """Seconds to wait for the next start. Raises IsolatorClosed or RestartLimitReached where there will be none."""
     policy, info = keeper.options.restart, keeper.last_exit
     if info is not None and not restart.permits(policy, info, crashed=keeper.crashed):
-        raise IsolatorClosed(f"the child {predicate(info)}, and restart mode {policy.mode!r} starts no other")
+        why = f"the child {predicate(info)}, and restart mode {policy.mode!r} starts no other; restart() does"
+        raise IsolatorClosed(why)
     if keeper.is_left and policy.mode != "always":
         raise IsolatorClosed(
             f"exit() was called, and restart mode {policy.mode!r} starts no other child; restart() does"
