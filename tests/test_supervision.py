@@ -384,6 +384,35 @@ def test_cpu_time_of_one_process_needs_no_group() -> None:
         isolator.invoke(_burn, 1, timeout=20)
 
 
+@pytest.mark.parametrize("orphans", [False, True])
+def test_without_a_group_it_is_the_whole_childs_too(orphans: bool) -> None:
+    """The payload itself only sleeps; RLIMIT_CPU would let each of the others have a second, and their children another."""
+    limits = Limits(cpu_time=0.5, cpus=None)
+    with nothing_left(), start_without("limits", limits=limits, restart=QUICK) as isolator:
+        with pytest.raises(CpuLimitExceeded):
+            isolator.invoke(_have_burnt, orphans, timeout=4)
+
+
+def test_resource_usage_counts_living_processes_without_a_group() -> None:
+    with nothing_left(), start_without("limits") as isolator:
+        future = isolator.submit(_have_burnt, True)
+        assert wait_until(lambda: (isolator.resource_usage().cpu_time or 0) > 0.2)
+        future.cancel()
+
+
+def _have_burnt(orphans: bool) -> None:
+    import os
+    import time
+
+    for _ in range(2):
+        if os.fork() == 0:
+            if orphans and os.fork():
+                os._exit(0)
+            while True:
+                pass
+    time.sleep(1000)
+
+
 STUBBORN = {
     "a loop": "while True: pass",
     "in C": "sum(range(10**12))",

@@ -140,9 +140,9 @@ class Watch:
         limits = self._keeper.options.limits
         if limits.cpu_time is None:
             return None
-        used = child.meter.usage().cpu_time or 0.0
+        used = child.meter.cpu_time()
         if used < limits.cpu_time:
-            return next_cpu_look(limits.cpu_time, used, limits.cpus)
+            return next_cpu_look(limits.cpu_time, used, None if "cpus" in self._keeper.watched else limits.cpus)
         self._keeper.teller.cpu_limit(child, used)
         child.kill(ExitReason.CPU_TIME, f"{used:.2f} s of CPU time used, {limits.cpu_time:g} s allowed")
         return None
