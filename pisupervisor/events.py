@@ -8,9 +8,10 @@ is logged, and harms nothing.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from pisupervisor import records
 from pisupervisor.errors import IsolationError, OptionsError
 from pisupervisor.results import ExitInfo, SystemCall
 
@@ -127,7 +128,7 @@ class SystemCallSeen(Event):
 Handler = Callable[[Any], Awaitable[object] | object]
 
 
-@dataclass(frozen=True, kw_only=True)
+@records.dataclass(frozen=True, kw_only=True)
 class IsolationEvents:
     """Handlers by the kind of event; None: nobody wants to know, and nothing is done for it."""
 
@@ -144,11 +145,11 @@ class IsolationEvents:
     syscall: Handler | None = None
 
     def __post_init__(self) -> None:
-        for entry in fields(self):
+        for entry in records.fields(self):
             handler = getattr(self, entry.name)
             if handler is not None and not callable(handler):
                 raise OptionsError(f"events.{entry.name}: expected a function of one event, not {handler!r}")
 
     def wanted(self) -> frozenset[str]:
         """The kinds that have a handler."""
-        return frozenset(entry.name for entry in fields(self) if getattr(self, entry.name) is not None)
+        return frozenset(entry.name for entry in records.fields(self) if getattr(self, entry.name) is not None)

@@ -91,11 +91,12 @@ def test_an_environment_is_frozen_too() -> None:
             "; write filesystem=Filesystem(writable=...)",
         ),
         (lambda: ProcessIsolator.create(timeout=1), "did you mean start_timeout or call_timeout or idle_timeout?"),
+        (lambda: IsolationEvents(stdou=print), "argument 'stdou'; did you mean stdout?"),  # type: ignore[call-arg]
         (lambda: Limits(cpu=1.0), "argument 'cpu'; did you mean cpus?"),  # type: ignore[call-arg]
         (lambda: RestartPolicy(zzz=1), "it has mode, max_restarts, within,"),  # type: ignore[call-arg]
         (lambda: IoLimit(read_bps=1), "missing required keyword-only arguments: device"),  # type: ignore[call-arg]
     ],
-    ids=range(7),
+    ids=range(8),
 )
 def test_an_option_that_does_not_exist_is_the_callers_mistake(build: Any, said: str) -> None:
     with pytest.raises(OptionsError) as caught:
