@@ -36,6 +36,7 @@ from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.returns import build
 from pisupervisor.objects import IsolatedStream
 from pisupervisor.options import IsolationOptions
+from pisupervisor.records import replace
 from pisupervisor.results import CallResult, ExitInfo, ExitReason
 from pisupervisor.supervise.aio_link import LoopLink, until
 from pisupervisor.supervise.call import Sent
@@ -157,13 +158,11 @@ class AsyncProcessIsolator(AsyncControl):
 
     async def execute(self, function: Callable[..., Any] | str, /, *args: Any, **keywords: Any) -> CallResult:
         """See ``ProcessIsolator.execute``."""
-        result: CallResult = await self._call(self._isolator.execute, function, *args, **keywords)
-        return result
+        return self._shown(await self._call(self._isolator.execute, function, *args, **keywords))
 
     async def run_source(self, source: str, **keywords: Any) -> CallResult:
         """See ``ProcessIsolator.run_source``."""
-        result: CallResult = await self._call(self._isolator.run_source, source, **keywords)
-        return result
+        return self._shown(await self._call(self._isolator.run_source, source, **keywords))
 
     async def run_script(self, path: str | os.PathLike[str], argv: Any = (), **keywords: Any) -> ExitInfo:
         """See ``ProcessIsolator.run_script``."""
@@ -340,6 +339,9 @@ class AsyncProcessIsolator(AsyncControl):
 
     def _awaited(self, value: Any) -> Any:
         return AsyncIsolatedStream(self, value) if isinstance(value, IsolatedStream) else value
+
+    def _shown(self, result: CallResult) -> CallResult:
+        return replace(result, value=self._awaited(result.value))
 
 
 class Creating(Coroutine[Any, Any, Made]):

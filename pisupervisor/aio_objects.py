@@ -56,6 +56,15 @@ class AsyncIsolatedObject:
     def __reduce__(self) -> Any:
         return self._handle.__reduce__()
 
+    def __copy__(self) -> Any:
+        return self._handle.__copy__()
+
+    def __deepcopy__(self, _memo: object) -> Any:
+        return self._handle.__copy__()
+
+    def __repr__(self) -> str:
+        return f"<Async{repr(self._handle)[1:]}"
+
     async def __aenter__(self) -> Self:
         return self
 
@@ -76,6 +85,12 @@ class AsyncIsolatedMethod:
         """See ``IsolatedMethod.invoke``."""
         handle = obj._handle if isinstance(obj, AsyncIsolatedObject) else obj
         return await self._isolator._plain(self._handle, self._handle.invoke, handle, *args, **keywords)
+
+    def __reduce__(self) -> Any:
+        return self._handle.__reduce__()
+
+    def __repr__(self) -> str:
+        return f"<Async{repr(self._handle)[1:]}"
 
 
 class AsyncIsolatedStream:

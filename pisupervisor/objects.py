@@ -235,6 +235,8 @@ class IsolatedMethod:
         if not isinstance(obj, IsolatedObject):
             raise OptionsError(f"expected an IsolatedObject, not {obj!r}; call the method itself for anything else")
         isolator = self._isolator
+        if obj._isolator is not isolator:
+            raise OptionsError(f"{obj!r} lives in the child of another isolator than {self!r}")
         code = self._code
         arguments = isolator._packer.arguments(args, merged(keywords, kwargs))
         call = ("apply", code.key, self._target, obj._live(), arguments)

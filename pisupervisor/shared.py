@@ -60,7 +60,8 @@ def reduce(obj: Any, used: dict[int, SharedMemory], isolator: int) -> Any:
     if memory is None or memory.isolator != isolator:
         return NotImplemented
     offset = _address(obj) - _address(numpy.frombuffer(memory, "u1"))
-    return numpy.ndarray, (obj.shape, obj.dtype, memory, offset, obj.strides)
+    made = numpy.ndarray, (obj.shape, obj.dtype, memory, offset, obj.strides)
+    return made if obj.flags.writeable else (*made, False, None, None, numpy.ndarray.setflags)
 
 
 def _address(array: Any) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import inspect
 import os
@@ -202,6 +203,33 @@ def test_streams(plugin: Path) -> None:
             async with stream:
                 assert [n async for n in stream] == [0, 1, 2, 3]
             assert stream.value == "over"
+
+    run(main)
+
+
+def test_streams_of_captured_calls_are_awaited_too(plugin: Path) -> None:
+    async def main() -> None:
+        async with AsyncProcessIsolator.create() as isolator:
+            shown = await isolator.execute(f"{plugin}:count", 3)
+            assert [n async for n in shown.value] == [0, 1, 2]
+            shown = await isolator.run_source("(n for n in range(3))")
+            assert [n async for n in shown.value] == [0, 1, 2]
+
+    run(main)
+
+
+def test_handles_are_no_more_to_be_copied_or_sent_than_plain_ones(plugin: Path) -> None:
+    async def main() -> None:
+        async with AsyncProcessIsolator.create() as isolator:
+            counter = await isolator.create_object(plugin, "Counter", 5)
+            for a_copy in (copy.copy, copy.deepcopy):
+                with pytest.raises(TypeError, match="a handle cannot be copied"):
+                    a_copy(counter)
+            double = await isolator.get_method(plugin, "double")
+            with pytest.raises(SerializationError, match="map and execute take the text"):
+                await isolator.invoke(double, 3)
+            assert f"of isolator {isolator.id}>" in repr(counter)
+            assert repr(double) == f"<AsyncIsolatedMethod {plugin}:double of isolator {isolator.id}>"
 
     run(main)
 

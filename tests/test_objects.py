@@ -272,6 +272,14 @@ def test_an_attribute_is_set_in_the_child_or_not_at_all(isolator: ProcessIsolato
     assert counter.add() == 11
 
 
+def test_an_object_of_another_isolator(isolator: ProcessIsolator, plugin: Path) -> None:
+    """Its child lives: the error said that it had ended."""
+    counter = isolator.create_object(plugin, "Counter")
+    with ProcessIsolator.create() as other, pytest.raises(OptionsError, match="another isolator"):
+        other.get_method(plugin, "Counter.add").invoke(counter)
+    assert counter.add() == 1
+
+
 def test_what_methods_raise_and_return(isolator: ProcessIsolator, plugin: Path) -> None:
     counter = isolator.create_object(plugin, "Counter")
     with pytest.raises(KeyError, match="no such thing"):

@@ -95,6 +95,17 @@ def test_parts_and_views_are_shared_too(isolator: ProcessIsolator, part: Any) ->
     assert (piece == np.zeros_like(piece)).all()
 
 
+def test_what_is_read_only_here_is_so_there(isolator: ProcessIsolator) -> None:
+    array = isolator.shared_array(10)
+    view = array[2:]
+    view.flags.writeable = False
+    assert isolator.invoke(lambda view: view.flags.writeable, view) is False
+    with pytest.raises(ValueError, match="read-only"):
+        isolator.invoke(add, view, 1)
+    array[:] = 3
+    assert isolator.invoke(lambda view: float(view.sum()), view) == 24
+
+
 def test_a_copy_is_not_shared(isolator: ProcessIsolator) -> None:
     array = isolator.shared_array(1000)
     isolator.invoke(add, array.copy(), 1)
