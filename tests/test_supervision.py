@@ -388,9 +388,12 @@ def test_cpu_time_of_one_process_needs_no_group() -> None:
 def test_without_a_group_it_is_the_whole_childs_too(orphans: bool) -> None:
     """The payload itself only sleeps; RLIMIT_CPU would let each of the others have a second, and their children another."""
     limits = Limits(cpu_time=0.5, cpus=None)
-    with nothing_left(), start_without("limits", limits=limits, restart=QUICK) as isolator:
-        with pytest.raises(CpuLimitExceeded):
-            isolator.invoke(_have_burnt, orphans, timeout=4)
+    with (
+        nothing_left(),
+        start_without("limits", limits=limits, restart=QUICK) as isolator,
+        pytest.raises(CpuLimitExceeded),
+    ):
+        isolator.invoke(_have_burnt, orphans, timeout=4)
 
 
 def test_resource_usage_counts_living_processes_without_a_group() -> None:
