@@ -264,3 +264,20 @@ def check_argv(argv: Sequence[str]) -> list[str]:
     if isinstance(argv, str) or not isinstance(argv, Sequence) or not all(isinstance(each, str) for each in argv):
         raise OptionsError(f'argv: expected a list of texts such as ["--fast"], not {argv!r}'[:300])
     return [*argv]
+
+
+def check_stdin(stdin: object) -> object:
+    """What a script reads, as it travels: bytes, or something open. Raises OptionsError."""
+    if isinstance(stdin, str):
+        try:
+            return stdin.encode("utf-8", "surrogateescape")  # as the child's stdin decodes it
+        except UnicodeEncodeError as error:
+            raise OptionsError(f"stdin: {error}") from None
+    if isinstance(stdin, (bytes, bytearray, memoryview)):
+        return bytes(stdin)
+    try:
+        stdin.fileno()  # type: ignore[attr-defined]
+    except (AttributeError, OSError, ValueError):  # the last two: of a StringIO, or of a file that is closed
+        why = f"stdin: expected text, bytes, or an open file, pipe or socket, not {stdin!r}"
+        raise OptionsError(why[:300]) from None
+    return stdin

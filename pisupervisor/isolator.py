@@ -11,7 +11,7 @@ import threading
 import time
 
 from pihost import wire
-from pisupervisor.checks import check_argv, merged, split_target
+from pisupervisor.checks import check_argv, check_stdin, merged, split_target
 from pisupervisor.control import Control
 from pisupervisor.errors import OptionsError
 from pisupervisor.launch.templates import acquire, release
@@ -176,18 +176,23 @@ class ProcessIsolator(Control):
         return self._captured(("source", source, "<source>"), None, timeout, returns, idempotent)
 
     def run_script(
-        self, path: str | os.PathLike[str], argv: Sequence[str] = (), *, timeout: float | None = None,
+        self, path: str | os.PathLike[str], argv: Sequence[str] = (), *, stdin: Any = None, timeout: float | None = None,
         idempotent: bool = False,
     ) -> ExitInfo:  # fmt: skip
         """Run a file like ``python tool.py --fast``: ``argv`` without the name, which is ``path`` as it is given. Threads that
         it starts are waited for, and its exit handlers run. The child lives on; the ExitInfo is the script's: its exit
         code, stdout and stderr.
+
+        ``stdin`` is what it reads: text, bytes (both in memory of the child), or an open file, pipe or socket, which it gets as
+        it is; nothing by default.
         """
         from pisupervisor.link.calls import is_exit_code
         from pisupervisor.results import ExitInfo, ExitReason
 
         code = self._reader.read(path)
-        call = ("script", code.key, [os.fspath(path), *check_argv(argv)])
+        call: tuple[Any, ...] = ("script", code.key, [os.fspath(path), *check_argv(argv)])
+        if stdin is not None:
+            call += (self._packer.arguments((check_stdin(stdin),), {}),)
         result = self._captured(call, code, timeout, None, idempotent, is_exit_code)
         return ExitInfo(
             exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,

@@ -6,9 +6,11 @@ import concurrent.futures
 import copy
 import dataclasses
 import enum
+import io
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sysconfig
 import threading
@@ -31,6 +33,7 @@ from pisupervisor import (
     CallTimeout,
     ChildTerminated,
     CompileError,
+    Descriptor,
     ExitReason,
     IsolationError,
     IsolationOptions,
@@ -499,6 +502,76 @@ VALUES: list[Any] = [
 
 def identity(value: Any) -> Any:
     return value
+
+
+READS = "import sys; text = sys.stdin.read(); print(len(text), text[:8])"
+
+
+def test_a_script_reads_what_it_is_given(shared: ProcessIsolator, tmp_path: Path) -> None:
+    script = write(tmp_path, "tool.py", READS)
+    given = (
+        ("h\u00e9llo", 5),
+        ("", 0),
+        (b"bytes", 5),
+        (bytearray(b"more"), 4),
+        (b"x" * 5_000_000, 5_000_000),
+        ("\udce9", 1),
+    )
+    for stdin, size in given:
+        assert shared.run_script(script, stdin=stdin).stdout.startswith(f"{size} ")
+        assert shared.run_script(script).stdout == "0 \n"  # nothing is left of it
+
+
+def test_a_script_reads_what_is_open(shared: ProcessIsolator, tmp_path: Path) -> None:
+    script = write(tmp_path, "tool.py", READS)
+    with open(write(tmp_path, "text", "first\nsecond\n")) as file:
+        file.readline()
+        assert shared.run_script(script, stdin=file).stdout == "7 second\n\n"
+    reader, writer = os.pipe()
+    os.write(writer, b"piped")
+    os.close(writer)
+    assert shared.run_script(script, stdin=Descriptor(reader)).stdout == "5 piped\n"
+    os.close(reader)
+    ours, theirs = socket.socketpair()
+    ours.sendall(b"said")
+    ours.close()
+    with theirs:
+        assert shared.run_script(script, stdin=theirs).stdout == "4 said\n"
+
+
+def test_what_a_script_starts_reads_on_where_it_stopped(shared: ProcessIsolator, tmp_path: Path) -> None:
+    source = "import os, subprocess; os.read(0, 4); subprocess.run(['/bin/cat'])"
+    assert shared.run_script(write(tmp_path, "tool.py", source), stdin="one\ntwo\n").stdout == "two\n"
+
+
+def test_what_a_script_has_done_to_its_input_is_no_matter(shared: ProcessIsolator, tmp_path: Path) -> None:
+    before = shared.invoke(os.listdir, "/proc/self/fd")
+    for source in (
+        "import os; os.close(0)",
+        "import sys; sys.stdin.close(); del sys.stdin",
+        "import sys; sys.stdin = 5",
+    ):
+        assert shared.run_script(write(tmp_path, "tool.py", source), stdin="text").exit_code == 0
+        script = write(tmp_path, "reads.py", READS)
+        assert shared.run_script(script, stdin="again").stdout == "5 again\n"
+        assert shared.run_script(script).stdout == "0 \n"
+    assert shared.invoke(os.listdir, "/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    "stdin", [5, io.StringIO("x"), ["x"], "\ud800"], ids=["number", "StringIO", "list", "surrogate"]
+)
+def test_what_no_script_can_read(shared: ProcessIsolator, tmp_path: Path, stdin: object) -> None:
+    with pytest.raises(OptionsError, match="stdin: "):
+        shared.run_script(write(tmp_path, "tool.py", READS), stdin=stdin)
+
+
+def test_what_a_script_reads_is_counted(tmp_path: Path) -> None:
+    with ProcessIsolator.create(limits=Limits(memory="64M")) as isolator:
+        script = write(tmp_path, "tool.py", READS)
+        with pytest.raises((ChildTerminated, RemoteError)):
+            isolator.run_script(script, stdin=b"x" * (100 << 20))
+        assert isolator.run_script(script, stdin="text").stdout == "4 text\n"
 
 
 @pytest.mark.parametrize("value", VALUES, ids=lambda value: "set" if isinstance(value, set) else repr(value))

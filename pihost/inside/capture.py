@@ -1,6 +1,6 @@
-"""Standard output and error of one call, at the level of file descriptors: also what C code and subprocesses write.
+"""Standard input, output and error of one call, at the level of file descriptors: also for C code and subprocesses.
 
-The host makes a pipe for each call and reads it; here it is only put in place of fds 1 and 2. Bounds are the host's.
+The host makes a pipe for each call's output and reads it; here it is only put in place of fds 1 and 2. Bounds are the host's.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ import os
 import sys
 
 from pihost import syscalls
+
+if False:  # typing costs 5 ms, and only a type checker reads this
+    from typing import Any
 
 
 class Capture:
@@ -38,6 +41,54 @@ class Capture:
             os.close(null)
         else:
             os.set_inheritable(null, True)
+
+
+class StandardInput:
+    """``with StandardInput(source):`` fd 0 and ``sys.stdin`` read that, bytes or something open, which it owns; and nothing
+    afterwards, as before.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._fd = _file_of(source) if isinstance(source, bytes) else _own(source)
+
+    def __enter__(self) -> None:
+        os.dup2(self._fd, 0)
+        os.close(self._fd)
+        self._before, usual = sys.stdin, sys.__stdin__
+        # Another object for each: what one has read ahead is not the next one's.
+        sys.stdin = open(
+            0, encoding=getattr(usual, "encoding", "utf-8"), errors=getattr(usual, "errors", None), closefd=False
+        )
+
+    def __exit__(self, *_error: object) -> None:
+        sys.stdin = self._before
+        null = _open_null()
+        if null:
+            os.dup2(null, 0)
+            os.close(null)
+        else:
+            os.set_inheritable(null, True)  # user code had closed it
+
+
+def _file_of(data: bytes) -> int:
+    """A file in our own memory, which our limits count."""
+    fd = os.memfd_create("stdin")
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(data)
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _own(source: Any) -> int:
+    """The descriptor of what has come with the call: a number is ours already."""
+    if isinstance(source, int):
+        return source
+    with source:
+        return os.dup(source.fileno())
 
 
 def redirect(fds: list[int], wanted: int) -> None:

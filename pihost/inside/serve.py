@@ -13,7 +13,7 @@ import sys
 
 from pihost import wire
 from pihost.inside import arenas, attached, awaiting, callbacks, encode, objects, resolve, run, taught
-from pihost.inside.capture import Capture, redirect
+from pihost.inside.capture import Capture, StandardInput, redirect
 from pihost.inside.failures import answer_to, unloadable
 from pihost.inside.link import Link as Link
 from pihost.inside.quick import Quick
@@ -272,8 +272,12 @@ class Worker:
     def run_source(self, source: str, filename: str) -> object:
         return run.run_source(self.namespace, source, filename)
 
-    def run_script(self, key: str, argv: list[str]) -> int:
-        return run.run_script(self.library, key, argv)
+    def run_script(self, key: str, argv: list[str], stdin: Any = None) -> int:
+        if stdin is None:
+            return run.run_script(self.library, key, argv)
+        (source,), _nothing = load(stdin)
+        with StandardInput(source):
+            return run.run_script(self.library, key, argv)
 
 
 VERBS: dict[str, Callable[..., object]] = {
