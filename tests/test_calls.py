@@ -546,12 +546,13 @@ def test_what_a_script_starts_reads_on_where_it_stopped(shared: ProcessIsolator,
 
 def test_what_a_script_has_done_to_its_input_is_no_matter(shared: ProcessIsolator, tmp_path: Path) -> None:
     before = shared.invoke(os.listdir, "/proc/self/fd")
-    for source in (
-        "import os; os.close(0)",
-        "import sys; sys.stdin.close(); del sys.stdin",
+    sources = (
+        "input()", "import os; os.read(0, 2)", "import os; os.close(0)", "import sys; sys.stdin.close(); del sys.stdin",
         "import sys; sys.stdin = 5",
-    ):
-        assert shared.run_script(write(tmp_path, "tool.py", source), stdin="text").exit_code == 0
+    )  # fmt: skip
+    for source in sources:
+        assert shared.run_script(write(tmp_path, "tool.py", source), stdin="one\ntwo\n").exit_code == 0
+        assert shared.run_script(write(tmp_path, "reads.py", READS)).stdout == "0 \n"
         script = write(tmp_path, "reads.py", READS)
         assert shared.run_script(script, stdin="again").stdout == "5 again\n"
         assert shared.run_script(script).stdout == "0 \n"
