@@ -28,8 +28,9 @@ from pisupervisor.aio_objects import (
     AsyncPipeline,
     Done,
 )
-from pisupervisor.aio_workers import run_here, run_in
+from pisupervisor.aio_workers import run_here, run_in, run_within
 from pisupervisor.callbacks import is_coroutine_function
+from pisupervisor.checks import check_timeout
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.bells import PollBell
 from pisupervisor.link.callers import acting_for, this_caller
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
 
 Made = TypeVar("Made", bound="AsyncProcessIsolator")
 _KNOWN = 1000
+_UNTIMED = frozenset(("get_method", "object_count", "_take"))  # what takes no timeout, or looks after its own
 
 
 class _Callback:
@@ -251,7 +253,16 @@ class AsyncProcessIsolator(AsyncControl):
             async with callback.turn:
                 if self._runs(callback):
                     return await self._call_from(callback, method, *args, **keywords)
-        return await run_here(self._calls.line_for(method), method, *args, **keywords)
+        limit = self._limit(method, keywords)
+        if limit is None:
+            return await run_here(self._calls.line_for(method), method, *args, **keywords)
+        return await run_within(limit, self._calls.line_for(method), method, *args, **keywords)
+
+    def _limit(self, method: Callable[..., Any], keywords: dict[str, Any]) -> float | None:
+        limit = keywords.get("timeout")
+        if limit is not None:
+            return check_timeout(limit)
+        return None if getattr(method, "__name__", "") in _UNTIMED else self._isolator.options.call_timeout
 
     def _runs(self, callback: _Callback) -> bool:
         connection = self._isolator._keeper.connection

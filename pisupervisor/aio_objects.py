@@ -106,7 +106,7 @@ class AsyncIsolatedStream:
         if self._stream._object._number is None:
             raise StopAsyncIteration
         try:
-            step = await self._isolator._plain(IsolatedStream, self._stream.ask)
+            step = await self._isolator._plain(IsolatedStream, self._stream.ask, timeout=self._stream._timeout)
         except BaseException:
             self._stream.close()  # a generator that has raised is over
             raise

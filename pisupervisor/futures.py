@@ -37,6 +37,10 @@ class IsolationFuture(Future[Any]):
             self._kill(self)
         return taken_back
 
+    def take_back(self) -> bool:
+        """``cancel`` where the call still waits. False: it runs, or it is done."""
+        return not self.started and super().cancel()
+
     def result(self, timeout: float | None = None) -> Any:
         """The call's result; raises CallCancelled when it was cancelled, else what the call raised. CallError in a callback
         of the very call for whose end this one waits.

@@ -236,7 +236,7 @@ class ProcessIsolator(Control):
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> IsolationFuture:
         """``invoke`` without waiting: a future. Its ``cancel()`` kills the work if it runs already. As many run at once as
-        ``options.max_concurrency`` says, the others wait in the order in which they came.
+        ``options.max_concurrency`` says, the others wait in the order in which they came. Their ``timeout`` begins after that.
         """
         return self.submit_call(self.invoke, function, *args, **keywords)
 

@@ -162,17 +162,17 @@ class IsolatedStream:
         if self._object._number is None:
             raise StopIteration
         try:
-            step = self.ask()
+            step = self.ask(timeout=self._timeout)
         except BaseException:
             self.close()  # a generator that has raised is over
             raise
         return self.take(step)
 
-    def ask(self) -> Any:
+    def ask(self, *, timeout: float | None) -> Any:
         """One step of the generator: whether it is over, and the item or what it returned."""
         isolator, number, where = self._object._isolator, self._object._live(), self._object._connection
         done = isolator._session.call_plain(
-            ("next", number), self._head, b"", timeout=self._timeout, only_on=where, check=_is_step, streams=False
+            ("next", number), self._head, b"", timeout=timeout, only_on=where, check=_is_step, streams=False
         )
         return done.value if type(done) is Outcome else done
 

@@ -492,6 +492,51 @@ def test_cancelled_while_it_waits_for_its_turn() -> None:
     run(main)
 
 
+@pytest.mark.parametrize("form", ["invoke", "method", "object", "execute", "stream"])
+def test_the_time_that_a_call_waits_is_its_own(plugin: Path, form: str) -> None:
+    """As with the plain class. It waited as long as others took, and then had all of its time."""
+
+    async def main() -> None:
+        async with AsyncProcessIsolator.create(call_timeout=0.2) as isolator:
+            counter = await isolator.create_object(plugin, "Counter")
+            double, stream = await isolator.get_method(plugin, "double"), await isolator.invoke(iter_three)
+            forms: dict[str, Callable[[], Coroutine[Any, Any, Any]]] = {
+                "invoke": lambda: isolator.invoke(len, "abc"),
+                "method": lambda: double(3),
+                "object": lambda: counter.add(),
+                "execute": lambda: isolator.execute(len, "abc"),
+                "stream": lambda: stream.__anext__(),
+            }
+            long = isolator.submit(time.sleep, 1, timeout=5)
+            await asyncio.sleep(0.1)
+            began, pid = time.monotonic(), isolator.pid
+            with pytest.raises(CallTimeout, match="this one was not started"):
+                await forms[form]()
+            assert time.monotonic() - began < 0.7
+            await long
+            assert isolator.pid == pid  # it was taken back, and killed nobody
+
+    run(main)
+
+
+def iter_three() -> Generator[int, None, None]:
+    yield from range(3)
+
+
+def test_what_is_left_of_a_call_that_waited_is_all_it_has() -> None:
+    async def main() -> None:
+        async with AsyncProcessIsolator.create() as isolator:
+            long = isolator.submit(time.sleep, 0.5)
+            await asyncio.sleep(0.1)
+            began = time.monotonic()
+            with pytest.raises(CallTimeout, match="still running"):
+                await isolator.invoke(time.sleep, 5, timeout=0.8)
+            assert time.monotonic() - began < 1.1
+            await long
+
+    run(main)
+
+
 def test_wait_for_a_timeout_kills() -> None:
     async def main() -> None:
         async with await AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
