@@ -12,12 +12,12 @@ import io
 import os
 import threading
 from collections.abc import Iterable
-from copy import copy
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
 from pihost.inside.plugins import run_plugin
-from pisupervisor.errors import IsolatorClosed, OptionsError, RemoteError
+from pisupervisor.errors import IsolatorClosed, OptionsError, RemoteError, SerializationError
 from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.options import IsolationOptions
 from pisupervisor.records import replace
@@ -209,8 +209,7 @@ class NullHost(_Host):
         context = self._check(plugin, context)
         if timeout is not None:
             raise OptionsError("NullHost cannot end a plugin: leave timeout out, or use ProcessHost")
-        own = copy(context)  # as elsewhere, the caller's shows what a plugin did that has come to an end
-        own.properties, own.arguments = dict(context.properties), list(context.arguments)
+        own = _copied(context)  # as elsewhere, the caller's shows what a plugin did that has come to an end
         out, err = io.StringIO(), io.StringIO()
         with _stdout_lock, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
@@ -225,6 +224,14 @@ class NullHost(_Host):
                 raise told from error
         _take_over(context, outcome["properties"], outcome["arguments"])
         return PluginResult(stdout=out.getvalue(), stderr=err.getvalue(), result=outcome["result"], context=context)
+
+
+def _copied(context: IsolationContext) -> IsolationContext:
+    try:
+        return deepcopy(context)
+    except Exception as error:
+        text = f"the context holds what is no plain data, and cannot be copied: {type(error).__name__}: {error}"
+        raise SerializationError(text[:300], direction="to child") from error
 
 
 def _as_remote(error: BaseException) -> RemoteError:
@@ -275,7 +282,7 @@ class ScannedHost(_Host):
 
 
 def _names(names: Iterable[str], what: str) -> tuple[str, ...]:
-    if isinstance(names, str):
+    if isinstance(names, str) or not isinstance(names, Iterable):
         raise OptionsError(f"{what}: expected a list of module names, not {names!r}")
     found = tuple(names)
     if not all(isinstance(name, str) and all(part.isidentifier() for part in name.split(".")) for name in found):

@@ -67,7 +67,7 @@ def _imported(node: ast.AST, module: str) -> list[str]:
         if node.level:
             package = module.split(".")[: -node.level]
             base = ".".join([*package, *([base] if base else [])])
-        return [base, *(f"{base}.{alias.name}" for alias in node.names if alias.name != "*")]
+        return [base if alias.name == "*" else f"{base}.{alias.name}" for alias in node.names]
     if isinstance(node, ast.Call) and node.args:
         called = getattr(node.func, "id", None) or getattr(node.func, "attr", None)
         first = node.args[0]

@@ -7,6 +7,7 @@ import asyncio
 import importlib
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -340,7 +341,7 @@ def test_closing_closes_the_inner_host() -> None:
         inner.execute_plugin(Adder())
 
 
-@pytest.mark.parametrize("wrong", ["ctypes", ["no module"], [3], ["a..b"]])
+@pytest.mark.parametrize("wrong", ["ctypes", ["no module"], [3], ["a..b"], 5, None])
 def test_lists_of_names_are_checked(wrong: Any) -> None:
     with pytest.raises(OptionsError):
         ScannedHost(NullHost(), deny=wrong)
@@ -359,7 +360,19 @@ def test_what_is_installed_is_judged_by_its_name_alone() -> None:
 
 def test_relative_imports_have_full_names() -> None:
     found = imports("from . import a\nfrom ..b import c\nfrom .d import *", "x.py", "top.middle.own")
-    assert [each.module for each in found] == ["top.middle", "top.middle.a", "top.b", "top.b.c", "top.middle.d"]
+    assert [each.module for each in found] == ["top.middle.a", "top.b.c", "top.middle.d"]
+
+
+@pytest.mark.parametrize(
+    "text", ["import json.decoder", "from json import decoder", "from json.decoder import JSONDecoder"]
+)
+def test_a_submodule_that_is_allowed_may_be_imported_in_every_way(text: str) -> None:
+    found = [each.module for each in imports(text, "x.py", "x")]
+    host = ScannedHost(NullHost(), allow=["json.decoder"])
+    for module in found:
+        host._judge(module, "x.py:1")
+    with pytest.raises(OptionsError, match="denied"):
+        ScannedHost(NullHost(), deny=["json"])._judge(found[0], "x.py:1")
 
 
 class _Refusing(NullHost):
@@ -409,6 +422,21 @@ class Breaking(Plugin):
         context.properties["b"] = 2
         context.arguments.clear()
         raise KeyError("in the middle")
+
+
+class DeepBreaking(Plugin):
+    def execute(self, context: IsolationContext) -> Any:
+        context.properties["a"].append(2)
+        raise KeyError("in the middle")
+
+
+def test_nor_does_it_change_what_lies_deeper(host: Any) -> None:
+    context = IsolationContext({"a": [1]})
+    with pytest.raises(KeyError):
+        host.execute_plugin(DeepBreaking(), context)
+    assert context == IsolationContext({"a": [1]})
+    with pytest.raises(SerializationError):
+        host.execute_plugin(Adder(), IsolationContext({"a": threading.Lock()}))
 
 
 def test_a_failed_plugin_leaves_the_callers_context_alone(host: Any) -> None:
