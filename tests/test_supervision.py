@@ -441,6 +441,32 @@ def test_a_deadline_kills(what: str) -> None:
         assert isolator.invoke(len, "abc") == 3
 
 
+@pytest.mark.root
+@pytest.mark.alone
+def test_a_deadline_is_kept_by_a_child_whose_quota_is_used_up() -> None:
+    """Dying takes CPU time too: ten loops at 0.1 cores were dead 200 ms after the deadline, now 50."""
+    late = []
+    with nothing_left(), ProcessIsolator.create(limits=Limits(cpus=0.1), restart=QUICK) as isolator:
+        for _ in range(5):
+            assert isolator.invoke(len, "abc") == 3
+            started = time.monotonic()
+            with pytest.raises(CallTimeout):
+                isolator.invoke(_burn_memory, timeout=0.8)
+            late.append(time.monotonic() - started - 0.8)
+    assert sorted(late)[2] < 0.12, late
+
+
+def _burn_memory() -> None:
+    import os
+
+    memory = bytearray(b"x") * (100 << 20)
+    for _ in range(len(memory) // (10 << 20)):
+        if os.fork() == 0:
+            break
+    while True:
+        pass
+
+
 def test_an_idle_child_is_ended_and_comes_back() -> None:
     with nothing_left(), ProcessIsolator.create(idle_timeout=0.3) as isolator:
         first = isolator.pid
