@@ -180,9 +180,12 @@ class AsyncProcessIsolator(AsyncControl):
         """See ``ProcessIsolator.create_object``; methods of the handle are awaited."""
         return AsyncIsolatedObject(self, await self._call(self._isolator.create_object, code, *args, **keywords))
 
-    async def copy_object(self, value: Any, *, timeout: float | None = None) -> AsyncIsolatedObject:
+    async def copy_object(
+        self, value: Any, *, timeout: float | None = None, idempotent: bool = False
+    ) -> AsyncIsolatedObject:
         """See ``ProcessIsolator.copy_object``."""
-        return AsyncIsolatedObject(self, await self._call(self._isolator.copy_object, value, timeout=timeout))
+        copying = self._call(self._isolator.copy_object, value, timeout=timeout, idempotent=idempotent)
+        return AsyncIsolatedObject(self, await copying)
 
     async def get_method(self, path: str | os.PathLike[str], target: str) -> AsyncIsolatedMethod:
         """See ``ProcessIsolator.get_method``."""

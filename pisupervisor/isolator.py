@@ -273,9 +273,9 @@ class ProcessIsolator(Control):
         call = ("create", read.key, target, self._packer.arguments(tuple(rest), keywords))
         return self._keep(call, read, timeout, idempotent)
 
-    def copy_object(self, value: Any, *, timeout: float | None = None) -> IsolatedObject:
-        """A copy of ``value`` that lives in the child."""
-        return self._keep(("copy", self._packer.value(value)), None, timeout)
+    def copy_object(self, value: Any, *, timeout: float | None = None, idempotent: bool = False) -> IsolatedObject:
+        """A copy of ``value`` that lives in the child. ``idempotent``: see ``create_object``."""
+        return self._keep(("copy", self._packer.value(value)), None, timeout, idempotent)
 
     def get_method(self, path: str | os.PathLike[str], target: str) -> IsolatedMethod:
         """A handle to a function or method: ``method(*args)`` as ``invoke_method``, ``method.invoke(obj, *args)`` on objects.
@@ -328,7 +328,7 @@ class ProcessIsolator(Control):
         return self._data.get(name)
 
     def _keep(
-        self, call: tuple[Any, ...], code: Code | None, timeout: float | None, idempotent: bool = False
+        self, call: tuple[Any, ...], code: Code | None, timeout: float | None, idempotent: bool
     ) -> IsolatedObject:
         from pisupervisor.link.calls import is_number
         from pisupervisor.objects import IsolatedObject

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import pickle
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 from helpers import linux, write
 
 from pisupervisor import (
+    AsyncProcessIsolator,
     ChildTerminated,
     IsolatedMethod,
     IsolatedObject,
@@ -270,6 +272,31 @@ def test_an_attribute_is_set_in_the_child_or_not_at_all(isolator: ProcessIsolato
     assert counter.add() == 6
     isolator.invoke(setattr, counter, "value", 10)
     assert counter.add() == 11
+
+
+class DiesOnce:
+    """Where it is unpickled, if the host says so."""
+
+    def __reduce__(self) -> Any:
+        return eval, ("__import__('os')._exit(1) if __import__('pihost').call_host('first') else [7]",)
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_copy_is_made_again_in_another_child(is_async: bool) -> None:
+    answers = iter([True, False])
+    if not is_async:
+        with ProcessIsolator.create(restart=RestartPolicy(backoff=0)) as isolator:
+            isolator.register_callback("first", lambda: next(answers))
+            assert isolator.copy_object(DiesOnce(), idempotent=True).pop() == 7
+        return
+
+    async def main() -> None:
+        async with AsyncProcessIsolator.create(restart=RestartPolicy(backoff=0)) as isolator:
+            isolator.register_callback("first", lambda: next(answers))
+            copied = await isolator.copy_object(DiesOnce(), idempotent=True)
+            assert await copied.pop() == 7
+
+    asyncio.run(main())
 
 
 def test_an_object_of_another_isolator(isolator: ProcessIsolator, plugin: Path) -> None:
