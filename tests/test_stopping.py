@@ -192,6 +192,24 @@ def test_terminate_lets_the_child_say_goodbye(plugin: Path) -> None:
         assert (info.exit_code, info.stderr_tail, info.ordered) == (5, "goodbye\n", True)
 
 
+def test_a_handler_that_exits_between_calls_ends_the_child_as_it_says() -> None:
+    """It was exit code 1, and no exit handler ran."""
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.invoke(_exit_on_sigterm)
+        assert isolator.terminate(grace=5)
+        info = isolator.wait_for_exit()
+        assert (info.exit_code, info.stderr_tail, info.reason) == (5, "atexit ran\n", ExitReason.KILLED)
+
+
+def _exit_on_sigterm() -> None:
+    import atexit
+    import signal
+    import sys
+
+    atexit.register(print, "atexit ran", file=sys.stderr, flush=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+
+
 def test_terminate_without_grace_is_a_kill(plugin: Path) -> None:
     with ProcessIsolator.create() as isolator:
         assert isolator.terminate(grace=0)

@@ -43,7 +43,12 @@ def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> in
 
         return Threads(worker, limits["concurrency"]).serve()
     worker.host = callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
-    return worker.quick.serve(link)
+    try:
+        return worker.quick.serve(link)
+    except SystemExit as stop:  # of a signal's handler, between two calls: what a process does then
+        code = run.exit_code(stop.code)
+        run.leave(worker.close_loops)
+        return code
 
 
 def reseed() -> None:
