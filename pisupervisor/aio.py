@@ -35,7 +35,7 @@ from pisupervisor.isolator import ProcessIsolator
 from pisupervisor.link.bells import PollBell
 from pisupervisor.link.callers import acting_for, this_caller
 from pisupervisor.link.returns import build
-from pisupervisor.objects import IsolatedStream
+from pisupervisor.objects import BoundMethod, IsolatedStream, check_call
 from pisupervisor.options import IsolationOptions
 from pisupervisor.records import replace
 from pisupervisor.results import CallResult, ExitInfo, ExitReason
@@ -152,6 +152,7 @@ class AsyncProcessIsolator(AsyncControl):
         self, method: Callable[..., Coroutine[Any, Any, Any]], /, *args: Any, **keywords: Any
     ) -> asyncio.Task[Any]:
         """Any of the calls here as a task: ``isolator.submit_call(isolator.invoke_method, "a.py", "f", 1)``."""
+        check_call(method, self, (BoundMethod, AsyncIsolatedMethod, AsyncIsolatedObject))
         self._isolator._keeper.check_open()
         task = asyncio.get_running_loop().create_task(method(*args, **keywords))
         self._tasks.add(task)  # a loop holds its tasks but weakly

@@ -242,8 +242,10 @@ class ProcessIsolator(Control):
 
     def submit_call(self, method: Callable[..., Any], /, *args: Any, **keywords: Any) -> IsolationFuture:
         """Any of the calls above without waiting: ``isolator.submit_call(isolator.invoke_method, "a.py", "f", 1)``."""
+        from pisupervisor.objects import BoundMethod, IsolatedMethod, IsolatedObject, check_call
         from pisupervisor.worker import Crew
 
+        check_call(method, self, (BoundMethod, IsolatedMethod, IsolatedObject))
         with self._crew_lock:
             self._keeper.check_open()
             if self._crew is None:

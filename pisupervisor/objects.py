@@ -37,6 +37,16 @@ def check_callable(name: str) -> None:
         raise AttributeError(f"{name!r}: call what is special with invoke({name!r}, ...)")
 
 
+def check_call(method: Any, isolator: Any, handles: tuple[type, ...]) -> None:
+    """Raises OptionsError for what is no call into a child: it would run here, with all that the application may do."""
+    owner = getattr(method, "__self__", method)
+    if owner is not isolator and not isinstance(owner, handles) and getattr(owner, "isolator", None) is not isolator:
+        raise OptionsError(
+            f"submit_call: expected one of the isolator's calls or a handle, not {method!r:.200}, which would run in this "
+            "process; submit() runs a function in the child"
+        )
+
+
 class BoundMethod:
     """A method of an object in the child, as something to call here; sent there, it is the method itself."""
 

@@ -196,6 +196,25 @@ def test_submitted_calls_are_tasks(plugin: Path) -> None:
     run(main)
 
 
+def test_submit_call_runs_nothing_here(plugin: Path) -> None:
+    ran: list[int] = []
+
+    async def main() -> None:
+        async with AsyncProcessIsolator.create() as isolator:
+            with pytest.raises(OptionsError, match="submit_call"):
+                isolator.submit_call(ran.append, 1)  # type: ignore[arg-type]
+            counter, double = (
+                await isolator.create_object(plugin, "Counter"),
+                await isolator.get_method(plugin, "double"),
+            )
+            assert await isolator.submit_call(counter.add, 2) == 2
+            assert await isolator.submit_call(counter.invoke, "add", 2) == 4
+            assert await isolator.submit_call(double, 2) == 4
+
+    run(main)
+    assert ran == []
+
+
 def test_streams(plugin: Path) -> None:
     async def main() -> None:
         async with await AsyncProcessIsolator.create() as isolator:

@@ -326,6 +326,22 @@ def test_submit(plugin: Path) -> None:
         assert sorted(future.result() for future in done) == [1, 11, 21, 31, 41]
 
 
+def test_submit_call_runs_nothing_here(plugin: Path) -> None:
+    """It called whatever it was given, in the host."""
+    ran: list[int] = []
+    with ProcessIsolator.create() as isolator, ProcessIsolator.create() as other:
+        for wrong in (ran.append, own_function, other.invoke, 5, None):
+            with pytest.raises(OptionsError, match="submit_call"):
+                isolator.submit_call(wrong, 1)  # type: ignore[arg-type]
+        assert ran == []
+        tools, text = isolator.create_object(plugin, "Tools"), isolator.copy_object("text")
+        assert isolator.submit_call(isolator.get_method(plugin, "Tools.count")).result(5) == 1
+        assert (
+            isolator.submit_call(text.upper).result(5) == isolator.submit_call(text.invoke, "upper").result(5) == "TEXT"
+        )
+        assert isolator.submit_call(isolator.get_method("builtins", "repr").invoke, tools).result(5)
+
+
 def test_cancel_kills_what_runs() -> None:
     with nothing_left(), ProcessIsolator.create() as isolator:
         pid = isolator.pid
