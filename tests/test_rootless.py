@@ -63,23 +63,24 @@ def test_what_is_missing_is_named_with_its_remedy(ordinary_user: OrdinaryUser) -
 
 def test_files_that_may_not_be_read(ordinary_user: OrdinaryUser) -> None:
     source = """
-        for name, text in (("plugin.py", "def f(): pass"), ("profile.json", "{}")):
+        for name, text in (("secret.py", "def f(): pass"), ("secret.json", "{}")):
             with open(name, "w") as file: file.write(text)
             os.chmod(name, 0)
         with ProcessIsolator.create(DEGRADED) as isolator:
             for what in (
-                lambda: isolator.invoke_method("plugin.py", "f"),
-                lambda: ProcessIsolator.create(DEGRADED, security=Security(seccomp="profile.json")),
+                lambda: isolator.invoke_method("secret.py", "f"),
+                lambda: ProcessIsolator.create(DEGRADED, security=Security(seccomp="secret.json")),
             ):
                 try: what()
                 except OptionsError as error: print(error)
         tell(here=os.getcwd())
     """
     copy = ordinary_user.run_python(textwrap.dedent(PRELUDE) + textwrap.dedent(source))
+    assert copy.returncode == 0, copy.stderr
     code, profile, told = copy.stdout.splitlines()
     here = json.loads(told)["here"]
-    assert code == f"{here}/plugin.py: not readable by uid 1000; change its mode or its owner"
-    assert profile.startswith(f"{here}/profile.json: cannot read the profile: Permission denied")
+    assert code == f"{here}/secret.py: not readable by uid 1000; change its mode or its owner"
+    assert profile.startswith(f"{here}/secret.json: cannot read the profile: Permission denied")
 
 
 def test_nobody_waits_for_a_file_that_a_child_has_open(ordinary_user: OrdinaryUser) -> None:
