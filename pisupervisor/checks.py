@@ -266,8 +266,8 @@ def check_argv(argv: Sequence[str]) -> list[str]:
     return [*argv]
 
 
-def check_stdin(stdin: object) -> object:
-    """What a script reads, as it travels: bytes, or something open. Raises OptionsError."""
+def check_stdin(stdin: object, idempotent: bool) -> object:
+    """What a script reads, as it travels: bytes, or something open, which no other child can read again. Raises OptionsError."""
     if isinstance(stdin, str):
         try:
             return stdin.encode("utf-8", "surrogateescape")  # as the child's stdin decodes it
@@ -280,4 +280,8 @@ def check_stdin(stdin: object) -> object:
     except (AttributeError, OSError, ValueError):  # the last two: of a StringIO, or of a file that is closed
         why = f"stdin: expected text, bytes, or an open file, pipe or socket, not {stdin!r}"
         raise OptionsError(why[:300]) from None
+    if idempotent:
+        raise OptionsError(
+            "stdin: what a child has read is gone for the next one; give text or bytes, or leave idempotent out"
+        )
     return stdin

@@ -183,8 +183,8 @@ class ProcessIsolator(Control):
         it starts are waited for, and its exit handlers run. The child lives on; the ExitInfo is the script's: its exit
         code, stdout and stderr.
 
-        ``stdin`` is what it reads: text, bytes (both in memory of the child), or an open file, pipe or socket, which it gets as
-        it is; nothing by default.
+        ``stdin`` is what it reads: text or bytes (in a file of the child's memory, so up to ``Limits.file_size``), or an open
+        file, pipe or socket, which it gets as it is; nothing by default.
         """
         from pisupervisor.link.calls import is_exit_code
         from pisupervisor.results import ExitInfo, ExitReason
@@ -192,7 +192,7 @@ class ProcessIsolator(Control):
         code = self._reader.read(path)
         call: tuple[Any, ...] = ("script", code.key, [os.fspath(path), *check_argv(argv)])
         if stdin is not None:
-            call += (self._packer.arguments((check_stdin(stdin),), {}),)
+            call += (self._packer.arguments((check_stdin(stdin, idempotent),), {}),)
         result = self._captured(call, code, timeout, None, idempotent, is_exit_code)
         return ExitInfo(
             exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,

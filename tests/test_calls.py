@@ -583,6 +583,13 @@ def test_what_no_script_can_read(shared: ProcessIsolator, tmp_path: Path, stdin:
         shared.run_script(write(tmp_path, "tool.py", READS), stdin=stdin)
 
 
+def test_what_can_be_read_once_is_not_read_again(shared: ProcessIsolator, tmp_path: Path) -> None:
+    script = write(tmp_path, "tool.py", READS)
+    with open(script) as file, pytest.raises(OptionsError, match="gone for the next one"):
+        shared.run_script(script, stdin=file, idempotent=True)
+    assert shared.run_script(script, stdin="text", idempotent=True).stdout == "4 text\n"
+
+
 def test_what_a_script_reads_is_counted(tmp_path: Path) -> None:
     with ProcessIsolator.create(limits=Limits(memory="64M")) as isolator:
         script = write(tmp_path, "tool.py", READS)
