@@ -10,15 +10,18 @@ import contextlib
 import inspect
 import io
 import os
+import sys
 import threading
 from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, Protocol, Self
 
+from pihost.inside.encode import NotData, encode
 from pihost.inside.plugins import run_plugin
 from pisupervisor.errors import IsolatorClosed, OptionsError, RemoteError, SerializationError
 from pisupervisor.isolator import ProcessIsolator
+from pisupervisor.link.serializer import decode
 from pisupervisor.options import IsolationOptions
 from pisupervisor.records import replace
 
@@ -218,10 +221,12 @@ class NullHost(_Host):
                     import asyncio
 
                     outcome = asyncio.run(outcome)
+                text, buffers = encode(outcome, sys.maxsize)
             except (Exception, SystemExit) as error:
-                told = _as_remote(error)
+                told = _as_told(error)
                 told.stdout, told.stderr = out.getvalue(), err.getvalue()
                 raise told from error
+        outcome = decode(text, [memoryview(bytearray(each)) for each in buffers])  # as it would come from a child
         _take_over(context, outcome["properties"], outcome["arguments"])
         return PluginResult(stdout=out.getvalue(), stderr=err.getvalue(), result=outcome["result"], context=context)
 
@@ -234,8 +239,10 @@ def _copied(context: IsolationContext) -> IsolationContext:
         raise SerializationError(text[:300], direction="to child") from error
 
 
-def _as_remote(error: BaseException) -> RemoteError:
+def _as_told(error: BaseException) -> RemoteError | SerializationError:
     """The error that a caller would get from a child."""
+    if isinstance(error, NotData):
+        return SerializationError(str(error), direction="from child")
     import pihost
     from pihost.inside.raised import describe_exception
     from pisupervisor.link.remote_errors import remote_error

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,43 @@ def test_falsy_results_arrive(host: Any, value: Any) -> None:
     assert (type(result), result) == (type(value), value)
 
 
+@dataclass
+class Point:
+    x: int
+
+
+def test_a_result_is_what_data_makes_of_it(host: Any) -> None:
+    """Also in this process: a plugin that is tried there meets no surprise in a child."""
+    value = {"at": Point(1), "pair": (1, b"x" * 1000), "set": {1, 2}}
+    assert host.execute_plugin(Falsy(value)).result == {"at": {"x": 1}, "pair": (1, b"x" * 1000), "set": {1, 2}}
+
+
+class Unanswerable(Plugin):
+    """Puts what is no data where it is told to."""
+
+    def __init__(self, place: str) -> None:
+        self.place = place
+
+    def execute(self, context: IsolationContext) -> Any:
+        print("said before")
+        if self.place == "result":
+            return [1, object()]
+        if self.place == "properties":
+            context.properties["new"] = object()
+        else:
+            context.arguments.append(lambda: 1)
+        return None
+
+
+@pytest.mark.parametrize("place", ["result", "properties", "arguments"])
+def test_what_is_no_data_does_not_come_back(host: Any, place: str) -> None:
+    context = IsolationContext({"old": 1}, [1])
+    with pytest.raises(SerializationError, match=f"'{place}'.*not data") as caught:
+        host.execute_plugin(Unanswerable(place), context)
+    assert (caught.value.direction, caught.value.stdout) == ("from child", "said before\n")
+    assert context == IsolationContext({"old": 1}, [1])
+
+
 class NoPlugin:
     def run(self) -> None: ...
 
@@ -222,11 +259,6 @@ class Dier(Plugin):
         os._exit(3)
 
 
-class Unanswerable(Plugin):
-    def execute(self, context: IsolationContext) -> Any:
-        context.properties["object"] = object()
-
-
 def test_a_child_captures_what_c_code_and_subprocesses_write() -> None:
     """parity: 37"""
     with ProcessHost() as host:
@@ -242,7 +274,7 @@ def test_a_child_can_be_killed_and_die() -> None:
         with pytest.raises(ChildTerminated):
             host.execute_plugin(Dier())
         with pytest.raises(SerializationError, match="object"):
-            host.execute_plugin(Unanswerable())
+            host.execute_plugin(Unanswerable("properties"))
         assert host.execute_plugin(Adder(2)).result == 2
 
 
