@@ -267,10 +267,10 @@ def _all_items(value: Any) -> Any:
 
 
 def _script_outcome(info: ExitInfo) -> Outcome:
-    code = info.exit_code if info.exit_code is not None else FAILED
+    code = INTERRUPTED if info.exit_code is None else info.exit_code if info.exit_code <= LARGEST_OWN_CODE else FAILED
     return Outcome(
-        code if 0 <= code <= LARGEST_OWN_CODE else FAILED, info.reason.value, code, None, info.stdout, info.stderr,
-        info.truncated, info.duration, info.cpu_time, info.peak_memory,
+        code, info.reason.value, info.exit_code, None, info.stdout, info.stderr, info.truncated, info.duration,
+        info.cpu_time, info.peak_memory,
     )  # fmt: skip
 
 

@@ -181,7 +181,7 @@ class ProcessIsolator(Control):
     ) -> ExitInfo:  # fmt: skip
         """Run a file like ``python tool.py --fast``: ``argv`` without the name, which is ``path`` as it is given. Threads that
         it starts are waited for, and its exit handlers run. The child lives on; the ExitInfo is the script's: its exit
-        code, stdout and stderr.
+        code (or SIGINT as its ``signal``, after a KeyboardInterrupt that it does not catch), stdout and stderr.
 
         ``stdin`` is what it reads: text or bytes (in a file of the child's memory, so up to ``Limits.file_size``), or an open
         file, pipe or socket, which it gets as it is; nothing by default.
@@ -194,8 +194,10 @@ class ProcessIsolator(Control):
         if stdin is not None:
             call += (self._packer.arguments((check_stdin(stdin, idempotent),), {}),)
         result = self._captured(call, code, timeout, None, idempotent, is_exit_code)
+        number = -result.value if result.value < 0 else None
         return ExitInfo(
-            exit_code=result.value, signal=None, reason=ExitReason.EXITED, duration=result.duration,
+            exit_code=result.value if number is None else None, signal=number,
+            reason=ExitReason.EXITED if number is None else ExitReason.SIGNALED, duration=result.duration,
             cpu_time=result.usage.cpu_time, peak_memory=result.usage.peak_memory, stderr_tail=result.stderr[-4096:],
             stdout=result.stdout, stderr=result.stderr, truncated=result.truncated,
         )  # fmt: skip

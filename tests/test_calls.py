@@ -754,6 +754,22 @@ def test_an_interrupt_is_what_it_is_in_every_python() -> None:
         assert isolator.pid == before
 
 
+@pytest.mark.parametrize("source", ["raise KeyboardInterrupt", "import os\nos.kill(os.getpid(), 2)"])
+def test_a_script_that_catches_no_interrupt_dies_of_it(shared: ProcessIsolator, tmp_path: Path, source: str) -> None:
+    """As its process does outside; the child lives on."""
+    pid = shared.pid
+    info = shared.run_script(write(tmp_path, "tool.py", source))
+    assert (info.exit_code, info.signal, info.reason) == (None, 2, ExitReason.SIGNALED)
+    assert info.describe() == "killed by SIGINT"
+    assert info.stderr.endswith("KeyboardInterrupt\n")
+    assert shared.pid == pid
+
+
+def test_the_hook_of_a_script_decides_its_exit_code(shared: ProcessIsolator, tmp_path: Path) -> None:
+    source = "import sys\nsys.excepthook = lambda *_: sys.exit(5)\nraise KeyboardInterrupt"
+    assert shared.run_script(write(tmp_path, "tool.py", source)).exit_code == 5
+
+
 @pytest.mark.parametrize("source", ["raise SystemExit(3)", "raise KeyboardInterrupt", "exit(4)"])
 def test_leaving_ends_the_call_not_the_child(source: str) -> None:
     with ProcessIsolator.create() as isolator:

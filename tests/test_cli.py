@@ -196,6 +196,15 @@ class TestExitCodes:
     def test_an_exit_code_of_a_script_that_is_ours_to_give_becomes_1(self, tool: str) -> None:
         assert run("run", tool, "--", "137").returncode == 1
 
+    def test_a_script_that_was_interrupted(self, tmp_path: Path) -> None:
+        """As a shell has it."""
+        file = tmp_path / "tool.py"
+        file.write_text("raise KeyboardInterrupt")
+        assert run("run", str(file)).returncode == 130
+        done = run("run", str(file), "--json")
+        told = json.loads(done.stdout)
+        assert (told["ok"], told["exit_code"], told["reason"], told["code"]) == (True, None, "signaled", 130)
+
     def test_timeout(self, plugin: str) -> None:
         done = run("run", f"{plugin}:loop", "--timeout", "0.3")
         assert done.returncode == 124

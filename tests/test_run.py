@@ -37,6 +37,10 @@ code = run_script(library, payload[0], sys.argv[1:])
 if os.getpid() != pid:
     print("a second answer")
 assert (sys.argv, sys.modules["__main__"], sys.excepthook) == before
+if code < 0:
+    import signal
+    signal.signal(-code, signal.SIG_DFL)
+    os.kill(pid, -code)
 sys.exit(code)
 """
 
@@ -185,6 +189,13 @@ def test_exit_in_a_snippet_is_an_exception(namespace: dict[str, Any]) -> None:
         "def f():\n    raise ValueError('bad')  # here\n\nf()", "x = 1\nx = = 2", "x = 1\nreturn x",
         "try:\n    1 / 0\nexcept ZeroDivisionError as e:\n    raise KeyError('k') from e",
         "import sys\nsys.excepthook = lambda kind, *rest: print('hook', kind.__name__)\n1 / 0",
+        "import sys\nsys.excepthook = lambda *_: sys.exit(5)\n1 / 0",
+        "import sys\ndef hook(*_): raise ValueError('in the hook')\nsys.excepthook = hook\n1 / 0",
+        "raise KeyboardInterrupt", "import os\nos.kill(os.getpid(), 2)",
+        "class K(KeyboardInterrupt): pass\nraise K",
+        "import atexit\natexit.register(print, 'after')\nraise KeyboardInterrupt('why')",
+        "import sys\nsys.exit(1 << 70)", "import sys\nsys.exit(-(1 << 70))", "import sys\nsys.exit(1 << 40 | 5)",
+        "import sys\nsys.exit('')", "import sys\nsys.exit('\\ud800')", "raise SystemExit(SystemExit(4))",
         "import json\njson.loads('{')", "import no_such_module_anywhere",
         "import traceback\ntry:\n    1 / 0  # mine\nexcept ZeroDivisionError:\n    traceback.print_exc()",
         "import dataclasses, pickle\n@dataclasses.dataclass\nclass P:\n    x: 'int'\n"

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pihost.inside.resolve import Library
 
 _KEPT_SNIPPETS = 64
+_SIGINT = 2
 _HIDDEN = (__file__.rpartition("/inside/")[0] + "/", "<frozen importlib")
 
 
@@ -100,10 +101,11 @@ class Snippets:
 
 
 def run_script(library: Library, key: str, argv: Sequence[str]) -> int:
-    """Run the code ``key`` as a script does whose ``sys.argv`` is ``argv``; the exit code, 0 to 255.
+    """Run the code ``key`` as a script does whose ``sys.argv`` is ``argv``; the exit code, 0 to 255, or -2 for SIGINT.
 
     A package folder runs its ``__main__.py`` (as ``python -m package``), so does a zip (its own, or that of its only
-    package). Modules of both are loaded anew for each run. An uncaught exception is printed to stderr, exit code 1.
+    package). Modules of both are loaded anew for each run. An uncaught exception is printed to stderr, exit code 1; after a
+    KeyboardInterrupt a process would die of its SIGINT.
     Threads that it has begun are waited for, and exit handlers that it has registered itself run, as at the end of a
     process; what modules of the library have registered is left for the child's own end. Raises NotFound where there is
     no ``__main__.py`` and for module names.
@@ -152,7 +154,7 @@ def _run_as_main(unit: Unit, file: str, package: str, argv: Sequence[str]) -> in
             sys.modules["__main__"] = saved[0]
         flush()
     if os.getpid() != own_pid:
-        os._exit(code)  # the script forked: only the original process goes on and answers
+        os._exit(code if code >= 0 else 128 - code)  # it forked: only the original process goes on and answers
     return code
 
 
@@ -170,12 +172,13 @@ def _execute(main: ModuleType, loader: Loader, package: str) -> int:
         if package:
             __import__(package)
         exec(loader.get_code("__main__"), main.__dict__)  # type: ignore[arg-type]  # noqa: S102
+        return 0
     except SystemExit as stop:
         return exit_code(stop.code)
     except BaseException as error:
-        print_exception(error)
-        return 1
-    return 0
+        uncaught = error  # told below: what raises in the script's excepthook comes of that alone
+    code = print_exception(uncaught)
+    return -_SIGINT if code == 1 and type(uncaught) is KeyboardInterrupt else code  # not of a subclass's: as CPython
 
 
 def leave(close_loop: Callable[[], None]) -> int:
@@ -189,8 +192,7 @@ def leave(close_loop: Callable[[], None]) -> int:
         atexit._run_exitfuncs()
         return 0
     except BaseException as error:
-        print_exception(error)
-        return 1
+        return print_exception(error)
     finally:
         flush()
 
@@ -208,23 +210,37 @@ def exit_code(code: object) -> int:
     return 1
 
 
-def print_exception(error: BaseException) -> None:
-    """To stderr as the interpreter does, or through the ``sys.excepthook`` of the script; user frames only."""
+def print_exception(error: BaseException) -> int:
+    """To stderr as the interpreter does, or through the ``sys.excepthook`` of the script; user frames only. The exit code is 1,
+    unless that hook exits with another.
+    """
     if isinstance(error, CompileFailed) and error.__cause__ is not None:
         error = error.__cause__.with_traceback(error.__traceback__)
         error.__context__ = None
     strip_frames(error)
     try:
-        if sys.excepthook is not sys.__excepthook__:
+        if sys.excepthook is sys.__excepthook__:
+            _print(error)
+        else:
             sys.excepthook(type(error), error, error.__traceback__)
-            return
+    except SystemExit as stop:
+        return exit_code(stop.code)
+    except BaseException as failed:
+        strip_frames(failed)
+        _print(failed, "Error in sys.excepthook:\n")
+        _print(error, "\nOriginal exception was:\n")
+    return 1
+
+
+def _print(error: BaseException, before: str = "") -> None:
+    try:
         import traceback  # the interpreter's own hook reads lines from files, which are not here
 
         from pihost.inside.raised import without_site
 
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
         hint = f"  hint: {IMPORT_HINT}\n" if isinstance(error, ModuleNotFoundError) else ""
-        print(without_site(text) + hint, end="", file=sys.stderr)
+        print(before + without_site(text) + hint, end="", file=sys.stderr)
     except Exception:  # noqa: S110  stderr may be closed or replaced by user code
         pass
 

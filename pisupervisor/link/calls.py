@@ -163,7 +163,8 @@ def is_number(value: Any) -> bool:
 
 
 def is_exit_code(value: Any) -> bool:
-    return type(value) is int and 0 <= value <= 255
+    """Of a script; -2: SIGINT, of which a process dies after a KeyboardInterrupt that it does not catch."""
+    return type(value) is int and (0 <= value <= 255 or value == -2)
 
 
 def plain(text: str) -> str:
