@@ -88,13 +88,21 @@ def variable_names(value: Any, name: str) -> tuple[str, ...]:
 
 
 def _is_variable(name: Any, text: Any) -> bool:
-    if not (isinstance(name, str) and isinstance(text, str)) or not name or "=" in name or "\0" in name + text:
-        return False
+    return (
+        isinstance(name, str)
+        and isinstance(text, str)
+        and bool(name)
+        and "=" not in name
+        and _is_encodable(name + text)
+    )
+
+
+def _is_encodable(text: str) -> bool:
+    """Whether execve takes it."""
     try:
-        os.fsencode(name + text)
+        return b"\0" not in os.fsencode(text)
     except UnicodeError:
         return False
-    return True
 
 
 def log_level(value: str | None) -> str:
@@ -259,11 +267,18 @@ def split_target(text: str) -> tuple[str, str]:
     return path, target
 
 
-def check_argv(argv: Sequence[str]) -> list[str]:
-    """The arguments of a script. Raises OptionsError for one text alone, which would be taken apart, and for what is none."""
+def check_argv(argv: Sequence[str], name: str) -> list[str]:
+    """What a script of that name finds as its arguments. Raises OptionsError for one text alone, which would be taken apart, for
+    what is none, and for text that no process can be started with.
+    """
     if isinstance(argv, str) or not isinstance(argv, Sequence) or not all(isinstance(each, str) for each in argv):
         raise OptionsError(f'argv: expected a list of texts such as ["--fast"], not {argv!r}'[:300])
-    return [*argv]
+    for each in argv:
+        if not _is_encodable(each):
+            raise OptionsError(
+                f"argv: {each!r:.200} cannot be an argument: no process takes a NUL or half a surrogate pair"
+            )
+    return [str.__str__(each) for each in (name, *argv)]  # a StrEnum is none in the child
 
 
 def check_stdin(stdin: object, idempotent: bool) -> object:

@@ -190,7 +190,7 @@ class ProcessIsolator(Control):
         from pisupervisor.results import ExitInfo, ExitReason
 
         code = self._reader.read(path)
-        call: tuple[Any, ...] = ("script", code.key, [os.fspath(path), *check_argv(argv)])
+        call: tuple[Any, ...] = ("script", code.key, check_argv(argv, os.fspath(path)))
         if stdin is not None:
             call += (self._packer.arguments((check_stdin(stdin, idempotent),), {}),)
         result = self._captured(call, code, timeout, None, idempotent, is_exit_code)

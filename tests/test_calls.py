@@ -12,6 +12,7 @@ import pickle
 import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import threading
 import time
@@ -484,6 +485,52 @@ def test_a_script_whose_import_is_refused_says_how_to_allow_it(shared: ProcessIs
 def test_what_are_no_arguments_of_a_script(shared: ProcessIsolator, tmp_path: Path, argv: Any) -> None:
     with pytest.raises(OptionsError, match="argv: expected a list of texts"):
         shared.run_script(write(tmp_path, "tool.py", ""), argv)
+
+
+@pytest.mark.parametrize("argument", ["a\0b", "\0", "\ud800", "x" * 5000 + "\udfff"], ids=lambda text: ascii(text)[:9])
+def test_what_no_process_takes_as_an_argument(shared: ProcessIsolator, tmp_path: Path, argument: str) -> None:
+    path = write(tmp_path, "tool.py", "")
+    with pytest.raises((ValueError, UnicodeError)):
+        subprocess.run([sys.executable, path, argument], check=True)
+    with pytest.raises(OptionsError, match=r"argv: .* cannot be an argument") as caught:
+        shared.run_script(path, ["--fast", argument])
+    assert len(str(caught.value)) < 300
+
+
+class Mode(enum.StrEnum):
+    FAST = "--fast"
+
+
+@pytest.mark.parametrize(
+    "argument", ["", "\udcff", "\U0001f600", "a\nb", "-", Mode.FAST, "x" * 200_000], ids=lambda text: ascii(text)[:9]
+)
+def test_what_a_process_takes_as_an_argument(shared: ProcessIsolator, tmp_path: Path, argument: str) -> None:
+    """Also longer ones than the kernel takes."""
+    info = shared.run_script(
+        write(tmp_path, "tool.py", "import sys\nprint(ascii(sys.argv[1]), type(sys.argv[1]))"), [argument]
+    )
+    assert info.stdout == f"{str.__str__(argument)!a} <class 'str'>\n"
+
+
+class Name(enum.StrEnum):
+    FUNCTION = "upper"
+    KIND = "Kind"
+    METHOD = "twice"
+    MODULE = "math"
+    TARGET = "sqrt"
+    SOURCE = "1 + 1"
+
+
+def test_names_may_be_members_of_an_enum(shared: ProcessIsolator, tmp_path: Path) -> None:
+    """Which the child knows nothing of: it died of them."""
+    source = "def upper(x): return x.upper()\nclass Kind:\n    def twice(self, x): return 2 * x"
+    path, pid = write(tmp_path, "plugin.py", source), shared.pid
+    assert shared.invoke_method(path, Name.FUNCTION, "a") == "A"
+    assert shared.invoke_method(Name.MODULE, Name.TARGET, 4) == 2.0
+    assert shared.get_method(path, Name.FUNCTION)("b") == "B"
+    assert shared.create_object(path, Name.KIND).invoke(Name.METHOD, 2) == 4
+    assert shared.run_source(Name.SOURCE).value == 2
+    assert shared.pid == pid
 
 
 @pytest.mark.parametrize("source", [5, b"1", None], ids=repr)

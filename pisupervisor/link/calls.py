@@ -37,7 +37,8 @@ def pack_head(verb: str, capture: bool, *what: Any) -> bytes:
     """What a call begins with, the same for all calls of that. A pickle: it is read by the child, where code of the host's
     choice runs anyway.
     """
-    head = pickle.dumps((verb, capture, *what), 5)
+    exact = [str.__str__(part) if isinstance(part, str) else part for part in what]  # a StrEnum is none in the child
+    head = pickle.dumps((verb, capture, *exact), 5)
     return wire.HEAD.pack(len(head)) + head
 
 

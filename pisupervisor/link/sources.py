@@ -171,7 +171,7 @@ def _text(path: str | os.PathLike[str]) -> str:
         raise OptionsError(f"code: expected a path or a module name, not {path!r}")
     if not text or "\0" in text:
         raise OptionsError(f"code: {text!r} is neither a path nor a module name")
-    return text
+    return str.__str__(text)  # a StrEnum is none in the child
 
 
 def _looks_like_path(text: str) -> bool:
