@@ -287,6 +287,7 @@ class ProcessIsolator(Control):
         """
         from pisupervisor.objects import IsolatedMethod
 
+        self._keeper.check_open()
         return IsolatedMethod(self, self._code(path, target), path, target)
 
     def shared_array(self, shape: int | Sequence[int], dtype: Any = "float64") -> Any:

@@ -115,6 +115,7 @@ class IsolatedObject:
         if self._number is None:
             raise ObjectReleased("the object was released")
         if self._connection is not self._isolator._keeper.connection:
+            self._isolator._keeper.check_open()
             raise ObjectReleased("the child in which the object lived has ended")
         return self._number
 
