@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -294,6 +295,43 @@ def test_restart_is_another_child_whatever_the_policy_says() -> None:
         isolator.exit()
         isolator.restart()
         assert isolator.invoke(len, "abc") == 3
+
+
+WITHIN = "in the middle of a call into that child.*a callback, a signal's handler.*terminate, abort and close"
+
+
+@pytest.mark.parametrize("act", ["exit", "restart", "wait_for_exit"])
+@pytest.mark.parametrize("place", ["callback", "handler"])
+def test_what_waits_for_the_call_is_refused_within_it(act: str, place: str) -> None:
+    """By a message that is true for both."""
+    refused: list[str] = []
+
+    def within(*_args: object) -> None:
+        with pytest.raises(IsolationError) as caught:
+            getattr(isolator, act)()
+        refused.append(str(caught.value))
+
+    with ProcessIsolator.create() as isolator:
+        pid = isolator.pid
+        call_within(isolator, place, within)
+        assert isolator.pid == pid
+    assert re.search(WITHIN, refused[0])
+
+
+def call_within(isolator: ProcessIsolator, place: str, act: Callable[..., object]) -> None:
+    """A call of 0.4 seconds, in the middle of which that is done."""
+    isolator.register_callback("act", act)
+    if place == "callback":
+        isolator.invoke(ask, "act")
+        return
+    before = signal.signal(signal.SIGUSR1, act)
+    alarm = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1))
+    alarm.start()
+    try:
+        isolator.invoke(time.sleep, 0.4)
+    finally:
+        alarm.join()
+        signal.signal(signal.SIGUSR1, before)
 
 
 # --- waiting -------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def leave(keeper: Keeper, reason: str | None, timeout: float) -> ExitInfo:
     """Have the child end by itself, after the call that runs: threads joined, exit handlers run. Killed after ``timeout``."""
     deadline = time.monotonic() + _seconds(timeout, "timeout")
     text = _text(reason, "exit() was called")
-    _not_from_a_callback(keeper)
+    keeper.turn.check_not_mine()
     keeper.check_open()
     keeper.is_left = True  # also where there is no child at the moment
     child = _stop(keeper)
@@ -78,11 +78,6 @@ def _signalled(keeper: Keeper, number: int, message: str, grace: float) -> bool:
     return dead
 
 
-def _not_from_a_callback(keeper: Keeper) -> None:
-    if keeper.turn.is_mine():
-        raise IsolationError("not from a callback, whose answer the child waits for: use terminate, abort or close")
-
-
 def _stop(keeper: Keeper) -> Child | None:
     """From here on the end of the child is wanted; a launch or a wait for one is overtaken. A paused child runs on, to die."""
     keeper.check_open()
@@ -105,7 +100,7 @@ def _stop(keeper: Keeper) -> Child | None:
 
 def restart(keeper: Keeper) -> None:
     """Another child, whatever the policy says; past crashes are forgotten."""
-    _not_from_a_callback(keeper)
+    keeper.turn.check_not_mine()
     child = _stop(keeper)
     keeper.is_left = False
     if child is not None:
@@ -127,7 +122,7 @@ def wait_for_exit(keeper: Keeper, timeout: float | None) -> ExitInfo:
     child = keeper.child
     if child is None:
         return last_exit(keeper)
-    _not_from_a_callback(keeper)
+    keeper.turn.check_not_mine()
     if _is_over(child, deadline):
         return keeper.bury(child)
     while True:

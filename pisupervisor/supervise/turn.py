@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 
     from pisupervisor.supervise.admission import Use
 
+_WITHIN = (
+    "this thread is in the middle of a call into that child, or of its launch: from there (a callback, a signal's handler) only "
+    "terminate, abort and close can end it; the rest is for another thread"
+)
+
 
 class Turn:
     """A caller is known by its thread, unless it says another ``key``."""
@@ -30,6 +35,11 @@ class Turn:
     def is_mine(self) -> bool:
         return this_caller() in self.rules.users
 
+    def check_not_mine(self) -> None:
+        """Raises IsolationError for who has it already: what waits for the end of a call cannot be done within it."""
+        if self.is_mine():
+            raise IsolationError(_WITHIN)
+
     def is_my_captured(self) -> bool:
         """Whether nothing else that captures its output can begin until this caller goes."""
         return self.rules.users.get(this_caller()) == "captured"
@@ -38,9 +48,7 @@ class Turn:
         return key in self.rules.users
 
     def take(self, timeout: float | None = None, use: Use = "alone") -> bool:
-        """False when it was not to be had within ``timeout`` seconds. Raises IsolationError for who has it already: a
-        callback cannot end or replace the child that waits for its answer, except by terminate, abort or close.
-        """
+        """False when it was not to be had within ``timeout`` seconds. Raises what ``check_not_mine`` raises."""
         key = this_caller()
         if self.enter(key, use):
             return True
@@ -89,9 +97,7 @@ class Turn:
         """Without waiting."""
         with self._lock:
             if key in self.rules.users:
-                raise IsolationError(
-                    "this thread is in the middle of a call into that child: that cannot be done from a callback"
-                )
+                raise IsolationError(_WITHIN)
             return self.rules.enter(key, use)
 
     def queue(self, key: int, use: Use, wake: Callable[[], object]) -> Ticket | None:
