@@ -334,6 +334,27 @@ def call_within(isolator: ProcessIsolator, place: str, act: Callable[..., object
         signal.signal(signal.SIGUSR1, before)
 
 
+@pytest.mark.parametrize("act", ["terminate", "abort", "close"])
+@pytest.mark.parametrize("place", ["callback", "handler"])
+@pytest.mark.parametrize("concurrency", [1, 2])
+def test_what_ends_the_call_is_as_quick_within_it(act: str, place: str, concurrency: int) -> None:
+    """It waited a quarter of a second for the call of its own thread to see the end first."""
+    took: list[float] = []
+
+    def within(*_args: object) -> None:
+        began = time.monotonic()
+        getattr(isolator, act)()
+        took.append(time.monotonic() - began)
+
+    with (
+        nothing_left(),
+        ProcessIsolator.create(max_concurrency=concurrency) as isolator,
+        pytest.raises(ChildTerminated),
+    ):
+        call_within(isolator, place, within)
+    assert took[0] < 0.2
+
+
 # --- waiting -------------------------------------------------------------------------------------------------------
 
 

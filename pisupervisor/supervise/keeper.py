@@ -238,13 +238,13 @@ class Keeper:
 
     # --- death ------------------------------------------------------------------------------------------------
 
-    def bury(self, child: Child, *, truncated: bool | None = None) -> ExitInfo:
+    def bury(self, child: Child, *, truncated: bool | None = None, within: bool = False) -> ExitInfo:
         """Take the account of a child that is dying or closed its link, and decide what it means. Any thread may come
         first; the account is the same for all. ``truncated``: the call that ran reached its output limit; only the
-        thread that calls knows, and goes before all others.
+        thread that calls knows, and goes before all others. ``within``: by a thread that is itself in the middle of a call.
         """
         if truncated is None:
-            self._let_the_caller_go_first(child)
+            self._let_callers_go_first(child, own=int(within))
         if not child.leaves():
             child.kill(ExitReason.PROTOCOL, LIVED_ON)
         info = child.finish(in_call=child.calls > 0 and child is self.child, truncated=bool(truncated))
@@ -271,10 +271,10 @@ class Keeper:
             self.unsettled.add(crash)
         return crash
 
-    def _let_the_caller_go_first(self, child: Child) -> None:
+    def _let_callers_go_first(self, child: Child, own: int) -> None:
         deadline = time.monotonic() + DEATH_GRACE
-        while child.calls and self.child is child and time.monotonic() < deadline:
-            time.sleep(0.001)  # it is reading from the link, and sees its end now
+        while child.calls > own and self.child is child and time.monotonic() < deadline:
+            time.sleep(0.001)  # they are reading from the link, and see its end now
 
     def end(self, child: Child, reason: ExitReason, message: str, *, truncated: bool | None = None) -> ExitInfo:
         child.kill(reason, message)
@@ -358,4 +358,4 @@ class Keeper:
         child.kill(ExitReason.KILLED, "the isolator was closed")
         if template is not None and not self.without:
             spare.closing(template, self.options)
-        self.bury(child)
+        self.bury(child, within=self.turn.is_mine())

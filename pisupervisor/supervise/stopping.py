@@ -74,7 +74,7 @@ def _signalled(keeper: Keeper, number: int, message: str, grace: float) -> bool:
         child.wait(grace)
     child.kill(ExitReason.KILLED, message)
     dead = child.wait(END_GRACE)
-    keeper.bury(child)
+    keeper.bury(child, within=keeper.turn.is_mine())
     return dead
 
 
