@@ -530,6 +530,23 @@ def test_docker_style_profile_loads_as_it_is(tmp_path: Path) -> None:
     assert bpf.run(program, number("personality"), (9,)) == EPERM
 
 
+def test_architectures_and_flags_of_the_oci_spec_are_known() -> None:
+    """A child loads its filter on x86-64 and aarch64 alone; the others are in everybody's profiles."""
+    names = (
+        "X86 X86_64 X32 ARM AARCH64 MIPS MIPS64 MIPS64N32 MIPSEL MIPSEL64 MIPSEL64N32 PPC PPC64 PPC64LE S390 S390X PARISC"
+        " PARISC64 RISCV64 LOONGARCH64 M68K SH SHEB"
+    )
+    arches = "amd64 386 x86 x32 arm arm64 mips64le ppc64le s390 s390x riscv64 loong64"
+    rule_ = rule("ERRNO", "acct") | {"includes": {"arches": arches.split()}, "excludes": {"arches": ["arm64"]}}
+    profile = {
+        "defaultAction": "SCMP_ACT_ALLOW",
+        "architectures": [f"SCMP_ARCH_{name}" for name in names.split()],
+        "flags": [f"SECCOMP_FILTER_FLAG_{name}" for name in ("TSYNC", "LOG", "SPEC_ALLOW", "WAIT_KILLABLE_RECV")],
+        "syscalls": [rule_],
+    }
+    SeccompProfile.from_dict(profile).compile()
+
+
 # Bad profiles ------------------------------------------------------------------------------------------------------
 
 GOOD_RULE = '{"names": ["read"], "action": "SCMP_ACT_ALLOW"}'
@@ -543,6 +560,12 @@ BAD_PROFILES = {
     "unknown field": ('{"defaultAction": "SCMP_ACT_ALLOW",\n"sysCalls": []}', 2, "no field 'sysCalls'"),
     "bad errno": ('{"defaultAction": "SCMP_ACT_ERRNO",\n"defaultErrnoRet": 4096}', 2, "from 0 to 4095"),
     "bad arch": ('{"defaultAction": "SCMP_ACT_ALLOW",\n"architectures": [5]}', 2, "non-empty strings"),
+    "unknown arch": ('{"defaultAction": "SCMP_ACT_ALLOW",\n"architectures": ["SCMP_ARCH_X68_64"]}', 2, "ARCH_X68_64' is not"),
+    "unknown flag": ('{"defaultAction": "SCMP_ACT_ALLOW",\n"flags": ["SECCOMP_FILTER_FLAG_LOGS"]}', 2, "FLAG_LOGS' is not known"),
+    "unknown sub-arch": (
+        '{"defaultAction": "SCMP_ACT_ALLOW",\n"archMap": [{"architecture": "SCMP_ARCH_X86_64", "subArchitectures": [\n"X86"]}]}',
+        3, "'subArchitectures': 'X86' is not known",
+    ),
     "sub-architectures": (
         '{"defaultAction": "SCMP_ACT_ALLOW",\n"archMap": [{"architecture": "SCMP_ARCH_X86_64",\n"subArchitectures": 5}]}',
         3, "'subArchitectures' must be a list, not a number",
@@ -561,6 +584,9 @@ BAD_PROFILES = {
     "optional": ('{"names": ["read"], "action": "SCMP_ACT_ALLOW",\n"optional": 1}', 4, "true or false"),
     "min kernel": ('{"names": ["read"], "action": "SCMP_ACT_ALLOW",\n"includes": {\n"minKernel": "new"}}', 5, "'new'"),
     "caps": ('{"names": ["read"], "action": "SCMP_ACT_ALLOW",\n"excludes": {"caps": "all"}}', 4, "must be a list"),
+    "rule for an unknown arch": (
+        '{"names": ["read"], "action": "SCMP_ACT_ERRNO",\n"includes": {\n"arches": ["amd46"]}}', 5, "'amd46' is not known",
+    ),
     "seven args": ('{"names": ["read"], "action": "SCMP_ACT_ALLOW",\n"args": [1,1,1,1,1,1,1]}', 4, "at most six"),
 }  # fmt: skip
 BAD_ARGUMENTS = {
@@ -611,7 +637,7 @@ def test_name_in_an_earlier_rule_does_not_mislead_the_line(tmp_path: Path) -> No
 def test_the_name_of_the_list_elsewhere_does_not_mislead_the_line(tmp_path: Path, more: str) -> None:
     file = tmp_path / "bad.json"
     file.write_text(
-        f'{{{more}\n"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [\n{GOOD_RULE},\n{{"names": 5}}]\n, "flags": ["syscalls"]}}'
+        f'{{{more}\n"defaultAction": "SCMP_ACT_ERRNO", "syscalls": [\n{GOOD_RULE},\n{{"names": 5}}, "syscalls"]}}'
     )
     with pytest.raises(ProfileError, match="'names'") as caught:
         SeccompProfile.from_file(file)

@@ -35,7 +35,7 @@ NESTING = (
 )  # fmt: skip
 
 _MAX_SOURCE = 1 << 20  # Docker's own profile has 17 KB; what is larger than this is no profile
-_FORMAT = b"6"  # raise it whenever the same profile shall give another program
+_FORMAT = b"7"  # raise it whenever the same profile shall give another program
 _LIBSECCOMP = ("/usr/lib/{0}-linux-gnu/libseccomp.so.2", "/usr/lib64/libseccomp.so.2", "/usr/lib/libseccomp.so.2")
 
 

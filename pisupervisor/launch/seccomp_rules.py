@@ -27,6 +27,17 @@ _RULE = frozenset(
 )
 _ARG = frozenset(("index", "value", "valueTwo", "op"))
 _SELECTOR = frozenset(("caps", "arches", "minKernel"))
+#: The names of the OCI runtime spec, and those by which Docker and Podman pick rules (Go's, and libseccomp's own).
+_ARCHITECTURES = frozenset(f"SCMP_ARCH_{name}" for name in (
+    "NATIVE", "X86", "X86_64", "X32", "ARM", "AARCH64", "MIPS", "MIPS64", "MIPS64N32", "MIPSEL", "MIPSEL64", "MIPSEL64N32",
+    "PPC", "PPC64", "PPC64LE", "S390", "S390X", "PARISC", "PARISC64", "RISCV64", "LOONGARCH64", "M68K", "SH", "SHEB",
+))  # fmt: skip
+_FLAGS = frozenset(f"SECCOMP_FILTER_FLAG_{name}" for name in ("TSYNC", "LOG", "SPEC_ALLOW", "WAIT_KILLABLE_RECV"))
+_ARCHES = frozenset((
+    "amd64", "386", "x86", "x32", "arm", "arm64", "mips", "mipsle", "mipsel", "mips64", "mips64le", "mipsel64", "mips64n32",
+    "mips64p32", "mips64p32le", "mipsel64n32", "ppc", "ppc64", "ppc64le", "s390", "s390x", "parisc", "parisc64", "riscv64",
+    "loong64", "loongarch64", "m68k", "sh", "sheb",
+))  # fmt: skip
 _BETWEEN = re.compile(r"[\s,]*")
 _KERNEL = re.compile(r"(\d{1,5})\.(\d{1,5})", re.ASCII)
 
@@ -101,12 +112,12 @@ class Policy(NamedTuple):
 def parse_profile(source: bytes) -> Policy:
     """Checked rules of a profile's JSON text. Raises Flaw."""
     top = _fields(_decode(source), _TOP, "the profile", None)
-    for key in ("architectures", "flags"):
-        _strings(top.get(key) or [], key, None)
+    _known(top.get("architectures"), _ARCHITECTURES, "architectures", None)
+    _known(top.get("flags"), _FLAGS, "flags", None)  # accepted: a child loads its filter when it has one thread
     for entry in _list(top.get("archMap"), "archMap", None):
         known = _fields(entry, frozenset(("architecture", "subArchitectures")), "archMap", None)
-        _strings([known.get("architecture")], "archMap", None)
-        _strings(known.get("subArchitectures"), "subArchitectures", None)
+        _known([known.get("architecture")], _ARCHITECTURES, "archMap", None)
+        _known(known.get("subArchitectures"), _ARCHITECTURES, "subArchitectures", None)
     default = _action(top, "defaultAction", "defaultErrnoRet", "defaultErrno", None)
     rules = tuple(_rule(entry, number) for number, entry in enumerate(_list(top.get("syscalls"), "syscalls", None)))
     return Policy(default, rules)
@@ -196,7 +207,7 @@ def _selector(rule: dict[str, Any], key: str, number: int) -> Selector:
             raise Flaw(f"'minKernel': {kernel!r} is no kernel version such as \"4.8\"", "minKernel", number)
         version = (int(match[1]), int(match[2]))
     caps = _strings(entry.get("caps") or [], "caps", number)
-    return Selector(bool(caps), _strings(entry.get("arches") or [], "arches", number), version)
+    return Selector(bool(caps), _known(entry.get("arches"), _ARCHES, "arches", number), version)
 
 
 def _fields(value: Any, known: frozenset[str], what: str, rule: int | None) -> dict[str, Any]:
@@ -225,6 +236,15 @@ def _strings(value: Any, key: str, rule: int | None) -> tuple[str, ...]:
     if not all(isinstance(item, str) and item and item.isprintable() for item in items):
         raise Flaw(f"'{key}' must hold non-empty strings only, of characters that can be shown", key, rule)
     return tuple(items)
+
+
+def _known(value: Any, known: frozenset[str], key: str, rule: int | None) -> tuple[str, ...]:
+    """Names out of a list: one with a slip in it would leave out a rule, or hold a flag that nobody sets, in silence."""
+    names = _strings(value, key, rule)
+    for name in names:
+        if name not in known:
+            raise Flaw(f"'{key}': {name!r} is not known; known: {', '.join(sorted(known))}", name, rule)
+    return names
 
 
 def _integer(value: Any, key: str, high: int, rule: int | None) -> int:
