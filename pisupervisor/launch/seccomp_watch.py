@@ -38,6 +38,11 @@ UNWATCHED = (
     "restart_syscall", "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "sendmsg",
 )  # fmt: skip
 
+#: What PID 1 does in every child, but later than a quick call ends: 20 ms after its start, and when the payload has ended.
+OF_PID_1 = (
+    "fcntl", "fstat", "newfstatat", "pipe2", "poll", "ppoll", "read", "rt_sigtimedwait", "wait4", "write",
+)  # fmt: skip
+
 _NE, _LT, _LE, _EQ, _GE, _GT, _MASKED_EQ = range(1, 8)
 
 
@@ -60,7 +65,7 @@ def learnt(base: SeccompProfile, used: frozenset[str], comment: str) -> dict[str
     import json
 
     source = json.loads(base.source)
-    needed = used | frozenset(UNWATCHED)
+    needed = used.union(UNWATCHED, OF_PID_1)
     rules = [rule for entry in source.get("syscalls") or () if (rule := _needed_part(entry, needed))]
     named = {name for rule in rules for name in rule["names"] if not rule.get("args")}
     if source["defaultAction"] in ("SCMP_ACT_ALLOW", "SCMP_ACT_LOG"):

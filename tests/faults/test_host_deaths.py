@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import lame
@@ -61,7 +61,8 @@ class Application:
 
     def clear_away(self) -> None:
         for pid in (*self.forks, *self.left()):
-            os.kill(pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):  # one ends with another
+                os.kill(pid, signal.SIGKILL)
         if self.process.stdout is not None:
             self.process.stdout.close()
 
