@@ -9,7 +9,7 @@ import time
 from functools import partial
 
 from pihost import wire
-from pisupervisor.errors import OptionsError, ProtocolError, SerializationError
+from pisupervisor.errors import IsolationError, OptionsError, ProtocolError, SerializationError
 from pisupervisor.link.reader import DATA, Reader
 
 TYPE_CHECKING = False
@@ -28,6 +28,10 @@ _BYTES = (wire.CALLBACK_RAW, wire.RAW_MAPPED)  # bytes in, bytes out
 IMPORT = "\0import"  # see pihost.inside.asking
 _LOGS = 10.0  # tracebacks of failed callbacks in a second
 _LOGGED = 16 << 10  # characters of one
+_LEFT_PAUSED = (
+    "it left the child paused, and there is no other thread that could resume it: call resume() before it returns (the child has "
+    "been resumed)"
+)
 _COROUTINE = 0x80  # inspect.CO_COROUTINE; importing inspect costs 6 ms
 
 
@@ -49,12 +53,12 @@ class Callbacks:
 
     def __init__(
         self, dump: Dump, rate: float | None, modules: Modules | None = None, reader: Reader = DATA,
-        size: int | None = None,
+        size: int | None = None, ends_pause: Callable[[], bool] = bool,
     ) -> None:  # fmt: skip
         self._modules, self._reader = modules, reader
         self._functions: dict[str, tuple[Callable[..., Any], bool]] = {}
         self._lock = threading.Lock()
-        self._dump, self._rate, self._size = dump, rate, size
+        self._dump, self._rate, self._size, self._ends_pause = dump, rate, size, ends_pause
         self._calls, self._logs = _Bucket(rate), _Bucket(_LOGS)
         self._bytes = _Bucket(size, wire.MAX_FRAME)  # the largest request may always be made, if seldom
 
@@ -97,8 +101,11 @@ class Callbacks:
         function, expose_errors = entry
         try:
             value = function(*args, **kwargs)
+            if self._ends_pause():
+                raise IsolationError(_LEFT_PAUSED)
             return self._told_bytes(value) if kind in _BYTES else self._told_value(value)
         except Exception as error:
+            self._ends_pause()
             self._log(f"the callback {name!r}", error)
             return wire.FAILED + _told(name, error, expose_errors).encode("utf-8", "replace")
 

@@ -59,7 +59,8 @@ class Control(Master):
 
     def pause(self) -> None:
         """Freeze every process of the child. Calls wait meanwhile, and their deadlines run on. Raises IsolationError where
-        there is no child.
+        there is no child. A callback that pauses its child must resume it, or leave that to another thread: where there is none,
+        the child is resumed and told that the callback failed.
         """
         from pisupervisor.supervise import stopping
 

@@ -81,7 +81,7 @@ class ProcessIsolator(Control):
         self._packer = Packer(options, self._keeper.present_template, modules, self.id)
         self._callbacks = Callbacks(
             self._packer.plain_value, options.callback_rate, modules, self._keeper.reader,
-            None if options.callback_bytes is None else int(options.callback_bytes),
+            None if options.callback_bytes is None else int(options.callback_bytes), self._keeper.ends_pause,
         )  # fmt: skip
         self._keeper.answer = self._callbacks.answer
         with template.lock:  # the next isolator's files are most often the same ones

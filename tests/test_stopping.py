@@ -6,6 +6,9 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -451,9 +454,62 @@ def test_calls_wait_while_it_is_paused() -> None:
 def test_deadlines_run_on_while_it_is_paused() -> None:
     with nothing_left(), ProcessIsolator.create() as isolator:
         isolator.pause()
-        with pytest.raises(CallTimeout):
+        with pytest.raises(CallTimeout, match=r"after 0.2 s, paused by pause\(\); its child was killed"):
             isolator.invoke(len, "abc", timeout=0.2)
         assert isolator.invoke(len, "abc") == 3, "another child, which is not paused"
+
+
+ALONE = """
+    import sys, time
+    from pisupervisor import ProcessIsolator, RemoteError
+
+    def ask():
+        import pihost
+        return pihost.call_host("f")
+
+    def f():
+        isolator.pause()
+        if sys.argv[1] == "resumes":
+            isolator.resume()
+        if sys.argv[1] == "raises":
+            raise ValueError("of the callback's own")
+        return 5
+
+    with ProcessIsolator.create() as isolator:
+        isolator.register_callback("f", f)
+        try:
+            print(isolator.invoke(ask, timeout=5))
+        except RemoteError as error:
+            print(error.message)
+        print(isolator.state, isolator.invoke(len, "abc"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "answer", "logged"),
+    [
+        ("resumes", "5", ""),
+        ("leaves", "the host's function 'f' failed", "call resume() before it returns"),
+        ("raises", "the host's function 'f' failed", "ValueError: of the callback's own"),
+    ],
+)
+def test_a_callback_that_leaves_its_child_paused(what: str, answer: str, logged: str) -> None:
+    """Where no other thread is there, the call would wait for ever."""
+    command = [sys.executable, "-c", textwrap.dedent(ALONE), what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.stdout == f"{answer}\nready 3\n", done.stderr
+    assert logged in done.stderr
+
+
+def test_another_thread_may_resume_what_a_callback_has_paused() -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.register_callback("f", isolator.pause)
+        timer = threading.Timer(0.3, isolator.resume)
+        timer.start()
+        started = time.monotonic()
+        assert isolator.invoke(ask, "f", timeout=5) is None
+        assert time.monotonic() - started > 0.2
+        timer.join()
 
 
 @pytest.mark.alone

@@ -313,6 +313,15 @@ class Keeper:
         if kind == "exit_with_error" and not handled and self.options.die_on_crash and not self.closed.is_set():
             os.kill(self.owner, signal.SIGTERM)
 
+    def ends_pause(self) -> bool:
+        """After a callback: whether it has left its child paused where nobody else could resume it. It runs on then."""
+        if self.state != "paused" or _other_threads():
+            return False
+        from pisupervisor.supervise import stopping
+
+        stopping.resume(self)
+        return True
+
     # --- the end ----------------------------------------------------------------------------------------------
 
     def wake_watch(self) -> None:
@@ -359,3 +368,9 @@ class Keeper:
         if template is not None and not self.without:
             spare.closing(template, self.options)
         self.bury(child, within=self.turn.is_mine())
+
+
+def _other_threads() -> list[threading.Thread]:
+    """The application's own."""
+    here = threading.current_thread()
+    return [one for one in threading.enumerate() if one is not here and not one.name.startswith("pisupervisor-")]

@@ -272,7 +272,8 @@ class Session:
             return Outcome(value, answer, before, child.meter.usage() if call.capture else _NOT_ASKED, connection)
         except DeadlinePassed as late:
             forget_frames(late)
-            message = f"the call was still running after {call.limit:g} s"
+            paused = ", paused by pause()" if keeper.state == "paused" else ""
+            message = f"the call was still running after {call.limit:g} s{paused}"
             info = keeper.end(child, ExitReason.TIMEOUT, message, truncated=late.written[2])
             raise timed_out(message, info).with_output(*late.written) from None
         except ProtocolError as error:
