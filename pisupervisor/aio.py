@@ -172,10 +172,25 @@ class AsyncProcessIsolator(AsyncControl):
         info: ExitInfo = await self._call(self._isolator.run_script, path, argv, **keywords)
         return info
 
-    def map(self, function: Callable[..., Any] | str, /, *iterables: Iterable[Any], **keywords: Any) -> AsyncPipeline:
-        """See ``ProcessIsolator.map``: an async iterator. What is there at once is fetched at once."""
+    def map(
+        self, function: Callable[..., Any] | str, /, *iterables: Iterable[Any], timeout: float | None = None,
+        returns: Any = None, idempotent: bool = False, in_flight: int = 128,
+    ) -> AsyncPipeline:  # fmt: skip
+        """See ``ProcessIsolator.map``: an async iterator. What is there at once is fetched at once. Wrong arguments are told at
+        once; a file that is not there and a function that cannot be sent with the first item, since that may take time.
+        """
+        from pisupervisor.supervise.pipeline import check_map
+
+        check_map(function, timeout, returns, in_flight)
         self._isolator._keeper.check_open()
-        return AsyncPipeline(self, partial(self._isolator.map, function, *iterables, **keywords))
+        columns = [iter(each) for each in iterables]
+        return AsyncPipeline(
+            self,
+            partial(
+                self._isolator.map, function, *columns, timeout=timeout, returns=returns, idempotent=idempotent,
+                in_flight=in_flight,
+            ),
+        )  # fmt: skip
 
     async def create_object(self, code: Any, /, *args: Any, **keywords: Any) -> AsyncIsolatedObject:
         """See ``ProcessIsolator.create_object``; methods of the handle are awaited."""

@@ -213,11 +213,10 @@ class ProcessIsolator(Control):
         ``timeout`` is for each call, from the answer before it. What a call raises ends the iteration; those that are under
         way then are done all the same. A child that dies ends it too, unless ``idempotent``.
         """
-        from pisupervisor import checks
-        from pisupervisor.supervise.pipeline import Pipeline, Target
+        from pisupervisor.supervise.pipeline import Pipeline, Target, check_map
 
-        checks.count(in_flight, "in_flight", 1, 1 << 16)
-        limit = self.options.call_timeout if timeout is None else checks.check_timeout(timeout)
+        check_map(function, timeout, returns, in_flight)
+        limit = self.options.call_timeout if timeout is None else timeout
         if isinstance(function, str):
             path, name = split_target(function)
             target = Target(self._code(path, name), name)
@@ -230,9 +229,8 @@ class ProcessIsolator(Control):
         if returns is not None:
             from functools import partial
 
-            from pisupervisor.link.returns import build, check_returns
+            from pisupervisor.link.returns import build
 
-            check_returns(returns)
             finish = partial(build, returns=returns)
         return Pipeline(self._session, target, payloads, limit, in_flight, idempotent, finish)
 

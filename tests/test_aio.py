@@ -893,6 +893,43 @@ def test_side_by_side() -> None:
     run(main)
 
 
+@pytest.mark.parametrize(
+    ("function", "items", "keywords", "error"),
+    [
+        (5, [1], {}, OptionsError), ("no target", [1], {}, OptionsError), ("a.py:1x", [1], {}, OptionsError),
+        (abs, [1], {"timeout": -1}, OptionsError), (abs, [1], {"in_flight": 0}, OptionsError),
+        (abs, [1], {"returns": 5}, OptionsError), (abs, 5, {}, TypeError), (abs, [1], {"tiemout": 1}, TypeError),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_mapped_is_told_at_once(
+    function: Any, items: Any, keywords: Any, error: type[Exception]
+) -> None:
+    """As by the plain class, and in the same words."""
+
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            told = []
+            for each in (isolator, isolator._isolator):
+                with pytest.raises(error) as caught:
+                    each.map(function, items, **keywords)
+                told.append(str(caught.value))
+            assert told[0].removeprefix("Async") == told[1]
+
+    run(main)
+
+
+def test_what_takes_time_of_a_map_is_told_with_its_first_item(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with await AsyncProcessIsolator.create() as isolator:
+            with open(tmp_path / "open", "w") as file:
+                for function, error in ((lambda _: file, SerializationError), (f"{tmp_path}/gone.py:f", OptionsError)):
+                    results = isolator.map(function, [1])
+                    with pytest.raises(error):
+                        await anext(results)
+
+    run(main)
+
+
 def test_map(plugin: Path) -> None:
     async def main() -> None:
         async with await AsyncProcessIsolator.create() as isolator:

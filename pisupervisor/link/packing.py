@@ -77,8 +77,7 @@ class Packer:
         """Raises OptionsError for what is no function, SerializationError for what cannot travel."""
         from pisupervisor.link.arguments import write_function
 
-        if not callable(function):
-            raise OptionsError(f"expected a function, not {function!r}; for a file use invoke_method(path, target)")
+        check_function(function)
         self._need_cloudpickle()
         written = write_function(self._attachments(), function, args, keywords, self._importable())
         payload: bytes | Payload = written.payload()
@@ -129,3 +128,9 @@ class Packer:
                 " code differs; use invoke_method with a file", direction="to child",
             )  # fmt: skip
         template.warm_cloudpickle()
+
+
+def check_function(function: Any) -> None:
+    """Raises OptionsError for what is none."""
+    if not callable(function):
+        raise OptionsError(f"expected a function, not {function!r}; for a file use invoke_method(path, target)")

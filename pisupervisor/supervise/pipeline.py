@@ -6,12 +6,15 @@ import time
 from collections import deque
 
 from pihost import wire
+from pisupervisor import checks
 from pisupervisor.errors import CallError, IsolationError, ProtocolError
 from pisupervisor.link.callers import this_caller
 from pisupervisor.link.calls import Attached, Payload, body_of
 from pisupervisor.link.connection import Connection, Request
 from pisupervisor.link.frames import Answer, Pending, text_of
+from pisupervisor.link.packing import check_function
 from pisupervisor.link.serializer import decode_plain
+from pisupervisor.link.sources import check_target
 from pisupervisor.supervise.call import Call
 from pisupervisor.supervise.exits import termination
 from pisupervisor.supervise.ways import Message, Way, exchange
@@ -35,6 +38,21 @@ def room(under_way: int, size: int, most: int) -> int:
     if under_way and (size >= _BYTES or under_way > most // 2):
         return 0
     return most - under_way
+
+
+def check_map(function: Any, timeout: float | None, returns: Any, in_flight: int) -> None:
+    """What a map is told, as far as that can be seen before anything is read or packed. Raises OptionsError."""
+    checks.count(in_flight, "in_flight", 1, 1 << 16)
+    if timeout is not None:
+        checks.check_timeout(timeout)
+    if isinstance(function, str):
+        check_target(checks.split_target(function)[1])
+    else:
+        check_function(function)
+    if returns is not None:
+        from pisupervisor.link.returns import check_returns
+
+        check_returns(returns)
 
 
 class Item:
