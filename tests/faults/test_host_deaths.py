@@ -22,14 +22,15 @@ from pisupervisor import ProcessIsolator
 from pisupervisor.launch.ids import BLOCK
 from pisupervisor.limits.directories import pid_namespace, start_time
 
-# The user ids of a dead host are given to the next one, whoever starts it: what wears them is taken for a leftover.
 pytestmark = [pytest.mark.linux, pytest.mark.alone]
 APPLICATION = Path(__file__).with_name("application.py")
 SOON = 1.0
 
 
 class Application:
-    """One that is running, and how to know what it has started: by descent, by its mark, its user ids, its groups."""
+    """One that is running, and how to know what it has started: by descent, by its mark, its user ids, its groups. What is
+    younger than its death is known by the mark and the groups alone: numbers of processes and of users are given to others then.
+    """
 
     def __init__(self, state: str, *more: str) -> None:
         self.mark = uuid.uuid4().hex
@@ -38,6 +39,7 @@ class Application:
         self.below: list[int] = []
         self.forks: list[int] = []
         self.uids = 0
+        self.ended = float("inf")  # clock ticks since boot
 
     def await_ready(self) -> None:
         assert self.process.stdout is not None
@@ -48,16 +50,23 @@ class Application:
         below = descendants(self.process.pid)
         self.forks = [pid for pid in below if APPLICATION.name in command_of(pid)]
         self.below = [pid for pid in below if pid not in self.forks]
+        self.end()
+
+    def end(self) -> None:
+        self.ended = min(self.ended, time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
         self.process.kill()
         self.process.wait()
 
     def left(self) -> set[int]:
         """What lives of it; zombies wait for whoever has adopted them."""
-        found = {pid for pid in self.below if state_of(pid) not in ("", "Z")}
-        for pid in (int(name) for name in os.listdir("/proc") if name.isdigit()):
-            if self.mark in environment_of(pid) or (self.uids and self.uids <= uid_of(pid) < self.uids + BLOCK):
-                found.add(pid)
+        everybody = (int(name) for name in os.listdir("/proc") if name.isdigit())
+        found = {pid for pid in everybody if self.mark in environment_of(pid) or self.is_known_by_number(pid)}
         return found | {pid for group in own_groups(self.process.pid) for pid in members(group)}
+
+    def is_known_by_number(self, pid: int) -> bool:
+        if pid not in self.below and not (self.uids and self.uids <= uid_of(pid) < self.uids + BLOCK):
+            return False
+        return state_of(pid) not in ("", "Z") and (start_time(pid) or 0) <= self.ended
 
     def clear_away(self) -> None:
         for pid in (*self.forks, *self.left()):
@@ -99,8 +108,7 @@ def application(state: str, *more: str) -> Iterator[Application]:
     try:
         yield running
     finally:
-        running.process.kill()
-        running.process.wait()
+        running.end()
         running.clear_away()
 
 
@@ -165,6 +173,20 @@ def test_without_both_it_goes_on() -> None:
         host.kill()
         assert not wait_until(lambda: not host.left(), 0.5)
         assert len(host.left()) == 2, "PID 1 and the payload"
+
+
+def test_what_another_supervisor_has_started_is_not_taken_for_a_leftover() -> None:
+    """It may be given the user ids of the dead one, and its pids."""
+    with application("idle") as host:
+        host.await_ready()
+        host.kill()
+        assert wait_until(lambda: not host.left(), SOON)
+        time.sleep(0.02)  # two ticks
+        with application("in_a_call") as heir:
+            heir.await_ready()
+            host.uids, host.below = heir.uids, descendants(heir.process.pid)
+            assert len(host.below) > 3
+            assert not host.left()
 
 
 # --- groups ------------------------------------------------------------------------------------------------------
