@@ -119,12 +119,13 @@ class AsyncProcessIsolator(AsyncControl):
 
     def __del__(self) -> None:
         """The last net: nobody called close(). The child ends with the isolator in here."""
-        for threads in (getattr(self, "_calls", None), getattr(self, "_rest", None), getattr(self, "_control", None)):
+        if "_known" not in self.__dict__ or os.getpid() != self._isolator._keeper.owner:
+            return  # a fork has no such threads, and shares the loop's epoll
+        for threads in (self._calls, self._rest, self._control):
             if threads is not None:
                 threads.end()
-        link = getattr(self, "_link", None)
-        if link is not None:
-            link.forget()
+        if self._link is not None:
+            self._link.forget()
 
     async def __aenter__(self) -> Self:
         return self

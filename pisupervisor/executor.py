@@ -58,11 +58,11 @@ class _Pool:
         self._owner = os.getpid()
 
     def submit(self, fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> IsolationFuture:
+        if os.getpid() != self._owner:  # before the lock, which in a fork may be held for ever
+            raise IsolatorClosed("this executor belongs to the process that created it, not to a fork of it")
         with self._lock:
             if self.closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            if os.getpid() != self._owner:
-                raise IsolatorClosed("this executor belongs to the process that created it, not to a fork of it")
             future = IsolationFuture(self._cancel)
             self.calls.put((future, fn, args, kwargs))  # before there is a lane that finds nothing, and says it is idle
             if not self.idle.acquire(blocking=False) and len(self._lanes) < self._most:

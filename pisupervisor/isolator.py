@@ -232,7 +232,7 @@ class ProcessIsolator(Control):
             from pisupervisor.link.returns import build
 
             finish = partial(build, returns=returns)
-        return Pipeline(self._session, target, payloads, limit, in_flight, idempotent, finish)
+        return Pipeline(self._session, target, payloads, limit, in_flight, idempotent, finish, owner=self)
 
     def submit(self, function: Callable[..., Any], /, *args: Any, **keywords: Any) -> IsolationFuture:
         """``invoke`` without waiting: a future. Its ``cancel()`` kills the work if it runs already. As many run at once as
@@ -246,6 +246,7 @@ class ProcessIsolator(Control):
         from pisupervisor.worker import Crew
 
         check_call(method, self, (BoundMethod, IsolatedMethod, IsolatedObject))
+        self._keeper.check_owner()  # before the lock, which in a fork may be held for ever
         with self._crew_lock:
             self._keeper.check_open()
             if self._crew is None:
@@ -402,9 +403,11 @@ class ProcessIsolator(Control):
         self._close_crew()
 
     def _close_crew(self) -> None:
+        if os.getpid() != self._keeper.owner:
+            return  # in a fork of the application the lock may be held for ever
         with self._crew_lock:
             crew = self._crew
-        if crew is not None and os.getpid() == self._keeper.owner:
+        if crew is not None:
             crew.close()
         self._crew = None  # not before: what a signal's handler interrupts is done by the next close
 

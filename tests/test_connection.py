@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
+import struct
 import threading
 import time
 import tracemalloc
@@ -467,3 +468,30 @@ def test_answers_that_are_taken_or_not_wanted_are_no_burden(pair: tuple[Connecti
             assert len(link.wait(pending).body) == LARGEST
         thread.join()
         assert link.calls == {}
+
+
+def test_what_is_released_while_two_threads_tell_of_it_is_told(pair: tuple[Connection, socket.socket]) -> None:
+    """Calls side by side: what was added between a look and the next step was lost, and lived on in the child."""
+    link, peer = pair
+    others: list[threading.Thread] = []
+
+    class Released(list[int]):
+        def __getitem__(self, part: object) -> object:  # type: ignore[override]
+            found = list(self)
+            if not others:
+                others.append(in_background(link.tidy))
+                others[0].join(0.2)
+                self.append(2)
+            return found
+
+    link.released = Released([1])
+    link.tidy()
+    others[0].join()
+    link.tidy()
+    said, told = peer.recv(1000), set()
+    while said:
+        kind, _ident, length = wire.unpack_header(said)
+        assert kind == wire.RELEASE
+        body, said = said[wire.HEADER.size : wire.HEADER.size + length], said[wire.HEADER.size + length :]
+        told |= set(struct.unpack(f"<{length // 8}Q", body))
+    assert told == {1, 2}

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import linux, nothing_left, wait_until, write
+from helpers import linux, nothing_left, state_of, wait_until, write
 
 from pisupervisor import (
     CallError,
@@ -178,6 +178,16 @@ def asked(request: pytest.FixtureRequest) -> Iterator[ProcessIsolator]:
     with ProcessIsolator.create(max_concurrency=request.param, call_timeout=20) as made:
         made.register_callback("double", lambda x: 2 * x)
         yield made
+
+
+def test_results_keep_their_isolator_alive() -> None:
+    """As streams do. It was closed as soon as it had been asked for a map, where nobody else held it."""
+    isolator = ProcessIsolator.create()
+    pid, results = isolator.pid or 0, isolator.map(double, range(300))
+    del isolator
+    assert list(results) == [2 * x for x in range(300)]
+    del results
+    assert wait_until(lambda: state_of(pid) == "")
 
 
 def test_a_map_in_a_callback(asked: ProcessIsolator) -> None:

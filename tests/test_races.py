@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from helpers import (
+    in_fork,
     in_thread,
     init_of,
     linux,
@@ -37,6 +38,7 @@ from pisupervisor import (
     ExitReason,
     IsolationError,
     IsolationEvents,
+    IsolationExecutor,
     IsolationOptions,
     IsolatorClosed,
     LaunchError,
@@ -877,3 +879,40 @@ def test_a_module_that_another_thread_is_just_importing(monkeypatch: pytest.Monk
         monkeypatch.setitem(sys.modules, name, type(sys)(name))
         IsolationOptions(security=Security(seccomp="strict"))
         assert isolator.invoke_method("json", "loads", "[1.5]") == [1.5]
+
+
+# --- forks of the application ----------------------------------------------------------------------------------------
+
+
+def in_fork_while(lock: Any, work: Callable[[], object]) -> str:
+    """Another thread has ``lock`` when this one forks: in the fork nobody will ever let go of it."""
+
+    def impatient() -> object:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(5)
+        return work()
+
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        return in_fork(impatient)
+    finally:
+        done.set()
+        thread.join()
+
+
+def test_a_fork_of_an_application_that_submits_in_another_thread() -> None:
+    with ProcessIsolator.create() as isolator, IsolationExecutor(max_workers=1) as executor:
+        assert in_fork_while(isolator._crew_lock, isolator.close) == "None"
+        assert in_fork_while(isolator._crew_lock, isolator.__del__) == "None"
+        assert in_fork_while(isolator._crew_lock, lambda: isolator.submit(len, "abc")) == "IsolatorClosed"
+        assert in_fork_while(executor._pool._lock, lambda: executor.submit(len, "abc")) == "IsolatorClosed"
+        assert (isolator.submit(len, "abc").result(), executor.submit(len, "abc").result()) == (3, 3)

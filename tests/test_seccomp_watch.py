@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import fcntl
+import gc
 import json
 import os
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 import bpf
 import pyseccomp
 import pytest
-from helpers import wait_until
+from helpers import nothing_left, wait_until
 from test_seccomp import ORDINARY_WORK
 
 from pisupervisor import (
@@ -280,6 +281,37 @@ def test_a_listener_that_fails_ends_the_child(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(seccomp_watch, "answer", lambda *_: 1 / 0)
         with pytest.raises(ChildTerminated, match="can no longer be answered: ZeroDivisionError"):
             isolator.invoke(errno_of, "ptrace", timeout=20)
+
+
+def test_a_forgotten_isolator_that_is_collected_in_the_thread_that_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is not to wait for its own end, nor for a lock that it has itself."""
+    forgotten: list[ProcessIsolator] = []
+    add = listener.Log.add
+
+    def collecting(log: listener.Log, call: Any) -> None:
+        add(log, call)
+        forgotten.clear()
+        gc.collect()
+
+    def ask_all_the_time() -> None:
+        import time
+
+        def ask() -> None:
+            while True:
+                errno_of("chroot")
+                time.sleep(0.01)
+
+        threading.Thread(target=ask, daemon=True).start()
+
+    raised: list[Any] = []
+    monkeypatch.setattr(sys, "unraisablehook", raised.append)
+    with nothing_left():
+        forgotten.append(ProcessIsolator.create(security=Security(seccomp=KILLS, watch="trace")))
+        forgotten[0].invoke(ask_all_the_time)
+        forgotten[0].set_data("me", forgotten[0])
+        monkeypatch.setattr(listener.Log, "add", collecting)
+        assert wait_until(lambda: not forgotten)
+    assert not raised
 
 
 def test_an_answer_that_a_signal_interrupts_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:

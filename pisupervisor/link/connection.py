@@ -59,7 +59,7 @@ class Connection(Answers):
         self.released: list[int] = []  # objects that nobody holds any more
         self.streams: set[int] = set()  # generators that somebody holds, and which are not over
         self._stdio, self._displaced = stdio, False
-        self._restoring = threading.RLock()
+        self._tidying = threading.RLock()
         self._outputs: list[Output] = []  # of the calls under way that are captured, the innermost last
         self._idents: list[int] = []
 
@@ -177,7 +177,7 @@ class Connection(Answers):
             error.written = captured.written()
             raise
         finally:
-            with self._restoring:
+            with self._tidying:
                 self._outputs.remove(captured)
             self._displaced = True
         captured.drain()
@@ -203,16 +203,17 @@ class Connection(Answers):
     def _restore_stdio(self, deadline: float | None) -> None:
         if not self._displaced:
             return
-        with self._restoring:  # what is sent is open until it has been
+        with self._tidying:  # what is sent is open until it has been
             stdio = self._outputs[-1].writers if self._outputs else self._stdio
             if stdio:
                 self._displaced = False
                 self.send(wire.STDIO, bytes((len(stdio),)), stdio, deadline)
 
     def _release(self, deadline: float | None) -> None:
-        numbers = self.released[:]
-        if numbers:
+        with self._tidying:
+            numbers = self.released[:]
             del self.released[: len(numbers)]  # others may have added some since
+        if numbers:
             self.send(wire.RELEASE, struct.pack(f"<{len(numbers)}Q", *numbers), deadline=deadline)
 
     def has_a_map(self) -> bool:

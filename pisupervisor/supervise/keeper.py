@@ -84,7 +84,9 @@ class Keeper:
         try:
             self.teller = Teller(self.options, self.id, self._settle)
             try:
-                self._watch = watch.Watch(self) if self.watched or watch.is_needed(self.options) else None
+                # A listener's thread may be the one in which we are collected, and cannot end itself (see ``abandon``).
+                is_needed = self.watched or self.template.answers is not None or watch.is_needed(self.options)
+                self._watch = watch.Watch(self) if is_needed else None
             except BaseException:
                 self.teller.close()
                 raise

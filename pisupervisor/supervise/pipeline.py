@@ -108,10 +108,12 @@ class Pipeline(Way):
 
     def __init__(
         self, session: Session, target: Target, payloads: Iterator[bytes | Payload], limit: float | None, in_flight: int,
-        idempotent: bool, finish: Callable[[Any], Any] | None,
+        idempotent: bool, finish: Callable[[Any], Any] | None, owner: object,
     ) -> None:  # fmt: skip
+        """``owner``: who closes the session when nobody refers to it any more."""
         self._session, self._target, self._payloads, self._limit = session, target, payloads, limit
         self._most, self._half, self._idempotent, self._finish = in_flight, in_flight // 2, idempotent, finish
+        self._owner = owner
         self._waiting: deque[Item] = deque()  # to be sent
         self._flight: deque[Item] = deque()  # sent, in order
         self._size = 0  # bytes of those
