@@ -21,7 +21,9 @@ from helpers import (
     in_fork,
     in_thread,
     init_of,
+    leftovers,
     linux,
+    new_since,
     nothing_left,
     open_fds,
     sleeps,
@@ -52,7 +54,7 @@ from pisupervisor import (
 )
 from pisupervisor.launch import zygote as zygote_module
 from pisupervisor.limits import freezer
-from pisupervisor.supervise import child as child_module
+from pisupervisor.supervise import child as child_module, spare
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.keeper import Keeper
 from pisupervisor.supervise.starting import FirstCall
@@ -815,6 +817,30 @@ def test_an_interrupted_close_is_completed_when_the_isolator_is_forgotten(
 
     with nothing_left():
         application()
+
+
+@pytest.mark.parametrize("moment", ["_make_group", "_make_output", "_send_plan"])
+def test_the_last_who_closes_while_a_spare_is_asked_for(monkeypatch: pytest.MonkeyPatch, moment: str) -> None:
+    """By another thread, for an isolator that has just been opened. What was made for it was given back before it was made."""
+    make, before = getattr(Child, moment), leftovers()
+    first = ProcessIsolator.create(tenant=moment)
+    second = ProcessIsolator.create(tenant=moment)
+    template, options = second._keeper.template, second.options
+    spare.closing(template, options)
+    taken = spare.take(template, options, None)
+    assert taken is not None
+    taken.discard("not wanted")
+
+    def closing(child: Child, *args: Any) -> Any:
+        monkeypatch.undo()
+        in_thread(first.close)
+        in_thread(second.close)
+        return make(child, *args)
+
+    with suppress(IsolatorClosed):
+        monkeypatch.setattr(Child, moment, closing)
+        spare.prepare(template, options)
+    assert wait_until(lambda: not new_since(before)), new_since(before)
 
 
 def test_an_interrupted_request_for_a_spare_is_not_taken_for_one(monkeypatch: pytest.MonkeyPatch):

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     class Spare(Protocol):
         """What a template must know of a spare child."""
 
+        requesting: bool
+
         def discard(self, why: str) -> object: ...
 
 
@@ -136,7 +138,9 @@ class Template:
         with self.lock:
             self.closed = True
             spare, self.spare = self.spare, None
-        if spare is not None:
+        if (
+            spare is not None and not spare.requesting
+        ):  # else it is not whole yet: who asks for it sees that we are closed
             spare.discard("its template was closed")
         free, self.free_group = self.free_group, None
         if free is not None:

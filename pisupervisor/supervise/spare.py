@@ -53,6 +53,8 @@ def prepare(template: Template, options: IsolationOptions, *, when_idle: bool = 
         return
     try:
         child.request(when_idle=when_idle, deadline=0.0)
+        if template.closed:  # by another thread, meanwhile
+            child.discard("its template was closed")
     except BaseException as error:
         with template.lock:
             template.spare = None
