@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from pisupervisor.limits.rlimits import at_least
 from pisupervisor.records import NamedTuple
 
 
@@ -40,9 +41,4 @@ TABLE = (
 
 def too_old_for(release: str) -> list[Since]:
     """The entries that came after this kernel, by its ``uname -r``. Distributions may have brought some of them back."""
-    own = _numbers(release)
-    return [entry for entry in TABLE if _numbers(entry.version) > own]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.partition("-")[0].split(".")[:2] if part.isdigit())
+    return [entry for entry in TABLE if not at_least(release, *map(int, entry.version.split(".")))]

@@ -5,9 +5,8 @@ from __future__ import annotations
 from pisupervisor.errors import FeatureUnavailable
 from pisupervisor.launch.features import NAMESPACE_LINKS, Features
 from pisupervisor.limits.cgroups import CgroupHost, Missing, missing, wanted_limits
+from pisupervisor.limits.rlimits import at_least
 from pisupervisor.options import IsolationOptions
-
-_OVERLAYS_SINCE = (5, 11)  # in a user namespace
 
 
 def check_kernel(options: IsolationOptions, features: Features) -> None:
@@ -19,7 +18,7 @@ def check_kernel(options: IsolationOptions, features: Features) -> None:
                 f"this kernel ({features.kernel}) has no {name} namespaces", feature=name,
                 remedy=f"run a kernel with them (time: 5.6), or say degrade=({name!r},)",
             )  # fmt: skip
-    if options.filesystem.overlay and _release(features.kernel) < _OVERLAYS_SINCE:
+    if options.filesystem.overlay and not at_least(features.kernel, 5, 11):
         raise FeatureUnavailable(
             f"this kernel ({features.kernel}) lets no child mount an overlay of its own", feature="overlay",
             remedy="run Linux 5.11 or newer, or leave Filesystem(overlay=...) out",
@@ -29,12 +28,6 @@ def check_kernel(options: IsolationOptions, features: Features) -> None:
             f"this kernel ({features.kernel}) has no Landlock, or it is not switched on", feature="landlock",
             remedy="boot with lsm=landlock,... on Linux 5.13 or newer, or say degrade=('landlock',)",
         )  # fmt: skip
-
-
-def _release(kernel: str) -> tuple[int, ...]:
-    """The first two numbers of a kernel's release."""
-    numbers = kernel.partition("-")[0].split(".")[:2]
-    return tuple(int(number) if number.isdigit() else 0 for number in numbers)
 
 
 def lacking_limits(options: IsolationOptions, host: CgroupHost) -> dict[str, str]:

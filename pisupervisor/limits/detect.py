@@ -136,11 +136,11 @@ def find_groups(cgroup: str, mountinfo: str, is_dir: IsDir = os.path.isdir) -> t
     return ("v2" if unified else "none"), found
 
 
-def find_unified(cgroup: str, mountinfo: str, is_dir: IsDir = os.path.isdir) -> str | None:
+def find_unified(cgroup: str, mountinfo: str) -> str | None:
     """The directory of the own group on the v2 hierarchy, from the text of the two /proc files."""
     own = next((line[3:] for line in cgroup.split("\n") if line.startswith("0::")), None)
     mounts = [(root, mount) for root, mount, kind, _options in _cgroup_mounts(mountinfo) if kind == "cgroup2"]
-    return _own_directory(mounts[0][1], mounts[0][0], own, is_dir) if mounts and own is not None else None
+    return _own_directory(mounts[0][1], mounts[0][0], own, os.path.isdir) if mounts and own is not None else None
 
 
 def _own_paths(cgroup: str) -> dict[str, str]:
