@@ -126,7 +126,9 @@ class _Archive:
             return kept.get(place)
         with zipfile.ZipFile(self._path) as opened, opened.open(place) as file:
             found = Source(file.read(MAX_SOURCE + 1), f"{self._path}/{place}", is_package)
-        if len(found.text) + sum(len(source.text) for source in kept.values()) <= _KEPT:
+        if (
+            len(found.text) + sum(len(source.text) for source in [*kept.values()]) <= _KEPT
+        ):  # another thread may add one
             kept[place] = found
         return found
 

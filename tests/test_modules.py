@@ -16,7 +16,7 @@ import pytest
 from helpers import linux, nothing_left, write
 
 from pisupervisor import CompileError, OptionsError, ProcessIsolator, ProtocolError, RemoteError
-from pisupervisor.modules import Modules
+from pisupervisor.modules import Modules, Source
 
 pytestmark = linux
 
@@ -235,6 +235,20 @@ import sys
             changed.writestr("helper.py", "VALUE = 'changed'\n")
         assert isolator.run_source(asks).value == [{"none"}, {"changed"}]
         assert 3 <= len(opened) <= 4
+
+
+def test_two_threads_that_ask_one_zip(archive: Path) -> None:
+    """Calls side by side: one adds to what is kept while the other adds up how large that is."""
+    modules = Modules([str(archive)])
+    kept = modules._finders[0].__self__._current()[2]  # type: ignore[attr-defined]
+
+    class Text(bytes):
+        def __len__(self) -> int:
+            kept.setdefault("another", Source(b"", "", False))
+            return 0
+
+    kept["one"] = Source(Text(), "", False)
+    assert modules.find("helper") is not None
 
 
 def test_large_modules_are_paid_for(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ from pisupervisor.supervise import child as child_module, spare
 from pisupervisor.supervise.child import Child
 from pisupervisor.supervise.keeper import Keeper
 from pisupervisor.supervise.starting import FirstCall
+from pisupervisor.supervise.watch import Watch
 from pisupervisor.worker import Crew
 
 pytestmark = linux
@@ -611,6 +612,21 @@ def test_a_watch_outlives_a_want_of_descriptors() -> None:
             assert isolator.state == "ready"
             time.sleep(0.3)
         assert wait_until(lambda: isolator.state == "stopped", 4), "the watch still watches"
+
+
+def test_a_child_that_cannot_be_watched_ends_and_the_next_one_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a defect of ours, or what /proc says. The thread ended of it, and nobody held any limit from then on."""
+
+    def fail(_watch: Watch, _child: Child) -> None:
+        raise RuntimeError("a defect")
+
+    with nothing_left(), ProcessIsolator.create(idle_timeout=0.5) as isolator:
+        with monkeypatch.context() as patch:
+            patch.setattr(Watch, "_idle", fail)
+            isolator._keeper.wake_watch()
+            assert "could not be watched: RuntimeError: a defect" in isolator.wait_for_exit(5).message
+        assert isolator.invoke(len, "abc") == 3
+        assert wait_until(lambda: isolator.state == "stopped", 4), "idle for too long"
 
 
 def test_a_captured_call_among_others_in_a_want_of_descriptors() -> None:

@@ -99,6 +99,11 @@ class Watch:
             wait = replacing.revive(self._keeper) if child is None else self._look(child)
         except OSError:  # most often for want of descriptors, which may pass
             wait = _AGAIN
+        except Exception as error:  # a defect: better no child than one whose limits nobody holds any more
+            if child is not None:
+                self._keeper.enter("stop")  # no other follows by itself, to end likewise
+                child.kill(ExitReason.KILLED, f"it could not be watched: {type(error).__name__}: {error}")
+            wait = _AGAIN
         if not self._closing:
             self._sleep(child, wait)
 
