@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -203,6 +204,53 @@ def test_a_handler_that_exits_between_calls_ends_the_child_as_it_says() -> None:
         assert isolator.terminate(grace=5)
         info = isolator.wait_for_exit()
         assert (info.exit_code, info.stderr_tail, info.reason) == (5, "atexit ran\n", ExitReason.KILLED)
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_an_interrupt_between_calls_ends_the_child_as_a_process(at_once: int) -> None:
+    """It was exit code 1, with nothing on stderr; and a report for the host went to whatever socket had its number."""
+    pairs = [socket.socketpair() for _ in range(16)]
+    with nothing_left(), ProcessIsolator.create(max_concurrency=at_once) as isolator:
+        isolator.invoke(_keep, [theirs for _ours, theirs in pairs])
+        os.kill(isolator.pid or 0, signal.SIGINT)
+        info = isolator.wait_for_exit(5)
+        assert (info.signal, info.exit_code, info.reason) == (signal.SIGINT, None, ExitReason.SIGNALED)
+        assert info.stderr_tail.endswith("KeyboardInterrupt\natexit ran\n")
+    for ours, theirs in pairs:
+        theirs.close()
+        assert ours.recv(100) == b""
+        ours.close()
+
+
+def test_exit_where_calls_run_side_by_side() -> None:
+    """What first imported threading was a thread of ours, whose end was then waited for: the child was killed instead."""
+    with nothing_left(), ProcessIsolator.create(max_concurrency=2) as isolator:
+        isolator.invoke(_keep, [])
+        info = isolator.exit(timeout=5)
+        assert (info.exit_code, info.stderr_tail) == (0, "atexit ran\n")
+
+
+def _keep(sockets: list[socket.socket]) -> None:
+    import atexit
+    import sys
+    import threading  # noqa: F401 - as nearly everything does
+
+    sys.kept = sockets  # type: ignore[attr-defined]
+    atexit.register(print, "atexit ran", file=sys.stderr, flush=True)
+
+
+def test_a_handler_that_raises_between_calls_is_told_on_stderr() -> None:
+    with nothing_left(), ProcessIsolator.create() as isolator:
+        isolator.invoke(_raise_on_sigterm)
+        assert isolator.terminate(grace=5)
+        info = isolator.wait_for_exit()
+        assert (info.exit_code, info.stderr_tail.splitlines()[-1]) == (1, "ZeroDivisionError: division by zero")
+
+
+def _raise_on_sigterm() -> None:
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: 1 / 0)
 
 
 def _exit_on_sigterm() -> None:

@@ -173,10 +173,15 @@ def _execute(main: ModuleType, loader: Loader, package: str) -> int:
             __import__(package)
         exec(loader.get_code("__main__"), main.__dict__)  # type: ignore[arg-type]  # noqa: S102
         return 0
-    except SystemExit as stop:
-        return exit_code(stop.code)
     except BaseException as error:
         uncaught = error  # told below: what raises in the script's excepthook comes of that alone
+    return code_after(uncaught)
+
+
+def code_after(uncaught: BaseException) -> int:
+    """What a process that lets it out ends with, 0 to 255, or -2 for SIGINT; it is told on stderr."""
+    if isinstance(uncaught, SystemExit):
+        return exit_code(uncaught.code)
     code = print_exception(uncaught)
     return -_SIGINT if code == 1 and type(uncaught) is KeyboardInterrupt else code  # not of a subclass's: as CPython
 

@@ -27,7 +27,7 @@ if False:  # typing costs 5 ms, and only a type checker reads this
 
 
 def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> int:
-    """Answer calls until the host closes the link; the exit code of the payload."""
+    """Answer calls until the host closes the link; the exit code of the payload, unless it dies as a process does of SIGINT."""
     if debug:
         os.kill(os.getpid(), _signal.SIGSTOP)
     reseed()
@@ -41,14 +41,22 @@ def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> in
     if limits["concurrency"] > 1:
         from pihost.inside.threads import Threads
 
-        return Threads(worker, limits["concurrency"]).serve()
-    worker.host = callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
+        answer = Threads(worker, limits["concurrency"]).serve
+    else:
+        worker.host = callbacks.host = callbacks.Host(link, worker.serve_one, limits["result"])
+        answer = lambda: worker.quick.serve(link)  # noqa: E731
     try:
-        return worker.quick.serve(link)
-    except SystemExit as stop:  # of a signal's handler, between two calls: what a process does then
-        code = run.exit_code(stop.code)
-        run.leave(worker.close_loops)
-        return code
+        return answer()
+    except OSError:
+        return 1  # of the link: nobody is there to be told
+    except BaseException as error:
+        uncaught = error  # of a signal's handler, between two calls: what a process does then
+    code = run.code_after(uncaught)
+    run.leave(worker.close_loops)
+    if code < 0:
+        _signal.signal(-code, _signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
 
 
 def reseed() -> None:

@@ -109,6 +109,9 @@ class Threads:
 
     def serve(self) -> int:
         """Until the host closes the link."""
+        # Before Python 3.13 whichever thread imports it first is the main one to it, whose end is waited for at the end.
+        import threading  # noqa: F401
+
         callbacks.loads = loads
         worker = self._worker
         while True:
