@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import TYPE_CHECKING, Any, Self
 
-from pisupervisor.objects import BoundMethod, IsolatedMethod, IsolatedObject, IsolatedStream, check_callable, set_own
+from pisupervisor.objects import Handle, IsolatedMethod, IsolatedObject, IsolatedStream
 
 if TYPE_CHECKING:
     from pisupervisor.aio import AsyncProcessIsolator
@@ -28,7 +28,7 @@ class Pids(list[int]):
         return self
 
 
-class AsyncIsolatedObject:
+class AsyncIsolatedObject(Handle):
     """An object in the child: ``await obj.add(2)``, or ``await obj.invoke("add", 2)``. See ``IsolatedObject``."""
 
     def __init__(self, isolator: AsyncProcessIsolator, handle: IsolatedObject) -> None:
@@ -37,16 +37,6 @@ class AsyncIsolatedObject:
     async def invoke(self, name: str, /, *args: Any, **keywords: Any) -> Any:
         """See ``IsolatedObject.invoke``."""
         return await self._isolator._plain(name, self._handle.invoke, name, *args, **keywords)
-
-    def find_method(self, name: str) -> BoundMethod:
-        """See ``IsolatedObject.find_method``."""
-        return BoundMethod(self, name)
-
-    def __getattr__(self, name: str) -> BoundMethod:
-        check_callable(name)
-        return self.find_method(name)
-
-    __setattr__ = set_own
 
     def release(self) -> Done:
         """See ``IsolatedObject.release``."""

@@ -22,21 +22,6 @@ if TYPE_CHECKING:
 _OWN = frozenset(("_isolator", "_connection", "_number", "_owner", "_handle"))
 
 
-def set_own(handle: Any, name: str, value: Any) -> None:
-    """``__setattr__`` of handles: what is meant for the object would be seen here alone, and nobody would say so."""
-    if name not in _OWN:
-        raise AttributeError(
-            f"{name!r} of an object in the child: set it there, isolator.invoke(setattr, obj, {name!r}, ...)"
-        )
-    object.__setattr__(handle, name, value)
-
-
-def check_callable(name: str) -> None:
-    """Raises AttributeError for what Python, and tools such as IPython (``_repr_html_``), look for on any object."""
-    if name.startswith("__") or (name.startswith("_") and name.endswith("_")):
-        raise AttributeError(f"{name!r}: call what is special with invoke({name!r}, ...)")
-
-
 def check_call(method: Any, isolator: Any, handles: tuple[type, ...]) -> None:
     """Raises OptionsError for what is no call into a child: it would run here, with all that the application may do."""
     owner = getattr(method, "__self__", method)
@@ -64,7 +49,28 @@ class BoundMethod:
         return f"<method {self.__name__!r} of {self._object!r}>"
 
 
-class IsolatedObject:
+class Handle:
+    """Of an object in a child, whose methods are called by ``invoke``; whatever else it is asked for is one of them."""
+
+    def find_method(self, name: str) -> BoundMethod:
+        """A method of this object as something to call."""
+        return BoundMethod(self, name)
+
+    def __getattr__(self, name: str) -> BoundMethod:
+        # What Python, and tools such as IPython (``_repr_html_``), look for on any object.
+        if name.startswith("__") or (name.startswith("_") and name.endswith("_")):
+            raise AttributeError(f"{name!r}: call what is special with invoke({name!r}, ...)")
+        return self.find_method(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN:  # meant for the object, it would be seen here alone, and nobody would say so
+            raise AttributeError(
+                f"{name!r} of an object in the child: set it there, isolator.invoke(setattr, obj, {name!r}, ...)"
+            )
+        object.__setattr__(self, name, value)
+
+
+class IsolatedObject(Handle):
     """An object in the child. ``obj.add(2)`` or ``obj.invoke("add", 2)`` call its methods; special ones (``__len__``), and
     those whose names this class has itself, only the second way. It can be an argument of calls into its child.
 
@@ -93,16 +99,6 @@ class IsolatedObject:
         return self._isolator._invoke(
             ("on object", number, name, arguments), None, None, timeout, returns, only_on=self._connection
         )
-
-    def find_method(self, name: str) -> BoundMethod:
-        """A method of this object as something to call."""
-        return BoundMethod(self, name)
-
-    def __getattr__(self, name: str) -> BoundMethod:
-        check_callable(name)
-        return self.find_method(name)
-
-    __setattr__ = set_own
 
     def release(self) -> None:
         """Let go of the object in the child. Idempotent."""
