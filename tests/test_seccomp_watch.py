@@ -314,6 +314,32 @@ def test_a_forgotten_isolator_that_is_collected_in_the_thread_that_listens(monke
     assert not raised
 
 
+def test_a_listener_that_was_not_waited_for_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine that stood still for a while. What it had listened to is closed, and the number somebody else's."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def serve(_self: listener.Listener) -> None:
+        begun.set()
+        go_on.wait(10)
+        raise OSError
+
+    monkeypatch.setattr(listener, "_JOIN", 0.05)
+    monkeypatch.setattr(listener.Listener, "_serve", serve)
+    reader, writer = os.pipe()
+    os.write(writer, b"to be read")
+    answers = seccomp_watch.Answers("trace", {}, {})
+    late = listener.Listener(os.dup(reader), answers, listener.Log(lambda _call: None), lambda _why: True)
+    assert begun.wait(10)
+    fd = late._fd
+    late.close()
+    os.dup2(reader, fd)
+    go_on.set()
+    late._thread.join(5)
+    assert not late._thread.is_alive()
+    for each in (reader, writer, fd):
+        os.close(each)
+
+
 def test_an_answer_that_a_signal_interrupts_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the kernel says where another thread of the child asks at the same time."""
     honest, interrupted = fcntl.ioctl, set()

@@ -83,7 +83,7 @@ class Listener:
         poll = select.poll()
         poll.register(self._fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
-        while True:
+        while not self._closing.is_set():  # after that the descriptors may be somebody else's
             ready = dict(poll.poll())
             if self._wake.fileno() in ready or not ready.get(self._fd, 0) & select.POLLIN:
                 return  # closing, or nobody lives behind that filter any more
