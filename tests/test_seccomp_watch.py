@@ -434,6 +434,28 @@ def test_what_pid_1_does_later_is_learnt_from_a_quick_call_too() -> None:
         assert isolator.wait_for_exit().reason is ExitReason.EXITED
 
 
+IMPORTS = """
+def main():
+    pass
+
+def more():
+    import decimal, sqlite3
+    return 5
+"""
+
+
+def test_what_the_zygote_imported_may_be_imported_later(tmp_path: Path) -> None:
+    """Of modules that it had already, in its idle time, a run reads no file: the profile let a quicker one not import them."""
+    (tmp_path / "program.py").write_text(IMPORTS)
+    with ProcessIsolator.create(security=Security(seccomp="permissive", watch="learn")) as isolator:
+        isolator.execute(f"{tmp_path}/program.py:main")
+    unseen = {"openat", "read", "newfstatat", "getdents64", "lseek", "ioctl", "epoll_create1"}
+    used = frozenset(call.name for call in isolator.system_calls() if call.action == "allowed") - unseen
+    learnt = SeccompProfile.from_dict(seccomp_watch.learnt(load_profile("permissive"), used, ""))
+    with ProcessIsolator.create(security=Security(seccomp=learnt)) as isolator:
+        assert isolator.execute(f"{tmp_path}/program.py:more").value == 5
+
+
 def test_learn_to_stdout_and_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     shown = run("learn", "program.py:main", cwd=tmp_path)

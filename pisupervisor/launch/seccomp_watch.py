@@ -43,6 +43,9 @@ OF_PID_1 = (
     "fcntl", "fstat", "newfstatat", "pipe2", "poll", "ppoll", "read", "rt_sigtimedwait", "wait4", "write",
 )  # fmt: skip
 
+#: For an import, which a run does not show of what the zygote has imported before the fork, while nobody waited.
+OF_IMPORTS = ("epoll_create1", "fstat", "getdents64", "ioctl", "lseek", "newfstatat", "openat", "read", "stat")
+
 _NE, _LT, _LE, _EQ, _GE, _GT, _MASKED_EQ = range(1, 8)
 
 
@@ -60,12 +63,12 @@ class Answer(NamedTuple):
 def learnt(base: SeccompProfile, used: frozenset[str], comment: str) -> dict[str, Any]:
     """The part of the profile ``base`` that a program needs which has used these calls: what it allows of them and under
     which conditions, what it refuses of them, and how it answers those who only try whether a call is there. Whatever
-    was not used answers EPERM.
+    was not used answers EPERM, but for the few that every child needs.
     """
     import json
 
     source = json.loads(base.source)
-    needed = used.union(UNWATCHED, OF_PID_1)
+    needed = used.union(UNWATCHED, OF_PID_1, OF_IMPORTS)
     rules = [rule for entry in source.get("syscalls") or () if (rule := _needed_part(entry, needed))]
     named = {name for rule in rules for name in rule["names"] if not rule.get("args")}
     if source["defaultAction"] in ("SCMP_ACT_ALLOW", "SCMP_ACT_LOG"):
