@@ -239,6 +239,24 @@ def _keep(sockets: list[socket.socket]) -> None:
     atexit.register(print, "atexit ran", file=sys.stderr, flush=True)
 
 
+def test_a_child_that_leaves_by_itself_gets_no_more_calls() -> None:
+    """It waits for its threads, as a process does; a call was sent to it, and waited as long."""
+    with nothing_left(), ProcessIsolator.create(restart=RestartPolicy(backoff=0.0)) as isolator:
+        isolator.invoke(_linger)
+        old = isolator.pid
+        os.kill(old or 0, signal.SIGINT)
+        time.sleep(0.2)
+        assert isolator.invoke(len, "abc", timeout=10) == 3
+        assert isolator.pid != old
+
+
+def _linger() -> None:
+    import threading
+    import time
+
+    threading.Thread(target=time.sleep, args=(30,)).start()
+
+
 def test_a_handler_that_raises_between_calls_is_told_on_stderr() -> None:
     with nothing_left(), ProcessIsolator.create() as isolator:
         isolator.invoke(_raise_on_sigterm)

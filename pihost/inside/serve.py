@@ -51,8 +51,9 @@ def serve(worker: Worker, link: Link, limits: dict[str, int], debug: bool) -> in
         return 1  # of the link: nobody is there to be told
     except BaseException as error:
         uncaught = error  # of a signal's handler, between two calls: what a process does then
+    link.sock.close()  # who calls now goes to another child, and does not wait for this one's threads
     code = run.code_after(uncaught)
-    run.leave(worker.close_loops)
+    worker.leave()
     if code < 0:
         _signal.signal(-code, _signal.SIG_DFL)
         os.kill(os.getpid(), -code)
@@ -124,9 +125,7 @@ class Worker:
         elif kind == wire.RELEASE:
             self.released += struct.unpack(f"<{len(body) // 8}Q", body)
         elif kind == wire.EXIT:
-            callbacks.host = None  # nobody listens any more
-            callbacks.of_threads.clear()
-            os._exit(run.leave(self.close_loops))
+            os._exit(self.leave())
 
     def serve_call(self, ident: int, body: bytes, at: int) -> None:
         """The call that begins at that place of a frame's body."""
@@ -160,6 +159,12 @@ class Worker:
         """User code may have forked, in whatever way, and let the copy return: only the original may answer."""
         if os.getpid() != self.own_pid:
             os._exit(0)
+
+    def leave(self) -> int:
+        """As the interpreter does; the exit code."""
+        callbacks.host = None  # nobody listens any more
+        callbacks.of_threads.clear()
+        return run.leave(self.close_loops)
 
     def close_loops(self) -> None:
         for loop in self.loops:

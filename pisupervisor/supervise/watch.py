@@ -1,6 +1,6 @@
 """The one helper thread of an isolator whose options ask for what nobody waits on: ends while idle, idle and CPU time
-limits, limit events, and what stands in for limits that ``degrade`` lets go. An isolator that asks for none of it has no
-thread.
+limits, limit events, what stands in for limits that ``degrade`` lets go, and the last net of an isolator whose filter is
+listened to. An isolator that asks for none of it has no thread.
 """
 
 from __future__ import annotations
