@@ -43,6 +43,7 @@ def test_each_cause_has_its_remedy(found: Situation, words: str) -> None:
 
 PLAIN = Situation(1000, (), False, OPEN)
 FILTERED = PLAIN._replace(filtered=True)
+UBUNTU = PLAIN._replace(switches={**OPEN, "kernel.apparmor_restrict_unprivileged_userns": "1"})
 CONFINED = PLAIN._replace(profile="docker-default (enforce)")
 MASKED = FILTERED._replace(masks=("/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/sys"))
 
@@ -60,6 +61,12 @@ MASKED = FILTERED._replace(masks=("/proc/acpi", "/proc/kcore", "/proc/keys", "/p
         ("id maps", errno.EPERM, PLAIN._replace(uid=0, lacks=("SETUID",)), "--cap-add SETUID"),
         ("private mounts", errno.EACCES, CONFINED, "apparmor=unconfined"),
         ("private mounts", errno.EACCES, FILTERED, ""),
+        ("private mounts", errno.EPERM, UBUNTU, "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"),
+        ("id maps", errno.EACCES, UBUNTU, "sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"),
+        ("private mounts", errno.EPERM, UBUNTU._replace(uid=0), ""),
+        ("namespaces", errno.EPERM, PLAIN, "a chroot"),
+        ("clone", errno.EPERM, PLAIN._replace(uid=0), "a chroot"),
+        ("namespaces", errno.ENOSPC, PLAIN, "user.max_*_namespaces"),
         ("namespaces", errno.EACCES, CONFINED, "userns"),  # no rule for it, on Linux 6.12
         ("namespaces", errno.EPERM, CONFINED, "userns and capability"),  # no rule for that
         ("mounts", errno.EPERM, MASKED, "'unmask=/proc/*'"),

@@ -6,6 +6,7 @@ where the same probe must get through. Only then is the verdict "holds".
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -74,8 +75,14 @@ def examine() -> Report:
     from pisupervisor.launch import features
 
     started = time.monotonic()
-    with _stand_in() as member:  # systemd may give a scope to a zygote: look at what it then would have
-        found = features.probe(member)
+    try:
+        with _stand_in() as member:  # systemd may give a scope to a zygote: look at what it then would have
+            found = features.probe(member)
+    except IsolationError as error:  # without a /proc of one's own nothing can be found out
+        return Report(
+            host={"kernel": os.uname().release, "python": sys.executable}, findings=_no_child(error, {}), works=False,
+            obstacle=_first_line(error), witness=None, seconds=round(time.monotonic() - started, 3),
+        )  # fmt: skip
     lacking = missing_here(found)
     findings, witness = _find(found, lacking)
     obstacle = _obstacle(findings)
@@ -149,9 +156,13 @@ def _find(features: Features, lacking: dict[str, Finding]) -> tuple[tuple[Findin
             found = _probe_all(lab, lacking)
             return tuple(found[name] for name in PROTECTIONS), _ask_witness(lab)
     except (IsolationError, OSError) as error:
-        cause = f"no child can be started here: {_first_line(error)}"
-        remedy = getattr(error, "remedy", None) or "see the cause"
-        return tuple(lacking.get(name) or _missing(name, cause, remedy) for name in PROTECTIONS), None
+        return _no_child(error, lacking), None
+
+
+def _no_child(error: Exception, lacking: Mapping[str, Finding]) -> tuple[Finding, ...]:
+    cause = f"no child can be started here: {_first_line(error)}"
+    remedy = getattr(error, "remedy", None) or "see the cause"
+    return tuple(lacking.get(name) or _missing(name, cause, remedy) for name in PROTECTIONS)
 
 
 def _probe_all(lab: Lab, lacking: Mapping[str, Finding]) -> dict[str, Finding]:

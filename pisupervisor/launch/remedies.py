@@ -49,7 +49,16 @@ def of_step(step: str, number: object, detail: str) -> str:
 
 
 def of_errno(number: object) -> str:
+    if number in (EPERM, ENOSYS) and (filtered := _of_a_filter()):
+        return filtered
     return (_NUMBERS.get(number) if isinstance(number, int) else None) or LOOK
+
+
+def _of_a_filter() -> str:
+    """Against a filter that this process was born with; empty where there is none."""
+    from pisupervisor.launch import userns
+
+    return userns.FILTER if userns.situation().filtered else ""
 
 
 def of_start(python: str, number: int | None) -> str:
@@ -60,7 +69,8 @@ def of_start(python: str, number: int | None) -> str:
 def of_gone(python: str, preload: list[str]) -> str:
     """Against one that ended and did not say why in our way; what it wrote to stderr is on the application's."""
     ends = f"does one of {', '.join(preload)} end its process? import it in on_start; else " if preload else ""
-    return f"{ends}{_by_hand(python)}"
+    filtered = _of_a_filter()
+    return f"{ends}{_by_hand(python)}{f'; or {filtered}' if filtered else ''}"
 
 
 def _by_hand(python: str) -> str:

@@ -24,10 +24,18 @@ def check_kernel(options: IsolationOptions, features: Features) -> None:
             remedy="run Linux 5.11 or newer, or leave Filesystem(overlay=...) out",
         )  # fmt: skip
     if options.security.landlock and not features.landlock_abi and "landlock" not in options.degrade:
-        raise FeatureUnavailable(
-            f"this kernel ({features.kernel}) has no Landlock, or it is not switched on", feature="landlock",
-            remedy="boot with lsm=landlock,... on Linux 5.13 or newer, or say degrade=('landlock',)",
-        )  # fmt: skip
+        raise _no_landlock(features.kernel)
+
+
+def _no_landlock(kernel: str) -> FeatureUnavailable:
+    from pisupervisor.launch import userns  # to explain a failure
+
+    boot = "boot with lsm=landlock,... on Linux 5.13 or newer, or say degrade=('landlock',)"
+    filtered = userns.situation().filtered
+    return FeatureUnavailable(
+        f"this kernel ({kernel}) has no Landlock, or it is not switched on{', or a filter refuses it' if filtered else ''}",
+        feature="landlock", remedy=f"{userns.FILTER}; else {boot}" if filtered else boot,
+    )  # fmt: skip
 
 
 def lacking_limits(options: IsolationOptions, host: CgroupHost) -> dict[str, str]:

@@ -14,20 +14,22 @@ from pisupervisor.records import NamedTuple
 #: what root needs for a launch, and is left without by a container
 _ROOTS = {"SYS_ADMIN": 21, "SETUID": 7, "SETGID": 6}
 SYS_PTRACE = 19
+_UBUNTUS = "kernel.apparmor_restrict_unprivileged_userns"
 #: in the order in which they decide; each stops an ordinary user by itself
-_SWITCHES = {
-    "user.max_user_namespaces": "0", "kernel.unprivileged_userns_clone": "0",
-    "kernel.apparmor_restrict_unprivileged_userns": "1",
-}  # fmt: skip
+_SWITCHES = {"user.max_user_namespaces": "0", "kernel.unprivileged_userns_clone": "0", _UBUNTUS: "1"}
 #: steps that fail where an outer filter or profile lets namespaces be made, and refuses what they are for
 _REFUSABLE = (
     "clone", "private mounts", "root", "pivot", "bind", "tmpfs", "mounts", "mount table", "layer", "hostname", "id maps",
     "namespaces",
 )  # fmt: skip
 FILTER = (
-    "this process is filtered by somebody's seccomp program, which may refuse namespaces: docker or podman run"
+    "this process is filtered by somebody's seccomp program, which may refuse what a launch takes: docker or podman run"
     " --security-opt seccomp=unconfined, Kubernetes: seccompProfile type Unconfined; or, narrower, the profile"
     " examples/deploy/seccomp.json"
+)
+CHROOT = (
+    "the kernel makes no user namespaces for a process in a chroot (if this is one): have the application enter its root by"
+    " pivot_root instead, as bwrap --bind ROOT / --dev /dev --proc /proc, systemd's RootDirectory= or a container engine do"
 )
 
 
@@ -85,14 +87,16 @@ def remedy_for(step: str, number: object, detail: str, found: Situation) -> str:
     if step == "mounts" and "/proc" in detail:
         return unmask(found.masks)
     if step == "namespaces" and not (found.profile and number == EACCES):  # which only a security module says there
-        return remedy(found)
+        return remedy(found, number)
     if not step.startswith(_REFUSABLE):
         return ""
     if found.profile and number == EACCES:
         return _apparmor(found.profile)
     if number in (EPERM, ENOSYS) and (found.filtered or found.lacks):
         return remedy(found)
-    return ""
+    if number in (EPERM, EACCES) and found.uid != 0 and _off(found) == _UBUNTUS:
+        return remedy(found)  # it may let the namespace be made, and then no capability be used in it
+    return CHROOT if step == "clone" and number == EPERM else ""
 
 
 def unmask(masks: tuple[str, ...]) -> str:
@@ -111,18 +115,23 @@ def _apparmor(profile: str) -> str:
     )
 
 
-def remedy(found: Situation) -> str:
+def _off(found: Situation) -> str:
+    """The first switch that stops an ordinary user."""
+    return next((name for name, stop in _SWITCHES.items() if found.switches.get(name) == stop), "")
+
+
+def remedy(found: Situation, number: object = None) -> str:
     """What helps, as exact as it can be said. Pure."""
     if found.nested:
         return "this is the child of another isolator: create that one with security=Security(nesting=True)"
-    off = next((name for name, stop in _SWITCHES.items() if found.switches.get(name) == stop), "")
+    off = _off(found)
     if off == "user.max_user_namespaces":
         return "as root: sysctl -w user.max_user_namespaces=65536 (it is 0: nobody may make any)"
     if found.lacks:
         return _as_a_user(found)
     if found.uid != 0 and off == "kernel.unprivileged_userns_clone":
         return "as root: sysctl -w kernel.unprivileged_userns_clone=1; or run as root"
-    if found.uid != 0 and off == "kernel.apparmor_restrict_unprivileged_userns":
+    if found.uid != 0 and off == _UBUNTUS:
         return (
             "as root: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or give the interpreter an AppArmor profile"
             " with the line: userns,"
@@ -131,6 +140,8 @@ def remedy(found: Situation) -> str:
         return FILTER
     if found.profile:
         return _apparmor(found.profile)
+    if number == EPERM:  # what counts too many says ENOSPC
+        return CHROOT
     return "raise user.max_user_namespaces and the other user.max_*_namespaces, which count what this user has already"
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from pihost.mounts import unescaped
-from pisupervisor.errors import OptionsError
+from pisupervisor.errors import LaunchError, OptionsError
 from pisupervisor.limits import directories
 from pisupervisor.records import NamedTuple
 
@@ -79,6 +79,7 @@ def detect(member: int | None = None, group: str | None = None) -> CgroupHost:
     ``member``: the process from which children will be born. On v2, where this process has no group of its own, systemd
     is asked to give that one a scope. ``group``: use this v2 group and no other. Raises OptionsError for that on v1.
     """
+    _check_proc()
     cgroup, mountinfo = directories.text("/proc/self/cgroup"), directories.text("/proc/self/mountinfo")
     mode, found = find_groups(cgroup, mountinfo)
     name = directories.group_name(time.monotonic_ns())  # once: it reads our own /proc/PID/stat, 50 us
@@ -95,6 +96,17 @@ def detect(member: int | None = None, group: str | None = None) -> CgroupHost:
     # To move from our own group into one below it takes the right to write here (cgroups(7), delegation).
     enterable = os.access(f"{unified}/cgroup.procs", os.W_OK)
     return host._replace(unified=unified, kills=enterable and "cgroup.kill" in probe.files)
+
+
+def _check_proc() -> None:
+    """Its numbers must be ours: id maps are written there by pid. Raises LaunchError."""
+    try:
+        if os.readlink("/proc/self") == str(os.getpid()):
+            return
+        why = "/proc shows another pid namespace than that of this process"
+    except OSError as error:
+        why = f"/proc/self: {error.strerror}"
+    raise LaunchError(why, step="launch", remedy="as root here: mount -t proc proc /proc (unshare: --mount-proc)")
 
 
 def describe_host(
