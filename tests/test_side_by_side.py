@@ -597,6 +597,26 @@ def test_max_calls_waits_for_those_under_way() -> None:
         assert isolator.pid != pid
 
 
+def test_threads_that_calls_begin_are_waited_for(tmp_path: Path) -> None:
+    """As elsewhere: by the script that begins them, and by exit(). What starts in a thread of ours was a daemon."""
+    text = "import threading, time\nthreading.Thread(target=lambda: (time.sleep(0.2), print('done', flush=True))).start()\n"
+    script = write(tmp_path, "script.py", text)
+    with nothing_left(), ProcessIsolator.create(max_concurrency=2) as isolator:
+        together = [isolator.submit_call(isolator.invoke_method, "time", "sleep", 0.1) for _ in range(2)]
+        assert [future.result() for future in together] == [None, None]
+        for _ in range(2):
+            assert isolator.run_script(script).stdout == "done\n"
+        isolator.invoke(_write_later, "at exit\n")
+        info = isolator.exit(timeout=5)
+        assert (info.exit_code, info.stderr_tail) == (0, "at exit\n")
+
+
+def _write_later(text: str) -> None:
+    import sys
+
+    threading.Timer(0.2, lambda: print(text, end="", file=sys.stderr, flush=True)).start()
+
+
 def test_exit_waits_for_all() -> None:
     with ProcessIsolator.create(max_concurrency=3) as isolator:
         once_under_way(isolator, 2, isolator.exit)

@@ -61,10 +61,13 @@ class End:
 
 
 def _threads() -> list[Any]:
-    """That a process waits for at its end."""
+    """That a process waits for at its end; those that calls run in, beside another, are none of threading's."""
     threading = sys.modules.get("threading")
     if threading is None:
         return []
+    current, foreign = threading.current_thread(), threading._DummyThread
     return [
-        thread for thread in threading.enumerate() if not thread.daemon and thread is not threading.current_thread()
+        thread
+        for thread in threading.enumerate()
+        if not (thread.daemon or thread is current or isinstance(thread, foreign))
     ]

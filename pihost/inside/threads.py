@@ -165,6 +165,9 @@ class Threads:
     # --- in each thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        import threading
+
+        threading.current_thread()._daemonic = False  # type: ignore[attr-defined]  # else what starts from here were daemons
         worker, inbox = self._worker.twin(), Inbox()
         worker.inbox = inbox
         worker.host = callbacks.Host(worker.link, worker.serve_one, worker.limits["result"], inbox)
