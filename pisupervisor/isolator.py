@@ -123,9 +123,10 @@ class ProcessIsolator(Control):
         a ``.zip`` or ``.whl`` or a module by name, in the child, and return its result.
 
         The file is read here and sent; the child needs no sight of it. ``timeout`` in seconds kills the child when it
-        runs out; ``returns`` checks and builds the result; ``kwargs`` is for parameters named like these. What ``async
-        def`` returns is awaited in the child; of a generator the caller gets a stream, each item fetched when it is asked
-        for; ``returns=Iterator[X]`` is for a generator of X, ``Generator[X, S, R]`` for one whose ``value`` is an R.
+        runs out; with 0 nothing is waited for, and what is there at once is returned all the same. ``returns`` checks and builds
+        the result; ``kwargs`` is for parameters named like these. What ``async def`` returns is awaited in the child; of a
+        generator the caller gets a stream, each item fetched when it is asked for; ``returns=Iterator[X]`` is for a generator
+        of X, ``Generator[X, S, R]`` for one whose ``value`` is an R.
         Raises OptionsError, TargetNotFound, CompileError, RemoteError, CallTimeout, ChildTerminated, SerializationError.
         """
         code = self._code(path, target)

@@ -830,6 +830,22 @@ def test_leaving_ends_the_call_not_the_child(source: str) -> None:
 # --- timeouts ----------------------------------------------------------------------------------------------------
 
 
+def test_no_time_at_all(shared: ProcessIsolator) -> None:
+    """The answer where it is there at once, as with a lock or a future; else the call is over, and nothing was waited for."""
+    met: set[int | None] = set()
+    for _ in range(20):
+        began = time.monotonic()
+        try:
+            met.add(shared.invoke(abs, -1, timeout=0))
+        except CallTimeout:
+            met.add(None)
+        assert time.monotonic() - began < 1
+        with pytest.raises(CallTimeout):
+            shared.invoke(time.sleep, 1, timeout=0)
+        assert shared.invoke(abs, -1) == 1
+    assert met <= {1, None}
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize(
     ("target", "arguments"),
