@@ -193,7 +193,9 @@ class IsolatedStream:
         return _built(item, self._types.item)
 
     def close(self) -> None:
-        """Let go of the generator, which ends it. Idempotent."""
+        """Let go of the generator, which ends it. Idempotent. Nothing is sent for that: what its ``finally`` does comes right
+        before the next call, in the time of that one; ``isolator.object_count()`` is such a call, which waits for it.
+        """
         self._object.release()
 
     def __enter__(self) -> IsolatedStream:

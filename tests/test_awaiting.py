@@ -286,6 +286,26 @@ def test_a_stream_that_is_left_is_closed_in_the_child(isolator: ProcessIsolator,
     assert isolator.object_count() == 0
 
 
+@pytest.mark.alone
+def test_a_next_call_waits_for_the_end_of_a_closed_stream(isolator: ProcessIsolator) -> None:
+    """As it is documented: in its own time, with object_count() as the call that does nothing else."""
+
+    def slow_to_end() -> Iterator[int]:
+        try:
+            yield 1
+        finally:
+            time.sleep(0.3)
+
+    for act, least in ((lambda: None, 0.0), (isolator.object_count, 0.3)):
+        stream = isolator.invoke(slow_to_end)
+        next(stream)
+        began = time.monotonic()
+        stream.close()
+        act()
+        assert least <= time.monotonic() - began < least + 0.25
+        assert isolator.object_count() == 0
+
+
 def test_a_child_that_lies_about_items(isolator: ProcessIsolator) -> None:
     def lie() -> Any:
         from pihost.inside import serve
