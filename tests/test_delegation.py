@@ -124,6 +124,28 @@ def test_a_read_only_tree_names_the_containers_switch() -> None:
     assert delegation.refusal_remedy(OSError(errno.EACCES, "")) == "", "who may is told by the claim"
 
 
+def test_what_is_read_only_needs_that_lifted_before_rights_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = claim(CG, systemd_runs=False)
+    assert delegation._refused(found, OSError(errno.EACCES, ""), 1000) == found.remedy
+    monkeypatch.setattr(delegation, "_is_read_only", lambda _path: True)
+    for number in (errno.EACCES, errno.EROFS):
+        told = delegation._refused(found, OSError(number, ""), 1000)
+        assert told.index("mount -o remount,bind,rw") < told.index(f"then as root: chown 1000 {CG}")
+        assert "chown" not in delegation._refused(found, OSError(number, ""), 0)
+
+
+@pytest.mark.parametrize(
+    ("base", "words"),
+    [(f"{CG}/user.slice/user-7.slice/user@7.service/app.slice/a.scope", "systemctl restart user@7.service;"),
+     (f"{CG}/system.slice/a.service", "Delegate=cpu cpuset io memory pids into the unit a.service"),
+     (CG, "engine")],
+)  # fmt: skip
+def test_who_can_hand_a_controller_down(base: str, words: str) -> None:
+    told = delegation._place("io", base, frozenset()).remedy
+    assert words in told
+    assert ("user@" in told) == ("user@" in base)
+
+
 def test_a_group_that_was_named_is_used_and_no_other(tmp_path: Path) -> None:
     group = str(tree(tmp_path / "mine", "memory"))
     outside = delegation.claim_given(group, f"{CG}/elsewhere", 0)

@@ -251,6 +251,20 @@ def test_a_wall_that_does_not_stand_is_found(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.linux
 @pytest.mark.root
+def test_who_may_not_listen_can_start_children_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The child of another isolator, or a unit with SocketBindDeny=: only the probe that needs it proves nothing."""
+
+    def refuse(*_arguments: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(doctor_lab.socket, "create_server", refuse)
+    with doctor_lab.Lab(features.probe(), ()) as lab:
+        network = next(probe for probe in doctor_probes.probes(lab.scene) if probe.name == "network")
+        assert doctor._try(lab, network).verdict == "unproved"
+
+
+@pytest.mark.linux
+@pytest.mark.root
 def test_a_probe_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = doctor_probes.Probe(name="uts", source="raise RuntimeError('odd')")
     with doctor_lab.Lab(features.probe(), ()) as lab:

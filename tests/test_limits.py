@@ -181,6 +181,17 @@ def test_without_rights_all_but_devices_is_missing_and_each_remedy_is_exact() ->
     assert "cat /cg/cpuset/cpuset.mems > /cg/cpuset/pisupervisor/cpuset.mems && chown" in found["cpuset"]
 
 
+def test_a_root_is_not_told_to_be_root() -> None:
+    told = remedies(fake_host(error=DENIED)._replace(uid=0), GroupLimits(pids=8))["pids"]
+    assert told.startswith("leave this root CAP_DAC_OVERRIDE; or delegate, as root: ")
+
+
+def test_where_only_v2_is_to_be_had_and_nothing_is_mounted() -> None:
+    """A chroot without /sys: a v1 hierarchy could not be mounted."""
+    assert find_groups("0::/a\n", "")[0] == "v2"
+    assert find_groups("4:memory:/\n0::/a\n", "")[0] == "none"
+
+
 def test_only_what_was_asked_for_is_missing() -> None:
     assert missing(fake_host(error=DENIED, swap_on=False), GroupLimits(swap=0)) == []
     assert set(remedies(fake_host(error=DENIED), GroupLimits(pids=8))) == {"pids"}
@@ -188,7 +199,9 @@ def test_only_what_was_asked_for_is_missing() -> None:
 
 def test_the_remedy_names_the_cause() -> None:
     read_only = OSError(errno.EROFS, "Read-only file system")
-    assert "--privileged" in remedies(fake_host(error=read_only), GroupLimits(pids=8))["pids"]
+    told = remedies(fake_host(error=read_only), GroupLimits(pids=8))["pids"]
+    assert "--privileged" in told
+    assert "mount -o remount,bind,rw /cg/pids && mkdir -p /cg/pids/pisupervisor && chown -R 1000 " in told
     assert "mount -t cgroup -o blkio" in remedies(fake_host(lacking="blkio"), EVERYTHING)["io"]
     assert set(remedies(fake_host(mode="none"), EVERYTHING)) >= {"memory", "cpus", "pids"}
 

@@ -118,17 +118,24 @@ class Lab:
         with open(path, "w") as file:
             file.write(token)
         os.chmod(path, 0o644)
-        listener = self._stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         abstract = self._stack.enter_context(socket.socket(socket.AF_UNIX))
         abstract.bind(f"\0pisupervisor-doctor-{os.getpid()}-{token}")
         abstract.listen()
         scoped = self.features.landlock_abi >= SCOPES_SINCE
         return {
             "HOST": os.uname().nodename, "BOOT": time.clock_gettime(time.CLOCK_BOOTTIME), "PATH": path, "TOKEN": token,
-            "PORT": listener.getsockname()[1], "SOCKET": "\0" + abstract.getsockname()[1:].decode() if scoped else None,
+            "PORT": self._listen(), "SOCKET": "\0" + abstract.getsockname()[1:].decode() if scoped else None,
             "DECOY": self.plain.process.pid, "KEY": int(token[:7], 16) | 1, "FIRST": min(os.sched_getaffinity(0)),
             "BLOCK": block, "IO_PATH": f"{_INSIDE}/block", "WITNESS_PATH": f"{_INSIDE}/witness",
         }  # fmt: skip
+
+    def _listen(self) -> int:
+        """The port of a listener on loopback; 0 where this process may have none (Landlock, a unit's rules): no proof then."""
+        try:
+            address = self._stack.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()
+        except OSError:
+            return 0
+        return int(address[1])
 
     def _files(self) -> tuple[str, str | None]:
         """A folder of ours, and a file in it of which parts can be read from a disk (None where no folder lies on one)."""

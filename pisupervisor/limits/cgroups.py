@@ -286,12 +286,15 @@ def enable(host: CgroupHost, controller: str, place: Place) -> str:
         mount = f"/sys/fs/cgroup/{controller}"
         return f"as root, mount it: mkdir -p {mount} && mount -t cgroup -o {controller} cgroup {mount}"
     if place.errno == EROFS:
+        rights = f" && {delegation(controller, place.directory, host.uid)}" if host.uid else ""
         return (
-            f"as root with CAP_SYS_ADMIN: mount -o remount,bind,rw {place.directory} (docker or podman run --cap-add SYS_ADMIN;"
-            " or --privileged, which mounts it so; examples/deploy/entrypoint does it, and becomes an ordinary user)"
+            f"as root with CAP_SYS_ADMIN: mount -o remount,bind,rw {place.directory}{rights} (docker or podman run"
+            " --cap-add SYS_ADMIN; or --privileged, which mounts it so; examples/deploy/entrypoint does it, and becomes an"
+            " ordinary user)"
         )
     if place.errno in (EACCES, EPERM):
-        return f"run as root; or delegate, as root: {delegation(controller, place.directory, host.uid)}"
+        way = "run as root" if host.uid else "leave this root CAP_DAC_OVERRIDE"
+        return f"{way}; or delegate, as root: {delegation(controller, place.directory, host.uid)}"
     return f"make sure that {place.directory} exists and takes new groups (pisupervisor doctor tells more)"
 
 

@@ -145,7 +145,7 @@ def try_claim(claim: Claim, name: str, member: int | None = None) -> tuple[dict[
         path = make_group(claim.base, name)
     except OSError as error:
         why = f"cannot make a group in {claim.base}: {error.strerror}"
-        place = Place(claim.base, error.errno, why, refusal_remedy(error) or claim.remedy)
+        place = Place(claim.base, error.errno, why, _refused(claim, error, os.geteuid()))
         return dict.fromkeys(CONTROLLERS, place), False
     try:
         files = frozenset(os.listdir(path))
@@ -154,19 +154,43 @@ def try_claim(claim: Claim, name: str, member: int | None = None) -> tuple[dict[
     return {controller: _place(controller, claim.base, files) for controller in CONTROLLERS}, "memory.swap.max" in files
 
 
+def _refused(claim: Claim, error: OSError, uid: int) -> str:
+    """A group that is mounted read-only refuses some writes as somebody else's first: asking for rights would not help there."""
+    if error.errno in (EACCES, EPERM) and _is_read_only(claim.base):
+        error = OSError(EROFS, os.strerror(EROFS))
+    remedy = refusal_remedy(error)
+    needs_rights = error.errno == EROFS and uid != 0 and claim.remedy.startswith("as root: chown")
+    return f"{remedy}; then {claim.remedy}" if needs_rights else remedy or claim.remedy
+
+
+def _is_read_only(path: str) -> bool:
+    try:
+        return bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+    except OSError:
+        return False
+
+
 def _place(controller: str, base: str, files: frozenset[str]) -> Place:
     if _FILES[controller] in files:
         return Place(base)
-    return Place(base, None, f"the {controller} controller is not handed down to {base}", _hand_down_remedy(controller))
-
-
-def _hand_down_remedy(controller: str) -> str:
-    folder = "/etc/systemd/system/user@.service.d"
-    return (
-        f"for a user's own systemd, as root: mkdir -p {folder} && printf '[Service]\\nDelegate=cpu cpuset io memory pids\\n'"
-        f" > {folder}/delegate.conf && systemctl daemon-reload && systemctl restart user@UID.service; for a container,"
-        f" have its engine enable {controller}; see /sys/fs/cgroup/cgroup.controllers for what the kernel has"
+    return Place(
+        base, None, f"the {controller} controller is not handed down to {base}", _hand_down_remedy(controller, base)
     )
+
+
+def _hand_down_remedy(controller: str, base: str) -> str:
+    folder, delegate = "/etc/systemd/system/user@.service.d", "Delegate=cpu cpuset io memory pids"
+    whose = "user@" + base.partition("/user@")[2].partition("/")[0]
+    if whose != "user@":
+        remedy = (
+            f"as root: mkdir -p {folder} && printf '[Service]\\n{delegate}\\n' > {folder}/delegate.conf"
+            f" && systemctl daemon-reload && systemctl restart {whose}"
+        )
+    elif base.endswith(_UNIT_SUFFIXES):
+        remedy = f"put {delegate} into the unit {os.path.basename(base)}, systemctl daemon-reload, and start it anew"
+    else:
+        remedy = f"have the container's engine, or whoever made {base}, enable {controller} in the groups above it"
+    return f"{remedy}; see /sys/fs/cgroup/cgroup.controllers for what the kernel has (nothing that is on cgroup v1)"
 
 
 def refusal_remedy(error: OSError) -> str:

@@ -145,7 +145,8 @@ def find_groups(cgroup: str, mountinfo: str, is_dir: IsDir = os.path.isdir) -> t
             found.setdefault(controller, _own_directory(mount, root, own[controller], is_dir))
     if found:
         return ("hybrid" if unified else "v1"), found
-    return ("v2" if unified else "none"), found
+    only_v2 = "" in own and not set(own) & set(CONTROLLERS)  # mounted or not
+    return ("v2" if unified or only_v2 else "none"), found
 
 
 def find_unified(cgroup: str, mountinfo: str) -> str | None:
