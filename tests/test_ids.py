@@ -183,3 +183,9 @@ def test_a_dead_process_holds_no_block(tmp_path: Path) -> None:
     assert second.base == first.base + BLOCK
     first.close()
     second.close()
+
+
+def test_a_read_only_run_is_told_the_engines_switch(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError) as caught:
+        IdBlock(str(tmp_path / "missing" / "ids"))
+    assert f"docker or podman run --tmpfs {tmp_path / 'missing'}" in str(caught.value.remedy)

@@ -202,6 +202,8 @@ def test_the_remedy_names_the_cause() -> None:
     told = remedies(fake_host(error=read_only), GroupLimits(pids=8))["pids"]
     assert "--privileged" in told
     assert "mount -o remount,bind,rw /cg/pids && mkdir -p /cg/pids/pisupervisor && chown -R 1000 " in told
+    below = fake_host(error=read_only).places["pids"]._replace(directory="/proc/self")
+    assert "rw /proc && " in cgroups.enable(fake_host(), "pids", below), "a folder alone cannot be mounted anew"
     assert "mount -t cgroup -o blkio" in remedies(fake_host(lacking="blkio"), EVERYTHING)["io"]
     assert set(remedies(fake_host(mode="none"), EVERYTHING)) >= {"memory", "cpus", "pids"}
 

@@ -76,6 +76,7 @@ class IdBlock:
             self._fd = os.open(lock_file, flags, 0o600)
         except OSError as error:
             remedy = f"outer ids are claimed in {os.path.dirname(lock_file)}, which must be writable"
+            remedy += f" (in a container: docker or podman run --tmpfs {os.path.dirname(lock_file)})"
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 remedy = "raise ulimit -n, or close isolators"
             text = f"cannot open {lock_file}: {error.strerror}"

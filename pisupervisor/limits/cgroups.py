@@ -286,9 +286,13 @@ def enable(host: CgroupHost, controller: str, place: Place) -> str:
         mount = f"/sys/fs/cgroup/{controller}"
         return f"as root, mount it: mkdir -p {mount} && mount -t cgroup -o {controller} cgroup {mount}"
     if place.errno == EROFS:
+        from pisupervisor.limits.delegation import mount_of  # to explain a failure
+
         rights = f" && {delegation(controller, place.directory, host.uid)}" if host.uid else ""
+        above = mount_of(place.directory)
+        mount = place.directory if above == "/" else above  # nothing else can be mounted anew
         return (
-            f"as root with CAP_SYS_ADMIN: mount -o remount,bind,rw {place.directory}{rights} (docker or podman run"
+            f"as root with CAP_SYS_ADMIN: mount -o remount,bind,rw {mount}{rights} (docker or podman run"
             " --cap-add SYS_ADMIN; or --privileged, which mounts it so; examples/deploy/entrypoint does it, and becomes an"
             " ordinary user)"
         )
