@@ -100,6 +100,24 @@ def test_without_it_the_error_says_what_to_do(tmp_path: Path) -> None:
     assert "nesting" not in applied["seccomp"].detail
 
 
+def test_who_asks_for_limits_inside_is_told_whose_hold(tmp_path: Path) -> None:
+    """And not to mount, as root, what no child can. The doctor may not listen there, and does what it can without."""
+    source = """
+        def refused():
+            try:
+                ProcessIsolator.create(degrade=MORE)
+            except FeatureUnavailable as error:
+                return error.remedy
+        from pisupervisor import doctor
+        found = {one.name: one.verdict for one in doctor.examine().findings}
+        [refused(), found["seccomp"], found["mount"], found["memory"]]
+    """
+    (remedy, *verdicts), _applied = inside(textwrap.dedent(source), tmp_path, nesting=True)
+    assert "that one's limits hold" in remedy
+    assert "mount" not in remedy
+    assert verdicts == ["unproved", "holds", "missing"], "the outer filter stops the control, too"
+
+
 def test_the_walls_of_the_outer_child_hold_with_nesting(tmp_path: Path) -> None:
     """Root in a namespace of its own can mount there, and reaches nothing that was not its own before."""
     source = """

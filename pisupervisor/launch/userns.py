@@ -53,11 +53,11 @@ def situation() -> Situation:
     status = dict(line.split(":\t", 1) for line in _read("/proc/self/status").split("\n") if ":\t" in line)
     switches = {name: text for name in _SWITCHES if (text := _read(f"/proc/sys/{name.replace('.', '/')}"))}
     lacks = tuple(name for name, number in _ROOTS.items() if not has_capability(number))
-    nested = os.path.isdir("/pis/pihost")  # root.OURS: where each of our children finds our code
     profile = _read("/proc/self/attr/apparmor/current")
     confines = not profile.endswith(("unconfined", "(unconfined)", "(complain)"))
     return Situation(
-        os.geteuid(), lacks if os.geteuid() == 0 else (), status.get("Seccomp", "0") != "0", switches, nested,
+        os.geteuid(), lacks if os.geteuid() == 0 else (), status.get("Seccomp", "0") != "0", switches,
+        directories.is_childs(),
         profile if confines else "", _over_proc(_read("/proc/self/mountinfo")),
     )  # fmt: skip
 

@@ -280,6 +280,8 @@ def enable(host: CgroupHost, controller: str, place: Place) -> str:
     """The command or step that removes ``place.errno``, or a missing hierarchy, for ``controller``."""
     from errno import EACCES, EPERM, EROFS
 
+    if place.directory is None and directories.is_childs():
+        return "in the child of another isolator no groups are to be had: that one's limits hold for all that is started here"
     if place.remedy:
         return place.remedy
     if place.directory is None:
