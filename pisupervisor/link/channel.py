@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _socket  # not socket: with its enum members it costs 4 ms of a start
+import errno
 import select
 import struct
 import threading
@@ -37,7 +38,7 @@ class LinkClosed(Broken):
 
 
 class NeverSent(LinkClosed):
-    """It was gone before it had anything of the call."""
+    """It was gone before it had the call."""
 
 
 class DeadlinePassed(Broken):
@@ -53,6 +54,7 @@ class Channel:
         self._frames = Frames()
         self._began = 0.0  # when the frame began that is not whole yet
         self._sending = threading.RLock()
+        self._has_just_called = False  # nothing was sent since the one call under way, which is a small one
         # A fork of the application made while the link was made holds the other end: then it never closes, and whoever
         # waits must look around now and then. By the kernel's timer, because poll before each recv would cost 1 us.
         self._slice = 0.0
@@ -66,6 +68,7 @@ class Channel:
         """Send one frame. Descriptors ride on it, which the child always reads with room for them."""
         header = wire.pack_header(kind | wire.RIDING if fds else kind, ident, len(body))
         with self._sending:
+            self._has_just_called = False
             if fds or len(body) >= READ:
                 self._send_large(header, body, fds, deadline)
                 return
@@ -127,7 +130,13 @@ class Channel:
         except BlockingIOError:
             return None
         except OSError as error:
-            raise LinkClosed from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: OSError) -> LinkClosed:
+        """ECONNRESET: the child's end was closed with something unread in it, so with the last byte that was sent. A large
+        call would not be called unread: reading it may be what the child died of, and would again.
+        """
+        return NeverSent() if self._has_just_called and error.errno == errno.ECONNRESET else LinkClosed()
 
     def _feed(self, data: bytes) -> None:
         if not data:
@@ -150,7 +159,7 @@ class Channel:
             except BlockingIOError:
                 self._look_around(until, deadline)
             except OSError as error:
-                raise LinkClosed from error
+                raise self._lost(error) from error
 
     def _receive_until(self, size: int, until: float | None, captured: Output | None) -> bytes:
         now = time.monotonic()

@@ -93,7 +93,7 @@ class Connection(Answers):
         except BlockingIOError:
             return None
         except OSError as error:
-            raise LinkClosed from error
+            raise self._lost(error) from error
         return plain_text(said, ident) or self.understand(ident, said)
 
     def put(self, ident: int, body: bytes, deadline: float | None) -> bool:
@@ -110,6 +110,7 @@ class Connection(Answers):
         except OSError as error:
             raise NeverSent from error
         if sent == len(data):
+            self._has_just_called = sent < READ
             return True
         self.calls[ident] = Pending(ident, self.largest)
         self._push(memoryview(data)[sent:], deadline)
@@ -131,6 +132,8 @@ class Connection(Answers):
             self.send(wire.INNER, wire.OUTER.pack(within) + body, fds, deadline, pending.ident)
         else:
             self.send(wire.CALL, body, fds, deadline, pending.ident)
+            # With several threads another one may have sent something since.
+            self._has_just_called = self._leader is None and len(self.calls) == 1 and len(body) < READ
 
     # --- many at once: see ``Pipeline`` ------------------------------------------------------------------------
 
@@ -147,6 +150,7 @@ class Connection(Answers):
         if self._displaced or self.released:
             self.tidy(deadline)
         with self._sending:
+            self._has_just_called = False
             sent = self._send_some(data, NeverSent)
             self._push(memoryview(data)[sent:], deadline)
 

@@ -125,8 +125,10 @@ class LoopLink:
             return
         try:
             said = self.connection.receive_at_once()
-        except LinkClosed:
-            said = b""
+        except LinkClosed as gone:
+            self._reply = None
+            reply.fail(gone)
+            return
         if said is not None:
             self._reply = None
             reply.answer(said)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -33,12 +34,14 @@ from zoo import (
 
 from pihost import wire
 from pisupervisor import (
+    AsyncProcessIsolator,
     CallTimeout,
     ChildTerminated,
     ExitReason,
     LaunchError,
     ProcessIsolator,
     ProtocolError,
+    RestartLimitReached,
     RestartPolicy,
     Security,
 )
@@ -243,12 +246,6 @@ def in_a_result(made: Made) -> Future[Any]:
     return _begun(made, made.submit_call(made.invoke_method, DYING, "in_the_result", "wait"))
 
 
-def in_an_argument(made: Made) -> Future[Any]:
-    """The host is held up sending it, because nobody reads."""
-    os.kill(made.pid or 0, signal.SIGSTOP)
-    return _begun(made, made.submit_call(made.invoke_method, DYING, "wait", bytes(30 << 20)))
-
-
 def in_a_paused_call(made: Made) -> Future[Any]:
     future = in_a_call(made)
     made.pause()
@@ -262,7 +259,7 @@ def _begun(made: Made, future: Future[Any]) -> Future[Any]:
 
 
 @pytest.mark.parametrize("victim", VICTIMS)
-@pytest.mark.parametrize("place", [in_a_call, in_a_captured_call, in_a_result, in_an_argument, in_a_paused_call])
+@pytest.mark.parametrize("place", [in_a_call, in_a_captured_call, in_a_result, in_a_paused_call])
 def test_killed_while_a_call_runs(place: Callable[[Made], Future[Any]], victim: str) -> None:
     """parity: 15"""
     with isolator() as made:
@@ -272,6 +269,70 @@ def test_killed_while_a_call_runs(place: Callable[[Made], Future[Any]], victim: 
         assert type(error) is ChildTerminated
         assert VICTIMS[victim].is_told_by(error.exit_info)
         assert lives_on(made)
+
+
+UNREAD: dict[str, Callable[[Made], Any]] = {
+    "plain": lambda made: made.invoke(len, "abc"),
+    "captured": lambda made: len(made.run_source("'abc'").value),
+    "with code": lambda made: made.invoke_method(INSIDE, "sleep", 0.003) * 1000,
+    "with shared memory": lambda made: made.invoke(len, bytes(30 << 20)) - (30 << 20) + 3,
+}
+
+
+@pytest.mark.parametrize("victim", VICTIMS)
+@pytest.mark.parametrize("call", UNREAD)
+def test_killed_before_it_reads_the_call(call: str, victim: str) -> None:
+    """It cannot have begun it, and another child gets it. The kernel tells: the link is reset, not just closed."""
+    with isolator() as made:
+        UNREAD[call](made)
+        os.kill(made.pid or 0, signal.SIGSTOP)
+        future = _begun(made, _in_a_thread(UNREAD[call], made))
+        VICTIMS[victim].kill(made)
+        assert future.result(SOON) == 3
+
+
+@pytest.mark.parametrize("call", UNREAD)
+def test_one_that_is_killed_at_once_fails_no_call(call: str) -> None:
+    with isolator() as made:
+        for _ in range(10):
+            UNREAD[call](made)
+            os.kill(made.pid or 0, signal.SIGKILL)
+            assert UNREAD[call](made) == 3
+
+
+def test_one_that_is_killed_at_once_fails_no_awaited_call() -> None:
+    async def run() -> None:
+        async with await AsyncProcessIsolator.create(restart=AT_ONCE) as made:
+            for _ in range(10):
+                assert await made.invoke(len, "abc") == 3
+                os.kill(made.pid or 0, signal.SIGKILL)
+                assert await made.invoke(len, "abc") == 3
+
+    with nothing_left():
+        asyncio.run(run())
+
+
+def test_a_child_that_dies_before_every_call_is_not_replaced_for_ever() -> None:
+    def kill_and_call(made: Made) -> None:
+        for _ in range(10):
+            os.kill(made.pid or 0, signal.SIGKILL)
+            assert made.invoke(len, "abc") == 3
+
+    with isolator(restart=RestartPolicy(max_restarts=3, backoff=0.0)) as made, pytest.raises(RestartLimitReached):
+        kill_and_call(made)
+
+
+def _in_a_thread(call: Callable[[Made], Any], made: Made) -> Future[Any]:
+    future: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call(made))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run).start()
+    return future
 
 
 def fresh(_made: Made) -> None:
