@@ -403,6 +403,16 @@ def test_resource_usage_counts_living_processes_without_a_group() -> None:
         future.cancel()
 
 
+def test_a_kill_at_a_deadline_tells_the_cpu_time_without_a_group() -> None:
+    """The zygote cannot: what dies with PID 1 is reaped by the kernel, and in no rusage."""
+    with nothing_left(), start_without("limits", limits=Limits(cpus=None), restart=QUICK) as isolator:
+        with pytest.raises(CallTimeout) as caught:
+            isolator.invoke(_have_burnt, True, timeout=1)
+        assert caught.value.exit_info is not None
+        assert (caught.value.exit_info.cpu_time or 0) > 0.3
+        assert isolator.invoke(len, "abc") == 3
+
+
 def _have_burnt(orphans: bool) -> None:
     import os
     import time

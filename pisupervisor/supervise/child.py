@@ -48,6 +48,7 @@ class Child(Birth):
         self.exit_info: ExitInfo | None = None
         self.calls = 0  # under way in it
         self.is_killed = False  # whether we have: it may take a moment to die
+        self._cpu_time: float | None = None  # at that moment, where no group counts it
         self.started = time.monotonic()
         self._lock = threading.Lock()
         self._freezer: Freezer | None = None
@@ -204,6 +205,9 @@ class Child(Birth):
             return  # of something else, and that is the first cause
         if self._ordered is None:
             self._ordered = (reason, message)
+        if self._group is None and self.applied and not self.is_killed:
+            # Before: what dies with PID 1 is in no rusage (seen on 6.18: 0.001 s of 1.2): the kernel ignores SIGCHLD then.
+            self._cpu_time = self.meter.cpu_time()
         self.is_killed = True
         freezer = self._freezer
         if freezer is not None:
@@ -277,7 +281,8 @@ class Child(Birth):
         ordered, message = self._ordered or (None, self._farewell)
         info = explain_exit(
             self._reports.known if self._asked else {}, events.since(self.meter.before), ordered,
-            duration=time.monotonic() - self.started, cpu_time=used.cpu_time, peak_memory=used.peak_memory,
+            duration=time.monotonic() - self.started, peak_memory=used.peak_memory,
+            cpu_time=self._cpu_time if used.cpu_time is None else used.cpu_time,
             message=message, cpu_limit=self.options.limits.cpu_time, in_call=in_call, truncated=truncated, stderr_tail=tail,
             killed=self.is_killed and self._asked,
         )  # fmt: skip
