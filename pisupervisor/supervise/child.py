@@ -87,7 +87,8 @@ class Child(Birth):
         try:
             return self._read_back()
         except LaunchError:
-            if has_ended(self.payload_pidfd):  # a dead child has no walls: that is no defect of theirs
+            # A dead child has no walls: that is no defect of theirs. It leaves its groups before its pidfd says so.
+            if has_ended(self.payload_pidfd, LAUNCH_GRACE):
                 from pisupervisor.launch.remedies import LOOK
 
                 raise LaunchError("the child ended as soon as it was ready", step="payload", remedy=LOOK) from None

@@ -412,6 +412,17 @@ def test_killed_before_it_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "attack" not in str(error)
 
 
+def test_dying_while_it_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has left its groups, and its pidfd does not say yet that it has ended: seen with profiles that no child survives."""
+
+    def read(pid: int, _links: dict[str, str]) -> attest.Readings:
+        threading.Timer(0.05, os.kill, (pid, signal.SIGKILL)).start()
+        raise LaunchError("the child is not in its group", step="attest", remedy=attest.REMEDY)
+
+    monkeypatch.setattr(attest, "read", read)
+    assert "attack" not in str(refused("payload"))
+
+
 @pytest.mark.parametrize("victim", ["zygote", "PID 1"])
 def test_killed_between_request_and_complete(victim: str) -> None:
     with nothing_left(), ProcessIsolator.create() as other:
