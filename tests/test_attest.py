@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from typing import Any
 
 import pytest
@@ -20,6 +21,14 @@ STATUS = {
     "Uid": "\t".join([str(OUTER)] * 4), "CapInh": "0" * 16, "CapPrm": "0" * 16, "CapEff": "0" * 16, "CapBnd": "0" * 16,
     "CapAmb": "0" * 16, "NoNewPrivs": "1", "Seccomp": "2", "Seccomp_filters": "1",
 }  # fmt: skip
+RLIMITS = "Limit                     Soft Limit           Hard Limit           Units     \n" + "".join(
+    f"{name:25} {soft:20} {hard:20} {'bytes':10}\n"
+    for name, soft, hard in [
+        ("Max cpu time", "unlimited", "unlimited"), ("Max file size", "unlimited", "unlimited"), ("Max data size", "1", "1"),
+        ("Max stack size", "1", "1"), ("Max core file size", "0", "0"), ("Max resident set", "1", "1"),
+        ("Max processes", "1", "1"), ("Max open files", "256", "512"),
+    ]
+)  # fmt: skip
 LINKS = {name: f"{link}:[2]" for name, link in NAMESPACE_LINKS.items()}
 HOST_LINKS = {name: f"{link}:[1]" for name, link in NAMESPACE_LINKS.items()}
 
@@ -33,6 +42,7 @@ def readings(status: dict[str, str] | None = None, **changes: Any) -> Readings:
     values = {
         "status": {**STATUS, **(status or {})}, "links": LINKS, "host_links": HOST_LINKS,
         "uid_map": f"      1000 {OUTER}          1\n", "mounts": "", "own_proc": True, "cgroup": "",
+        "rlimits": RLIMITS,
     }  # fmt: skip
     return Readings(**{**values, **changes})
 
@@ -42,7 +52,9 @@ def verify(
 ) -> dict[str, Applied]:  # fmt: skip
     options = options or IsolationOptions()
     given = {"groups": groups(options), "missing": {}, **more}
-    return attest.verify(child(options, outer_id=OUTER, without=without), options, found, filtered=filtered, **given)
+    plan = child(options, outer_id=OUTER, without=without)
+    plan.rlimits = [[resource.RLIMIT_CORE, 0, 0], [resource.RLIMIT_NOFILE, 256, 512], [resource.RLIMIT_FSIZE, -1, -1]]
+    return attest.verify(plan, options, found, filtered=filtered, **given)
 
 
 def refused(found: Readings, match: str, **more: Any) -> None:
@@ -174,6 +186,15 @@ def test_devices_are_denied_without_a_group_too() -> None:
     applied = verify(readings(), options, groups={})
     assert applied["devices"].holds
     assert "user namespace" in applied["devices"].how
+
+
+@pytest.mark.parametrize(
+    "change", [("256 ", "257 "), ("512 ", "unlimited "), ("core file size        0", "core file size        9")]
+)
+def test_a_limit_of_the_process_that_does_not_hold(change: tuple[str, str]) -> None:
+    assert RLIMITS.replace(*change) != RLIMITS
+    refused(readings(rlimits=RLIMITS.replace(*change)), "a limit of the process does not hold")
+    verify(readings(rlimits=RLIMITS.replace(*change)), without=("rlimits",))
 
 
 def test_no_landlock_where_it_was_asked_for() -> None:

@@ -29,8 +29,8 @@ REMEDY = "this is a defect or an attack: report it with the kernel's version"
 
 class Readings(NamedTuple):
     """What /proc says of the payload: ``status`` by field, namespace links of the child and of this process, the mounts of
-    its namespace that it can reach (none, once its root is a detached tree), whether its /proc is another than ours, and
-    the groups that it is in.
+    its namespace that it can reach (none, once its root is a detached tree), whether its /proc is another than ours, the
+    groups that it is in, and its rlimits.
     """
 
     status: dict[str, str]
@@ -40,16 +40,19 @@ class Readings(NamedTuple):
     mounts: str
     own_proc: bool
     cgroup: str
+    rlimits: str
 
 
 def read(pid: int, host_links: dict[str, str]) -> Readings:
     """Raises LaunchError (step "attest") when the child is gone or hides."""
     try:
         lines = _text(f"/proc/{pid}/status").split("\n")
-        uid_map, mounts, cgroup = [_text(f"/proc/{pid}/{name}") for name in ("uid_map", "mountinfo", "cgroup")]
+        uid_map, mounts, cgroup, rlimits = [
+            _text(f"/proc/{pid}/{name}") for name in ("uid_map", "mountinfo", "cgroup", "limits")
+        ]
         own_proc = os.stat(f"/proc/{pid}/root/proc").st_dev != os.stat("/proc").st_dev
         fields = dict(line.split(":\t", 1) for line in lines if line.startswith(_FIELDS))
-        return Readings(fields, read_links(pid), host_links, uid_map, mounts, own_proc, cgroup)
+        return Readings(fields, read_links(pid), host_links, uid_map, mounts, own_proc, cgroup, rlimits)
     except OSError as error:
         raise LaunchError(
             f"cannot read the child back: {error}", step="attest", errno=error.errno, remedy=REMEDY
@@ -87,6 +90,7 @@ def verify(plan: ChildPlan, options: IsolationOptions, readings: Readings, *, fi
     applied["capabilities"] = _capabilities(readings.status)
     _check_ids(plan, readings, shift)
     _check_group(readings.cgroup, places or {})
+    _check_rlimits(plan, readings.rlimits)
     for name, entry in applied.items():
         lacking = not entry.holds and entry.asked is not None and entry.asked is not False  # swap=0 is asked for
         if lacking and name not in options.degrade and not _left_out(name, plan):
@@ -183,6 +187,18 @@ def _check_group(cgroup: str, places: Mapping[str, str]) -> None:
         if os.path.basename(groups.get(controller, "")) != os.path.basename(place):
             found = groups.get(controller, "none")
             raise LaunchError(f"the child is not in its group {place}, but in {found}", step="attest", remedy=REMEDY)
+
+
+def _check_rlimits(plan: ChildPlan, limits: str) -> None:
+    """The lines are in the order of the resources' numbers, after one with titles; names take 26 columns, with blanks in them."""
+    if _left_out("rlimits", plan):
+        return
+    lines = limits.split("\n")[1:]
+    for number, *asked in plan.rlimits:
+        words = lines[number][26:].split()[:2]
+        if [-1 if word == "unlimited" else int(word) for word in words] != asked:
+            message = f"a limit of the process does not hold: {' '.join(lines[number].split())!r}, planned {asked}"
+            raise LaunchError(message, step="attest", remedy=REMEDY)
 
 
 def _check_ids(plan: ChildPlan, readings: Readings, shift: int) -> None:
