@@ -884,6 +884,36 @@ def test_a_zygote_that_is_lost_as_soon_as_it_is_there(monkeypatch: pytest.Monkey
         ProcessIsolator.create().close()
 
 
+@pytest.mark.parametrize("ends", ["terminate", "abort", "close"])
+def test_a_handler_that_ends_a_child_in_the_middle_of_its_account(monkeypatch: pytest.MonkeyPatch, ends: str):
+    """The account has a lock, which the handler would wait for in the thread that holds it."""
+    part_with, told = Child._part_with, []
+
+    def end(*_signal: object) -> None:
+        try:
+            getattr(isolator, ends)()
+        except IsolationError as error:
+            told.append(error)
+
+    def interrupted(child: Child, *arguments: Any) -> None:
+        signal.raise_signal(signal.SIGUSR1)
+        part_with(child, *arguments)
+
+    before = signal.signal(signal.SIGUSR1, end)
+    try:
+        with nothing_left(), ProcessIsolator.create() as isolator:
+            monkeypatch.setattr(Child, "_part_with", interrupted)
+            with pytest.raises(ChildTerminated):
+                isolator.invoke(os._exit, 3)
+            monkeypatch.undo()
+            assert len(told) == 1
+            if ends != "close":
+                isolator.restart()
+                assert isolator.invoke(len, "abc") == 3
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
 def test_a_process_that_ends_between_a_look_and_its_kill(monkeypatch: pytest.MonkeyPatch):
     """And that somebody else reaps, as an application may which ignores SIGCHLD."""
     pid = os.posix_spawn("/bin/true", ["true"], {})

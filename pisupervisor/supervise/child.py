@@ -34,6 +34,10 @@ _DISCARD_GRACE = 1.0  # the same for a child that nobody has used
 _AGAIN = 0.005  # seconds from one look to the next where nothing tells of the end
 _QUICK_END = 0.02  # seconds; who takes longer may be held back by its CPU quota
 _KILLED_END = 0.008  # the same of one that we have killed: at 0.1 cores ten loops took 200 ms to die, with this 50
+_IN_THE_ACCOUNT = (
+    "the child has ended, and this thread is giving back what it had: a signal's handler came in between; leave that to the "
+    "thread, or to another one"
+)
 
 
 class Child(Birth):
@@ -50,9 +54,12 @@ class Child(Birth):
         self.is_killed = False  # whether we have: it may take a moment to die
         self._cpu_time: float | None = None  # at that moment, where no group counts it
         self.started = time.monotonic()
-        self._lock = threading.Lock()
+        self._lock = (
+            threading.RLock()
+        )  # both: a signal's handler may come in while its thread has one, and end the child
+        self._accountant = 0  # the thread that takes the account
         self._freezer: Freezer | None = None
-        self._pausing = threading.Lock()  # taken before _lock, never after
+        self._pausing = threading.RLock()  # taken before _lock, never after
         self._is_paused = False  # by the application; see ``hold_back``
         self._is_held = False
         self._farewell = ""
@@ -115,7 +122,7 @@ class Child(Birth):
 
     def wait(self, timeout: float | None) -> bool:
         """Wait until it has ended; False if it has not after ``timeout`` seconds."""
-        with self._lock:
+        with self._hold():
             if self.exit_info is not None:
                 return True
             if timeout == 0 or self.init_pidfd < 0:
@@ -135,7 +142,7 @@ class Child(Birth):
 
     def wait_with(self, bell: PollBell) -> bool:
         """Wait until it has ended, or the bell rings; whether it has ended."""
-        with self._lock:
+        with self._hold():
             if self.exit_info is not None or self.init_pidfd < 0:
                 return self.exit_info is not None
             fd = os.dup(self.init_pidfd)
@@ -159,7 +166,7 @@ class Child(Birth):
     @property
     def payload_ended(self) -> bool:
         """Whether its payload is gone, which PID 1 may not have noticed yet."""
-        with self._lock:
+        with self._hold():
             return self.exit_info is not None or has_ended(self.payload_pidfd)
 
     def leaves(self) -> bool:
@@ -192,7 +199,7 @@ class Child(Birth):
         """``cgroup.kill`` where that is; and SIGKILL to PID 1, through its pidfd: the kernel then ends everything in its
         namespace. The first order wins.
         """
-        with self._lock:
+        with self._hold():
             self._kill_locked(reason, message)
 
     def kill_late(self) -> None:
@@ -230,19 +237,19 @@ class Child(Birth):
 
     def order(self, reason: ExitReason, message: str) -> None:
         """The same account, for an end that is only asked for: by a signal that the child may heed."""
-        with self._lock:
+        with self._hold():
             alive = self.exit_info is None and not has_ended(self.init_pidfd)
             if alive and self._ordered is None:
                 self._ordered = (reason, message)
 
     def farewell(self, message: str) -> None:
         """It is told to leave: its end is no order of ours, but the message belongs to it."""
-        with self._lock:
+        with self._hold():
             self._farewell = message
 
     def signal_payload(self, number: int) -> None:
         """Send a signal to the payload alone; nothing happens when it has ended."""
-        with self._lock:
+        with self._hold():
             if self.exit_info is None:
                 try:
                     signal.pidfd_send_signal(self.payload_pidfd, number)
@@ -253,11 +260,23 @@ class Child(Birth):
         """Wait for the end, take the account, give everything back. Idempotent; the account is then in ``exit_info``.
         ``in_call`` and ``truncated``: see ``explain_exit``.
         """
-        with self._lock:
+        with self._hold():
             if self.exit_info is None:
-                self.exit_info = self._account(timeout, in_call, truncated)
+                self._accountant = threading.get_ident()
+                try:
+                    self.exit_info = self._account(timeout, in_call, truncated)
+                finally:
+                    self._accountant = 0
         self._remove_freezer()
         return self.exit_info
+
+    def _hold(self) -> threading.RLock:
+        """The lock. Raises IsolationError in a signal's handler that has interrupted its own thread in the account: that can
+        be neither waited for nor taken twice.
+        """
+        if self._accountant == threading.get_ident():
+            raise IsolationError(_IN_THE_ACCOUNT)
+        return self._lock
 
     def _account(self, timeout: float, in_call: bool, truncated: bool) -> ExitInfo:
         deadline = time.monotonic() + timeout
