@@ -183,7 +183,7 @@ def code_after(uncaught: BaseException) -> int:
     if isinstance(uncaught, SystemExit):
         return exit_code(uncaught.code)
     code = print_exception(uncaught)
-    return -_SIGINT if code == 1 and type(uncaught) is KeyboardInterrupt else code  # not of a subclass's: as CPython
+    return -_SIGINT if code == 1 and isinstance(uncaught, KeyboardInterrupt) else code
 
 
 def leave(close_loop: Callable[[], None]) -> int:
