@@ -126,9 +126,8 @@ class _Archive:
             return kept.get(place)
         with zipfile.ZipFile(self._path) as opened, opened.open(place) as file:
             found = Source(file.read(MAX_SOURCE + 1), f"{self._path}/{place}", is_package)
-        if (
-            len(found.text) + sum(len(source.text) for source in [*kept.values()]) <= _KEPT
-        ):  # another thread may add one
+        sizes = [len(source.text) for source in [*kept.values()]]  # copied first: another thread may add one
+        if len(found.text) + sum(sizes) <= _KEPT:
             kept[place] = found
         return found
 

@@ -138,9 +138,8 @@ class Template:
         with self.lock:
             self.closed = True
             spare, self.spare = self.spare, None
-        if (
-            spare is not None and not spare.requesting
-        ):  # else it is not whole yet: who asks for it sees that we are closed
+        # One that is still asked for is not whole yet: who asks for it sees that we are closed.
+        if spare is not None and not spare.requesting:
             spare.discard("its template was closed")
         free, self.free_group = self.free_group, None
         if free is not None:

@@ -54,9 +54,8 @@ class Child(Birth):
         self.is_killed = False  # whether we have: it may take a moment to die
         self._cpu_time: float | None = None  # at that moment, where no group counts it
         self.started = time.monotonic()
-        self._lock = (
-            threading.RLock()
-        )  # both: a signal's handler may come in while its thread has one, and end the child
+        # Re-entrant, both: a signal's handler may come in while its thread has one, and end the child.
+        self._lock = threading.RLock()
         self._accountant = 0  # the thread that takes the account
         self._freezer: Freezer | None = None
         self._pausing = threading.RLock()  # taken before _lock, never after
